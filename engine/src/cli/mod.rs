@@ -1,0 +1,338 @@
+//! The command-line program: what CRIU does in every text, default and exit code under the name `criu`, and what we think
+//! better under any other name.
+//!
+//! [`main`] is the order of steps that CRIU's callers can observe: options, verb, capabilities, folders, log, conflicts,
+//! then the verb's own file. Errors are events; they reach the log, or standard error if there is no log yet.
+
+use crate::log;
+use crate::options::{Options, Persona};
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+use tracing::{error, info, warn};
+
+pub mod capabilities;
+pub mod check;
+pub mod config_files;
+pub mod cpuinfo;
+pub mod demo;
+pub mod dump;
+pub mod getopt;
+pub mod image;
+pub mod parse;
+pub mod restore;
+pub mod table;
+pub mod unavailable;
+pub mod usage;
+mod values;
+
+use parse::{CommandLine, Stop};
+
+/// What can be asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)] // their names are the verbs
+pub enum Verb {
+    Dump,
+    PreDump,
+    Restore,
+    LazyPages,
+    Check,
+    PageServer,
+    Service,
+    Swrk,
+    Dedup,
+    CpuinfoDump,
+    CpuinfoCheck,
+    Exec,
+    Show,
+}
+
+/// Runs the program; the result is its exit code.
+pub fn main(args: Vec<OsString>) -> i32 {
+    log::install(crate::options::DEFAULT_LOG_LEVEL);
+    let code = run(&args);
+    log::finish();
+    code
+}
+
+/// A verb has said what was wrong; the usage text follows.
+struct UsageError;
+
+fn run(args: &[OsString]) -> i32 {
+    let persona = args.first().map_or(Persona::default(), |a| Persona::from_program_name(a));
+    if persona == Persona::Standstill {
+        // these have options of their own
+        match args.get(1).and_then(|verb| verb.to_str()) {
+            Some("image") => return image::run(&args[2..]),
+            Some("x") => return image::run(&args[1..]),
+            Some("demo") => return demo::run(&args[2..]),
+            Some("version") => return stop(Stop::Version, persona),
+            Some("help") => return stop(Stop::Help, persona),
+            _ => {}
+        }
+    }
+    if args.len() < 2 {
+        return stop(Stop::Usage, persona);
+    }
+    let line = match parse::command_line(args) {
+        Ok(line) => line,
+        Err(reason) => return stop(reason, persona),
+    };
+    log::set_level(line.options.log_level);
+    let program = args.first().map(OsString::as_os_str).unwrap_or_default();
+    match perform(line, program) {
+        Ok(code) => code,
+        Err(UsageError) => stop(Stop::Usage, persona),
+    }
+}
+
+fn stop(reason: Stop, persona: Persona) -> i32 {
+    match reason {
+        Stop::Failed => 1,
+        Stop::Usage => {
+            print(&(usage::short(persona) + usage::HINT));
+            1
+        }
+        Stop::Help => {
+            print(&usage::long(persona));
+            0
+        }
+        Stop::Version => {
+            print(&usage::version(persona));
+            0
+        }
+    }
+}
+
+/// Prints to standard output; a reader that went away is no reason to panic.
+pub fn print(text: &str) {
+    use std::io::Write as _;
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+fn perform(line: CommandLine, program: &OsStr) -> Result<i32, UsageError> {
+    let CommandLine { mut options, words, exec_cmd } = line;
+    let Some(name) = words.first() else {
+        error!("command is required");
+        return Err(UsageError);
+    };
+    let (verb, rest) = verb(name, &words[1..])?;
+    if verb == Verb::Swrk {
+        return Ok(unavailable::swrk(rest, options));
+    }
+    if !capabilities::enough(verb, &options, program) {
+        return Ok(1);
+    }
+    command_to_become(&mut options, verb, name, rest, exec_cmd)?;
+    let has_images = matches!(verb, Verb::Dump | Verb::PreDump | Verb::Restore | Verb::CpuinfoDump);
+    if options.stream && !has_images {
+        error!("--stream cannot be used with the {} command", shown(name));
+        return Err(UsageError);
+    }
+    if !folders(&options, verb) || !open_log(&options) || !agree(&mut options, verb) {
+        return Ok(1);
+    }
+    Ok(match verb {
+        Verb::Dump => dump::run(&options),
+        Verb::PreDump => dump::run_pre_dump(&options),
+        Verb::Restore => restore::run(&options),
+        Verb::Check => check::run(&options),
+        Verb::CpuinfoDump => cpuinfo::run_dump(&options),
+        Verb::CpuinfoCheck => cpuinfo::run_check(&options),
+        Verb::PageServer => unavailable::run("page-server"),
+        Verb::LazyPages => unavailable::run("lazy-pages"),
+        Verb::Service | Verb::Swrk => unavailable::run("service"),
+        Verb::Dedup => unavailable::run("dedup"),
+        Verb::Exec => {
+            error!("The \"exec\" action is deprecated by the Compel library.");
+            255
+        }
+        Verb::Show => {
+            error!("The \"show\" action is deprecated by the CRIT utility.");
+            error!("To view an image use the \"crit decode -i $name --pretty\" command.");
+            255
+        }
+    })
+}
+
+/// The verb, and the words after it.
+fn verb<'a>(name: &OsStr, rest: &'a [OsString]) -> Result<(Verb, &'a [OsString]), UsageError> {
+    let verb = match name.to_str().unwrap_or_default() {
+        "dump" => Verb::Dump,
+        "pre-dump" => Verb::PreDump,
+        "restore" => Verb::Restore,
+        "lazy-pages" => Verb::LazyPages,
+        "check" => Verb::Check,
+        "page-server" => Verb::PageServer,
+        "service" => Verb::Service,
+        "swrk" => Verb::Swrk,
+        "dedup" => Verb::Dedup,
+        "exec" => Verb::Exec,
+        "show" => Verb::Show,
+        "cpuinfo" => match rest.split_first() {
+            None => {
+                error!("cpuinfo requires an action: dump or check");
+                return Err(UsageError);
+            }
+            Some((action, rest)) if action == "dump" => return Ok((Verb::CpuinfoDump, rest)),
+            Some((action, rest)) if action == "check" => return Ok((Verb::CpuinfoCheck, rest)),
+            Some((action, _)) => {
+                error!("unknown cpuinfo sub-command: {}", shown(action));
+                return Err(UsageError);
+            }
+        },
+        _ => {
+            error!("unknown command: {}", shown(name));
+            return Err(UsageError);
+        }
+    };
+    Ok((verb, rest))
+}
+
+/// What --exec-cmd needs; without it there must be no more words.
+fn command_to_become(
+    options: &mut Options,
+    verb: Verb,
+    name: &OsStr,
+    rest: &[OsString],
+    exec_cmd: bool,
+) -> Result<(), UsageError> {
+    let problem = match (exec_cmd, rest.len()) {
+        (false, 0) => return Ok(()),
+        (false, n) => {
+            let plural = if n > 1 { "s" } else { "" };
+            format!("excessive parameter{plural} for command {}", shown(name))
+        }
+        (true, 0) => "--exec-cmd requires a command".to_owned(),
+        (true, _) if verb != Verb::Restore => "--exec-cmd is available for the restore command only".to_owned(),
+        (true, _) if options.restore_detach => "--restore-detached and --exec-cmd cannot be used together".to_owned(),
+        (true, _) => {
+            options.exec_cmd = rest.to_vec();
+            return Ok(());
+        }
+    };
+    error!("{problem}");
+    Err(UsageError)
+}
+
+/// Are the folders there? They are only looked at: the engine never changes its current folder.
+fn folders(options: &Options, verb: Verb) -> bool {
+    if verb != Verb::Service {
+        if let Err(e) = std::fs::File::open(&options.images_dir) {
+            error!("Can't open dir {}: {}", options.images_dir.display(), reason(&e));
+            error!("Couldn't open image dir {}", options.images_dir.display());
+            return false;
+        }
+    }
+    let entered = std::fs::metadata(options.work_dir().join("."));
+    if let Err(e) = entered {
+        error!("Can't change directory to {}: {}", options.work_dir().display(), reason(&e));
+        return false;
+    }
+    if verb == Verb::Restore && options.restore_detach && options.leave_stopped() && options.shell_job {
+        warn!("Stopped and detached shell job will get SIGHUP from OS.");
+    }
+    true
+}
+
+fn open_log(options: &Options) -> bool {
+    let file = options.log_file.as_deref().map(|f| if f == Path::new("-") { f.into() } else { options.in_work_dir(f) });
+    let shown = options.log_file.clone().unwrap_or_default();
+    let target = log::Target { file, per_pid: options.log_pid, mirror_errors: true };
+    if let Err(e) = log::open(target) {
+        error!("Can't create log file {}: {}", shown.display(), reason(&e));
+        return false;
+    }
+    info!("Version: {} (gitid standstill-{})", usage::CRIU_VERSION, env!("CARGO_PKG_VERSION"));
+    if let Ok(u) = nix::sys::utsname::uname() {
+        let names = [u.nodename(), u.sysname(), u.release(), u.version(), u.machine()];
+        info!("Running on {}", names.map(|n| n.to_string_lossy().into_owned()).join(" "));
+    }
+    true
+}
+
+/// Options that exclude each other, and the few that are said out loud.
+fn agree(o: &mut Options, verb: Verb) -> bool {
+    let said = [
+        (o.tcp_established, "Will dump/restore TCP connections"),
+        (o.tcp_skip_in_flight, "Will skip in-flight TCP connections"),
+        (o.tcp_close, "Will drop all TCP connections on restore"),
+        (o.link_remap, "Will allow link remaps on FS"),
+        (o.weak_sysctls, "Will skip non-existent sysctls on restore"),
+    ];
+    for (_, text) in said.iter().filter(|(on, _)| *on) {
+        info!("{text}");
+    }
+    if !o.deprecated && std::env::var_os("CRIU_DEPRECATED").is_some() {
+        info!("Turn deprecated stuff ON via env");
+        o.deprecated = true;
+    }
+    if o.ps_socket.is_some() && (o.address.is_some() || o.port.is_some()) {
+        warn!("Using --address or --port in combination with --ps-socket is obsolete");
+    }
+    let standard_socket = o.ps_socket.is_some_and(|fd| (0..=2).contains(&fd));
+    let joins_net = o.join_ns.iter().any(|j| j.kind == crate::options::NamespaceKind::Net);
+    let problems = [
+        (
+            o.restore_sibling && !o.restore_detach && !o.swrk,
+            "--restore-sibling only makes sense with --restore-detached",
+        ),
+        (standard_socket && o.restore_detach, "Standard file descriptors will be closed in daemon mode"),
+        (o.mntns_compat_mode && verb != Verb::Restore, "Option --mntns-compat-mode is only valid on restore"),
+        (joins_net && o.empty_ns.net, "Conflicting flags: --join-ns and --empty-ns"),
+        (!o.inherit_fds.is_empty() && verb != Verb::Restore, "--inherit-fd is restore-only option"),
+    ];
+    if let Some((_, text)) = problems.iter().find(|(wrong, _)| *wrong) {
+        error!("{text}");
+        if text.starts_with("Conflicting") {
+            error!("Error: namespace flags conflict");
+        }
+        return false;
+    }
+    for inherited in &o.inherit_fds {
+        if std::fs::symlink_metadata(format!("/proc/self/fd/{}", inherited.fd)).is_err() {
+            error!("Can't fstat inherit fd {}: Bad file descriptor", inherited.fd);
+            return false;
+        }
+        info!("Inherit fd {} -> {}", inherited.fd, inherited.id);
+    }
+    if verb == Verb::Restore && o.pid.is_some() {
+        warn!("Using -t with criu restore is obsoleted");
+    }
+    if let Some(parent) = &o.prev_images_dir {
+        info!("Will do snapshot from {}", parent.display());
+    }
+    true
+}
+
+/// Is all that was asked for something that can be done? The verbs that carry something ask this first; the others only
+/// look, whatever else is on their command line.
+pub fn supported(options: &Options) -> bool {
+    options.refuse_unsupported().inspect_err(|e| error!("{e}")).is_ok()
+}
+
+/// A word of the command line, as a message shows it.
+pub fn shown(word: &OsStr) -> std::path::Display<'_> {
+    Path::new(word).display()
+}
+
+/// An error of the system in the C library's words, which is what callers of CRIU know.
+pub fn reason(e: &std::io::Error) -> String {
+    match e.raw_os_error() {
+        Some(n) => nix::errno::Errno::from_raw(n).desc().to_owned(),
+        None => e.to_string(),
+    }
+}
+
+/// An error and its causes, in one line.
+pub fn chain(e: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = e.to_string();
+    let mut cause = e.source();
+    while let Some(e) = cause {
+        let this = e.downcast_ref::<std::io::Error>().map_or_else(|| e.to_string(), reason);
+        text.push_str(": ");
+        text.push_str(&this);
+        cause = e.source();
+    }
+    text
+}

@@ -1,0 +1,38 @@
+//! `restore`: the engine does it, this file says how it went, and becomes what it was told to.
+
+use super::dump::human_time;
+use super::{chain, print, reason};
+use crate::options::{Options, Persona};
+use std::os::unix::process::CommandExt as _;
+use std::time::Instant;
+use tracing::{error, info};
+
+/// Restores a tree. The exit code is our own, or that of the restored program if we stayed its parent.
+pub fn run(options: &Options) -> i32 {
+    if !super::supported(options) {
+        return 1;
+    }
+    let start = Instant::now();
+    let report = match crate::restore::run(options) {
+        Ok(report) => report,
+        Err(e) => {
+            error!("{}", chain(&e));
+            error!("Restoring FAILED.");
+            return 1;
+        }
+    };
+    info!("Restore finished successfully. Tasks resumed.");
+    if options.personality == Persona::Standstill && options.restore_detach {
+        print(&format!("restored from {} in {}\n", options.images_dir.display(), human_time(start.elapsed())));
+    }
+    if let Some((program, args)) = options.exec_cmd.split_first() {
+        let error = std::process::Command::new(program).args(args).current_dir(options.work_dir()).exec();
+        error!("Failed to exec command {}: {}", super::shown(program), reason(&error));
+        return 1;
+    }
+    match options.personality {
+        // CRIU waits for the program, but does not hand its exit code on
+        Persona::Criu => 0,
+        Persona::Standstill => report.exit_code.unwrap_or(0),
+    }
+}

@@ -1,0 +1,449 @@
+//! The phases of a dump, in their order: each is a call, none is a system call.
+//!
+//! find and freeze → read /proc → sort files and areas (what cannot be carried is refused here, before anything is
+//! changed) → put the executor in → ask → write metadata while pages are copied → inventory last → take the executor out
+//! → kill, stop or let go.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use rayon::prelude::*;
+use standstill_images::proto::{
+    CoreEntry, FdinfoEntry, FsEntry, InventoryEntry, MmEntry, PluginsEntry, PstreeEntry, SeccompEntry, SeccompFilter,
+    TaskKobjIdsEntry, TimensEntry, Timespec,
+};
+use standstill_images::{FolderStore, ImageKind, Images};
+
+use crate::error::{At, Error, Place, Result};
+use crate::files::DumpFiles;
+use crate::memory::{self, drain};
+use crate::options::{FinalState, Options};
+use crate::plan::Plan;
+use crate::proc::maps::VmaName;
+use crate::stats::Phases;
+use crate::sys::futex::RobustList;
+use crate::sys::memory as remote;
+use crate::sys::ptrace;
+use crate::tasks::{core, facts::Facts, finish, freeze, ids, seccomp};
+use crate::tracee::{Answers, Infected, Stopped};
+
+/// What a dump did.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct DumpReport {
+    /// How long the tree stood still.
+    pub frozen: Duration,
+    /// How long it all took.
+    pub total: Duration,
+    /// Pages of memory written.
+    pub pages: u64,
+    /// Processes dumped.
+    pub tasks: usize,
+}
+
+/// One process on its way into images.
+#[derive(Debug)]
+struct Task {
+    pid: i32,
+    parent: i32,
+    stat: crate::proc::stat::Stat,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Dead(i32),
+    Alive(Box<Alive>),
+}
+
+#[derive(Debug)]
+struct Alive {
+    facts: Facts,
+    ids: TaskKobjIdsEntry,
+    mm: MmEntry,
+    fs: FsEntry,
+    vdso: Option<(u64, Vec<u8>)>,
+    chains: Vec<seccomp::Chain>,
+}
+
+/// Dumps the tree below `opts.pid` into `opts.images_dir`. Whatever happens, the tree goes on, unless it was to be killed
+/// and the checkpoint is complete.
+pub fn run(opts: &Options) -> Result<DumpReport> {
+    opts.refuse_unsupported().map_err(|e| Error::Usage { what: e.to_string() })?;
+    let root = opts.required_pid().map_err(|e| Error::Usage { what: e.to_string() })?;
+    let images = Images::new(FolderStore::open(&opts.images_dir)?);
+    // all of ptrace belongs to one thread, which outlives its tracees
+    std::thread::scope(|scope| match scope.spawn(|| dump(opts, root, &images)).join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })
+}
+
+fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
+    let mut phases = Phases::start();
+    images.remove(ImageKind::Inventory, ())?;
+    let robust = RobustList::new()?;
+    let frozen = freeze::freeze(root, Duration::from_secs(u64::from(opts.timeout)))?;
+    phases.mark("freezing");
+    let frozen_at = Instant::now();
+    tracing::info!("{} tasks stand still", frozen.len());
+
+    let mut threads: Vec<Vec<Stopped>> = Vec::with_capacity(frozen.len());
+    let mut heads = Vec::with_capacity(frozen.len());
+    for f in frozen {
+        heads.push((f.pid, f.parent, f.dead, f.stat));
+        threads.push(f.threads);
+    }
+    suspend_seccomp_and_settle(&mut threads)?;
+    let mut tasks = read(&heads, &threads)?;
+    check_session(opts, &tasks)?;
+    let mut numbers = ids::Ids::new()?;
+    give_ids(&mut tasks, &mut numbers)?;
+    refuse_gpus(&tasks)?;
+    let mut files = DumpFiles::new(opts, images, heads.iter().map(|h| h.0).collect(), numbers.root.net_ns_id.unwrap_or(0));
+    let fdinfos = dump_files(&mut tasks, &mut files)?;
+    phases.mark("reading");
+
+    // from here on tasks are changed, and put right again when `infected` is dropped
+    let mut infected = Vec::with_capacity(tasks.len());
+    let mut asked = Vec::with_capacity(tasks.len());
+    for (task, stopped) in tasks.iter().zip(threads) {
+        let Kind::Alive(alive) = &task.kind else { continue };
+        let vdso = alive.vdso.as_ref().map_or((0, &[][..]), |(at, bytes)| (*at, bytes.as_slice()));
+        let mut host = Infected::infect(stopped, vdso, &robust)?;
+        let mut plans = Vec::with_capacity(host.threads().len());
+        let mut in_task = None;
+        let mut in_threads = Vec::new();
+        for i in 0..host.threads().len() {
+            let mut plan = Plan::new();
+            in_threads.push(core::ask_thread(&mut plan));
+            if i == 0 {
+                in_task = Some(core::ask_task(&alive.facts, &mut plan));
+            }
+            plans.push(plan);
+        }
+        host.start(plans).task(task.pid)?;
+        infected.push(host);
+        asked.push((in_task.ok_or(Error::Gone)?, in_threads));
+    }
+    phases.mark("infecting");
+    let mut answers: Vec<Vec<Answers>> = Vec::with_capacity(infected.len());
+    for host in &mut infected {
+        answers.push(host.finish()?);
+    }
+    phases.mark("asking");
+
+    let time_ns = tasks.iter().find_map(|t| match &t.kind {
+        Kind::Alive(a) => a.ids.time_ns_id,
+        Kind::Dead(_) => None,
+    });
+    let mut filters: Vec<SeccompFilter> = Vec::new();
+    let mut written = Written::default();
+    let mut live = infected.iter().zip(&asked).zip(&answers);
+    let mut drains = Vec::new();
+    for task in &mut tasks {
+        match &mut task.kind {
+            Kind::Dead(code) => {
+                let pid = ns_pid(task.pid, None)?;
+                images.write_one(ImageKind::Core, pid, &core::dead_entry(*code, &task.stat))?;
+                written.pstree.push(pstree_entry(&task.stat, task.pid, task.parent, &[], None));
+            }
+            Kind::Alive(alive) => {
+                let ((host, (in_task, in_threads)), answers) = live.next().ok_or(Error::Gone)?;
+                let more = core::more(in_task, answers.first().ok_or(Error::Gone)?);
+                written.clocks.get_or_insert((more.monotonic, more.boottime));
+                alive.mm.mm_brk = more.brk;
+                alive.mm.dumpable = Some(more.dumpable);
+                alive.mm.thp_disabled = Some(more.thp_disabled);
+                let last_filters = seccomp::add(&alive.chains, &mut filters);
+                for (i, (thread, facts)) in host.threads().iter().zip(&alive.facts.threads).enumerate() {
+                    let mut entry = core::thread_entry(thread, facts, &in_threads[i], &answers[i], i == 0)?;
+                    set_filter(&mut entry, last_filters.get(i).copied().flatten(), &alive.chains);
+                    if i == 0 {
+                        entry.tc = Some(core::task_entry(thread, &alive.facts, in_task, &answers[0], task.stat.flags).task(task.pid)?);
+                    }
+                    images.write_one(ImageKind::Core, ns_pid(thread.tid(), Some(&facts.status))?, &entry)?;
+                }
+                let pid = ns_pid(task.pid, Some(alive.facts.status()))?;
+                let pointers: Vec<u64> = host.threads().iter().map(|t| t.registers.sp).collect();
+                let drain = drain::plan(task.pid, &mut alive.mm.vmas, &pointers).task(task.pid)?;
+                images.write_one(ImageKind::Mm, pid, &alive.mm)?;
+                images.write_one(ImageKind::Fs, pid, &alive.fs)?;
+                images.write_one(ImageKind::Ids, pid, &alive.ids)?;
+                drains.push((drain, pid, files.next_pages_id(), alive.vdso.as_ref()));
+                written.pstree.push(pstree_entry(&task.stat, task.pid, task.parent, &alive.facts.threads, Some(&alive.facts)));
+            }
+        }
+    }
+    for (files_id, entries) in fdinfos {
+        images.write_entries(ImageKind::Fdinfo, files_id, entries)?;
+    }
+    phases.mark("metadata");
+    let pages = AtomicU64::new(0);
+    drains.par_iter().try_for_each(|(drain, pid, pages_id, vdso)| {
+        pages.fetch_add(drain.pages, Ordering::Relaxed);
+        drain.write(images, *pid, *pages_id, vdso.map(|(at, bytes)| (*at, bytes.as_slice())))
+    })?;
+    phases.mark("memory");
+    files.finish()?;
+    images.write_entries(ImageKind::Pstree, (), written.pstree)?;
+    images.write_one(ImageKind::Seccomp, (), &SeccompEntry { seccomp_filters: filters })?;
+    write_clocks(images, time_ns, &numbers, written.clocks)?;
+    let scanned: u64 = drains.iter().map(|d| d.0.scanned).sum();
+    drop(drains);
+    images.write_one(ImageKind::Inventory, (), &inventory(opts, numbers.root))?;
+    images.commit()?;
+    phases.mark("inventory");
+
+    let alive: Vec<i32> = infected.iter().map(Infected::pid).collect();
+    match opts.final_state {
+        FinalState::Kill => finish::kill(infected)?,
+        state @ (FinalState::Run | FinalState::Stop) => {
+            files.tasks_go_on()?;
+            finish::let_go(infected, state == FinalState::Stop)?;
+        }
+    }
+    phases.mark("ending");
+    let report = DumpReport { frozen: frozen_at.elapsed(), total: phases.total(), pages: pages.into_inner(), tasks: alive.len() };
+    crate::stats::write_dump(opts, &phases, &report, scanned)?;
+    Ok(report)
+}
+
+/// What goes into images that are written once.
+#[derive(Debug, Default)]
+struct Written {
+    pstree: Vec<PstreeEntry>,
+    clocks: Option<((u64, u64), (u64, u64))>,
+}
+
+/// Filters are held off while the executor runs; waits that only our stop ended are wound back.
+fn suspend_seccomp_and_settle(threads: &mut [Vec<Stopped>]) -> Result<()> {
+    let mut buffer = Vec::new();
+    for thread in threads.iter_mut().flatten() {
+        let tid = thread.tid();
+        crate::proc::read_proc(format!("/proc/{tid}/status").as_ref(), &mut buffer).map_err(|_| Error::Gone).task(tid)?;
+        let status = crate::proc::status::parse(&buffer).task(tid)?;
+        if status.seccomp.unwrap_or(0) != 0 {
+            ptrace::set_options(tid, ptrace::SYSGOOD | ptrace::SUSPEND_SECCOMP).task(tid)?;
+        }
+        if status.sig_pending != 0 {
+            thread.pending = ptrace::pending_signals(tid, false).task(tid)?;
+        }
+        if status.shared_pending != 0 && status.tgid == tid {
+            thread.shared_pending = ptrace::pending_signals(tid, true).task(tid)?;
+        }
+        let deliverable = (status.sig_pending | status.shared_pending) & !thread.mask != 0;
+        thread.wind_back_wait(deliverable);
+        leave_sequence(thread).task(tid)?;
+    }
+    Ok(())
+}
+
+/// A thread inside a restartable sequence is moved to its abort handler, as a preemption would have done.
+fn leave_sequence(thread: &mut Stopped) -> Result<()> {
+    let rseq = thread.rseq;
+    if rseq.address == 0 {
+        return Ok(());
+    }
+    let mut pointer = [0u8; 8];
+    if remote::read_remote(thread.tid(), rseq.address + 8, &mut pointer)? != 8 || pointer == [0; 8] {
+        return Ok(());
+    }
+    let mut cs = [0u8; 32];
+    if remote::read_remote(thread.tid(), u64::from_le_bytes(pointer), &mut cs).ok() != Some(32) {
+        return Ok(());
+    }
+    let word = |n: usize| cs.get(n..n + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes);
+    thread.abort_sequence(word(8), word(16), word(24));
+    Ok(())
+}
+
+type Head = (i32, i32, Option<freeze::Dead>, crate::proc::stat::Stat);
+
+/// Reads /proc of all tasks, side by side.
+fn read(heads: &[Head], threads: &[Vec<Stopped>]) -> Result<Vec<Task>> {
+    let tids: Vec<Vec<i32>> = threads.iter().map(|t| t.iter().map(Stopped::tid).collect()).collect();
+    let facts: Vec<Option<Facts>> = if heads.len() == 1 {
+        vec![Some(Facts::read(heads[0].0, &tids[0])?)]
+    } else {
+        heads
+            .par_iter()
+            .zip(&tids)
+            .map(|((pid, _, dead, _), tids)| if dead.is_some() { Ok(None) } else { Facts::read(*pid, tids).map(Some) })
+            .collect::<Result<_>>()?
+    };
+    let mut tasks = Vec::with_capacity(heads.len());
+    for ((head, facts), threads) in heads.iter().zip(facts).zip(threads) {
+        let (pid, parent, dead, stat) = head.clone();
+        let kind = match (dead, facts) {
+            (Some(dead), _) => Kind::Dead(dead.exit_code),
+            (None, Some(facts)) => {
+                let mut chains = Vec::new();
+                for (thread, f) in threads.iter().zip(&facts.threads) {
+                    let filtered = f.status.seccomp == Some(seccomp::FILTER as u32);
+                    chains.push(if filtered { seccomp::read(thread.tid()).task(thread.tid())? } else { Vec::new() });
+                }
+                let vdso = read_vdso(&facts).task(pid)?;
+                Kind::Alive(Box::new(Alive { facts, ids: Default::default(), mm: Default::default(), fs: Default::default(), vdso, chains }))
+            }
+            (None, None) => return Err(Error::Gone).task(pid),
+        };
+        tasks.push(Task { pid, parent, stat, kind });
+    }
+    Ok(tasks)
+}
+
+fn read_vdso(facts: &Facts) -> Result<Option<(u64, Vec<u8>)>> {
+    let Some(area) = facts.areas.iter().find(|a| a.name() == VmaName::Vdso) else { return Ok(None) };
+    let mut bytes = vec![0; usize::try_from(area.size()).unwrap_or(0)];
+    if remote::read_remote(facts.pid, area.start, &mut bytes)? != bytes.len() {
+        return Err(Error::Gone);
+    }
+    Ok(Some((area.start, bytes)))
+}
+
+/// A tree whose root does not lead its session belongs to a shell's job.
+fn check_session(opts: &Options, tasks: &[Task]) -> Result<()> {
+    let Some(root) = tasks.first() else { return Err(Error::Gone) };
+    if root.stat.session != root.pid && !opts.shell_job {
+        return Err(Error::Usage {
+            what: format!("The root process {} is not a session leader. Consider using --shell-job option", root.pid),
+        });
+    }
+    Ok(())
+}
+
+fn give_ids(tasks: &mut [Task], numbers: &mut ids::Ids) -> Result<()> {
+    for i in 0..tasks.len() {
+        let (before, rest) = tasks.split_at_mut(i);
+        let Some(task) = rest.first_mut() else { break };
+        let Kind::Alive(alive) = &mut task.kind else { continue };
+        let parent = before.iter().find(|t| t.pid == task.parent).and_then(|t| match &t.kind {
+            Kind::Alive(a) => Some((t.pid, &a.ids)),
+            Kind::Dead(_) => None,
+        });
+        alive.ids = numbers.task(task.pid, parent)?;
+    }
+    Ok(())
+}
+
+/// A task that holds a GPU is refused, by name.
+fn refuse_gpus(tasks: &[Task]) -> Result<()> {
+    for task in tasks {
+        let Kind::Alive(alive) = &task.kind else { continue };
+        crate::gpu::refuse(&alive.facts).task(task.pid)?;
+    }
+    Ok(())
+}
+
+/// Descriptors, areas, exe, root and working folder, in CRIU's order of ids: areas first.
+fn dump_files(tasks: &mut [Task], files: &mut DumpFiles<'_>) -> Result<Vec<(u32, Vec<FdinfoEntry>)>> {
+    let mut all: Vec<(u32, Vec<FdinfoEntry>)> = Vec::new();
+    for task in tasks {
+        let Kind::Alive(alive) = &mut task.kind else { continue };
+        let (pid, facts) = (task.pid, &alive.facts);
+        let vmas = memory::areas::entries(pid, &facts.areas, files).task(pid)?;
+        if !all.iter().any(|(id, _)| *id == alive.ids.files_id) {
+            let mut entries = Vec::with_capacity(facts.descriptors.len());
+            for d in &facts.descriptors {
+                entries.push(files.descriptor(d).at(Place::Fd(d.fd)).task(pid)?);
+            }
+            all.push((alive.ids.files_id, entries));
+        }
+        let exe = files.link(pid, "exe").task(pid)?;
+        alive.fs = FsEntry { cwd_id: files.link(pid, "cwd").task(pid)?, root_id: files.link(pid, "root").task(pid)?, umask: facts.status().umask };
+        let s = &task.stat;
+        alive.mm = MmEntry {
+            mm_start_code: s.startcode,
+            mm_end_code: s.endcode,
+            mm_start_data: s.start_data,
+            mm_end_data: s.end_data,
+            mm_start_stack: s.startstack,
+            mm_start_brk: s.start_brk,
+            mm_brk: s.start_brk,
+            mm_arg_start: s.arg_start,
+            mm_arg_end: s.arg_end,
+            mm_env_start: s.env_start,
+            mm_env_end: s.env_end,
+            exe_file_id: exe,
+            // CRIU has room for 44 words
+            mm_saved_auxv: facts.auxv.iter().take(44).copied().collect(),
+            vmas,
+            ..Default::default()
+        };
+    }
+    Ok(all)
+}
+
+fn set_filter(entry: &mut CoreEntry, last: Option<u32>, chains: &[seccomp::Chain]) {
+    let Some(core) = &mut entry.thread_core else { return };
+    if core.seccomp_mode == Some(seccomp::FILTER) {
+        core.seccomp_filter = last;
+        // the leader's filters are synchronized to this thread
+        if last.is_none() && chains.len() > 1 {
+            core.seccomp_mode = None;
+        }
+    }
+}
+
+/// The id in the innermost pid namespace of the task.
+fn ns_pid(pid: i32, status: Option<&crate::proc::status::Status>) -> Result<u32> {
+    let id = status.and_then(|s| s.ns_pid.last().copied()).unwrap_or(pid);
+    u32::try_from(id).map_err(|_| Error::Gone)
+}
+
+fn pstree_entry(
+    stat: &crate::proc::stat::Stat,
+    pid: i32,
+    parent: i32,
+    threads: &[crate::tasks::facts::ThreadFacts],
+    facts: Option<&Facts>,
+) -> PstreeEntry {
+    let last = |list: Option<&Vec<i32>>, other: i32| list.and_then(|l| l.last().copied()).unwrap_or(other).max(0) as u32;
+    let status = facts.map(Facts::status);
+    let mut tids: Vec<u32> = threads.iter().map(|t| last(Some(&t.status.ns_pid), t.status.pid)).collect();
+    if tids.is_empty() {
+        tids.push(pid as u32);
+    }
+    PstreeEntry {
+        pid: last(status.map(|s| &s.ns_pid), pid),
+        ppid: parent.max(0) as u32,
+        pgid: last(status.map(|s| &s.ns_pgid), stat.pgrp),
+        sid: last(status.map(|s| &s.ns_sid), stat.session),
+        threads: tids,
+    }
+}
+
+/// The clocks that the restored tasks go on from.
+fn write_clocks(images: &Images, own: Option<u32>, numbers: &ids::Ids, clocks: Option<((u64, u64), (u64, u64))>) -> Result<()> {
+    let Some((monotonic, boottime)) = clocks else { return Ok(()) };
+    let id = if own == numbers.root.time_ns_id { 0 } else { own.unwrap_or(0) };
+    let time = |(tv_sec, tv_nsec)| Timespec { tv_sec, tv_nsec };
+    images.write_one(ImageKind::Timens, id, &TimensEntry { monotonic: time(monotonic), boottime: time(boottime) })?;
+    Ok(())
+}
+
+fn inventory(opts: &Options, root_ids: TaskKobjIdsEntry) -> InventoryEntry {
+    use crate::options::NetworkLock;
+    InventoryEntry {
+        img_version: 2,
+        fdinfo_per_id: Some(true),
+        root_ids: Some(root_ids),
+        ns_per_id: Some(true),
+        root_cg_set: Some(1),
+        lsmtype: Some(0),
+        tcp_close: opts.tcp_close.then_some(true),
+        network_lock_method: Some(match opts.network_lock {
+            NetworkLock::Iptables => 0,
+            NetworkLock::Nftables => 1,
+            NetworkLock::Skip => 2,
+        }),
+        plugins_entry: Some(PluginsEntry::default()),
+        dump_criu_run_id: Some(run_id().into_bytes()),
+        ..Default::default()
+    }
+}
+
+/// A name that no other dump has.
+fn run_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/uuid").map(|s| s.trim().to_owned()).unwrap_or_default()
+}

@@ -1,0 +1,471 @@
+//! Descriptors: what a task has open, how that goes into images, and how it comes back.
+//!
+//! One file a kind. Each has a `dump` that turns a [`Descriptor`] into a file entry, and an `open` that turns the entry
+//! into a descriptor of the engine's own, which the tasks then inherit. What only a task itself can do, with its own
+//! numbers, ids or clocks, is left to `in_task`, which adds operations to the plan of the first task that has the file.
+//!
+//! Images: `files.img` (one [`FileEntry`] an open file), `fdinfo-N.img` (the numbers of one descriptor table), and those
+//! that the kinds name themselves.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+
+use standstill_images::proto::{FdTypes, FdinfoEntry, FileEntry, FownEntry};
+use standstill_images::{ImageKind, Images};
+
+use crate::error::{At, Call, Error, Place, Result};
+use crate::options::Options;
+use crate::plan::Plan;
+use crate::proc::fdinfo::{self, FdInfo};
+use crate::sys::calls;
+
+mod devices;
+pub mod epoll;
+pub mod eventfd;
+pub mod fifo;
+pub mod ghost;
+pub mod inotify;
+pub mod memfd;
+mod paths;
+pub mod pidfd;
+pub mod pipe;
+pub mod regular;
+pub mod signalfd;
+mod sparse;
+#[cfg(test)]
+mod testing;
+pub mod timerfd;
+pub mod tty;
+mod validate;
+
+use crate::sockets;
+
+/// One descriptor of a task that is being dumped.
+#[derive(Debug)]
+pub struct Descriptor {
+    /// The task, in our pid namespace.
+    pub pid: i32,
+    /// Its number there.
+    pub fd: i32,
+    /// The same open file, in our hands (pidfd_getfd(2)). Reading from it takes from the program: peek only.
+    pub copy: OwnedFd,
+    /// What /proc/PID/fd/N points to, with " (deleted)" as the kernel prints it.
+    pub link: Vec<u8>,
+    /// /proc/PID/fdinfo/N.
+    pub info: FdInfo,
+    /// fstat(2) of it.
+    pub stat: rustix::fs::Stat,
+    /// Its status and access flags (F_GETFL).
+    pub flags: u32,
+    /// FD_CLOEXEC.
+    pub cloexec: bool,
+    /// Who gets SIGIO.
+    pub fown: FownEntry,
+}
+
+impl Descriptor {
+    /// Reads all there is to know about descriptor `fd` of `pid`, from outside.
+    pub fn read(pid: i32, pidfd: BorrowedFd<'_>, fd: i32, buffer: &mut Vec<u8>) -> Result<Descriptor> {
+        let link = rustix::fs::readlink(format!("/proc/{pid}/fd/{fd}"), Vec::new()).call("readlink(/proc/PID/fd/N)")?.into_bytes();
+        crate::proc::read_proc(format!("/proc/{pid}/fdinfo/{fd}").as_ref(), buffer).call("read(/proc/PID/fdinfo/N)")?;
+        let info = fdinfo::parse(buffer)?;
+        let copy = calls::pidfd_getfd(pidfd, fd)?;
+        let stat = rustix::fs::fstat(&copy).call("fstat")?;
+        let cloexec = info.flags & libc::O_CLOEXEC as u32 != 0;
+        let flags = info.flags & !(libc::O_CLOEXEC as u32);
+        let fown = if flags & libc::O_PATH as u32 != 0 { no_owner() } else { calls::file_owner(copy.as_fd())? };
+        Ok(Descriptor { pid, fd, copy, link, info, stat, flags, cloexec, fown })
+    }
+
+    /// A refusal of this descriptor, by kind.
+    pub fn refused(&self, kind: &str, advice: &'static str) -> Error {
+        Error::refused(format!("{kind} ({})", String::from_utf8_lossy(&self.link)), advice)
+    }
+}
+
+/// Nobody gets SIGIO.
+pub fn no_owner() -> FownEntry {
+    FownEntry { uid: 0, euid: 0, signum: 0, pid_type: 0, pid: 0 }
+}
+
+/// What open files of a dump have in common: ids, sameness, and the images they go to.
+#[derive(Debug)]
+pub struct DumpFiles<'a> {
+    /// What the caller asked for.
+    pub opts: &'a Options,
+    /// Where images go.
+    pub images: &'a Images,
+    /// All tasks of the tree.
+    pub tree: Vec<i32>,
+    /// Sockets, pipes … by what a kind must remember: each its own.
+    pub pipes: pipe::Dumped,
+    /// Regular files that others map or have open, ghosts, remaps.
+    pub regular: regular::Dumped,
+    /// FIFOs by their inode.
+    pub fifos: fifo::Dumped,
+    /// memfd inodes.
+    pub memfds: memfd::Dumped,
+    /// Unix sockets.
+    pub unix: sockets::unix::Dumped,
+    /// Internet sockets.
+    pub inet: sockets::inet::Dumped,
+    /// Terminals.
+    pub ttys: tty::Dumped,
+    /// Id of the network namespace that the sockets are in (as in the ids image).
+    pub net_ns: u32,
+    entries: Vec<FileEntry>,
+    next: u32,
+    pages: u32,
+    same: HashMap<SameKey, Vec<(i32, i32, u32, FdTypes)>>,
+}
+
+/// Open files that may be the same: compared with kcmp(2) only within a key.
+type SameKey = (u64, u64, u32, u32, i64);
+
+impl<'a> DumpFiles<'a> {
+    /// No files yet.
+    pub fn new(opts: &'a Options, images: &'a Images, tree: Vec<i32>, net_ns: u32) -> DumpFiles<'a> {
+        DumpFiles {
+            opts,
+            images,
+            tree,
+            pipes: Default::default(),
+            regular: Default::default(),
+            fifos: Default::default(),
+            memfds: Default::default(),
+            unix: Default::default(),
+            inet: Default::default(),
+            ttys: Default::default(),
+            net_ns,
+            entries: Vec::new(),
+            next: 1,
+            pages: 0,
+            same: HashMap::new(),
+        }
+    }
+
+    /// A new file id.
+    pub fn new_id(&mut self) -> u32 {
+        self.next += 1;
+        self.next - 1
+    }
+
+    /// The number of a new `pages-N.img`.
+    pub fn next_pages_id(&mut self) -> u32 {
+        self.pages += 1;
+        self.pages
+    }
+
+    /// The id of the file behind /proc/PID/exe, /proc/PID/cwd or /proc/PID/root.
+    pub fn link(&mut self, pid: i32, name: &str) -> Result<u32> {
+        let path = format!("/proc/{pid}/{name}");
+        let target = rustix::fs::readlink(&path, Vec::new()).call("readlink").at(Place::Path(path.clone().into()))?.into_bytes();
+        let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
+        let file = rustix::fs::open(&path, flags, rustix::fs::Mode::empty()).call("open").at(Place::Path(path.into()))?;
+        let stat = rustix::fs::fstat(&file).call("fstat")?;
+        regular::mapped(self, file, &target, &stat)
+    }
+
+    /// Undoes what only makes sense for tasks that are killed: names that were made for files without one.
+    pub fn tasks_go_on(&mut self) -> Result<()> {
+        regular::tasks_go_on(self)
+    }
+
+    /// Keeps these names: the images are complete and the tasks are about to end. Without this they go with `self`.
+    pub fn tasks_end(&mut self) {
+        regular::tasks_end(self);
+    }
+
+    /// Adds an entry to `files.img`.
+    pub fn add(&mut self, entry: FileEntry) {
+        self.entries.push(entry);
+    }
+
+    /// Dumps a descriptor, or recognizes the open file that it shares with an earlier one.
+    pub fn descriptor(&mut self, d: &Descriptor) -> Result<FdinfoEntry> {
+        let key = (d.stat.st_dev, d.stat.st_ino, d.flags, d.stat.st_rdev as u32, d.info.pos);
+        let mut known = None;
+        for &(pid, fd, id, kind) in self.same.get(&key).into_iter().flatten() {
+            if calls::same_file(pid, fd, d.pid, d.fd)? {
+                known = Some((id, kind));
+                break;
+            }
+        }
+        let (id, kind) = match known {
+            Some(known) => known,
+            None => {
+                let id = self.new_id();
+                let entry = self.dump(d, id)?;
+                let kind = entry.r#type();
+                self.add(entry);
+                self.same.entry(key).or_default().push((d.pid, d.fd, id, kind));
+                (id, kind)
+            }
+        };
+        let fd = u32::try_from(d.fd).unwrap_or(u32::MAX);
+        Ok(FdinfoEntry { id, flags: u32::from(d.cloexec), r#type: kind as i32, fd, xattr_security_selinux: None })
+    }
+
+    /// Dispatches by what the descriptor is.
+    fn dump(&mut self, d: &Descriptor, id: u32) -> Result<FileEntry> {
+        use rustix::fs::FileType;
+        let path_only = d.flags & libc::O_PATH as u32 != 0;
+        match FileType::from_raw_mode(d.stat.st_mode) {
+            FileType::Socket if d.link.starts_with(b"socket:[") => sockets::dump(d, id, self),
+            FileType::Fifo if d.link.starts_with(b"pipe:[") => pipe::dump(d, id, self),
+            FileType::Fifo if !path_only => fifo::dump(d, id, self),
+            FileType::CharacterDevice if !path_only && tty::is_tty(d.stat.st_rdev) => tty::dump(d, id, self),
+            FileType::RegularFile if memfd::is_one(&d.link, &d.stat) => memfd::dump(d, id, self),
+            FileType::RegularFile | FileType::Directory | FileType::CharacterDevice | FileType::BlockDevice | FileType::Fifo
+            | FileType::Symlink | FileType::Socket
+                if d.link.starts_with(b"/") || d.link.starts_with(b"(unreachable)") =>
+            {
+                regular::dump(d, id, self)
+            }
+            _ => match d.link.as_slice() {
+                b"anon_inode:[eventfd]" => eventfd::dump(d, id, self),
+                b"anon_inode:[eventpoll]" => epoll::dump(d, id, self),
+                b"anon_inode:[signalfd]" => signalfd::dump(d, id, self),
+                b"anon_inode:[timerfd]" => timerfd::dump(d, id, self),
+                b"anon_inode:inotify" => inotify::dump(d, id, self),
+                b"anon_inode:[pidfd]" => pidfd::dump(d, id, self),
+                link if link.starts_with(b"pidfd:[") => pidfd::dump(d, id, self),
+                b"anon_inode:[io_uring]" => Err(d.refused("an io_uring", "let the program close its rings before the dump")),
+                b"anon_inode:[userfaultfd]" => Err(d.refused("a userfaultfd", "end the program's userfaultfd handling before the dump")),
+                b"anon_inode:[fanotify]" => Err(d.refused("a fanotify group", "close it before the dump")),
+                b"anon_inode:[perf_event]" => Err(d.refused("a perf event", "end the profiling before the dump")),
+                b"anon_inode:bpf-map" | b"anon_inode:bpf-prog" | b"anon_inode:bpf_link" => {
+                    Err(d.refused("a BPF object", "close it before the dump"))
+                }
+                link if link.ends_with(b"]") && link.windows(2).any(|w| w == b":[") => {
+                    Err(d.refused("a namespace file", "close it before the dump"))
+                }
+                _ => Err(d.refused("a descriptor of an unknown kind", "close it before the dump")),
+            },
+        }
+    }
+
+    /// Writes `files.img` and what the kinds kept for the end.
+    pub fn finish(&mut self) -> Result<()> {
+        sockets::unix::finish(self)?;
+        sockets::inet::finish(self)?;
+        pipe::finish(self)?;
+        fifo::finish(self)?;
+        memfd::finish(self)?;
+        tty::finish(self)?;
+        regular::finish(self)?;
+        self.images.write_entries(ImageKind::Files, (), self.entries.drain(..))?;
+        Ok(())
+    }
+}
+
+/// What open files of a restore have in common.
+#[derive(Debug)]
+pub struct RestoreFiles<'a> {
+    /// What the caller asked for.
+    pub opts: &'a Options,
+    /// Where images come from.
+    pub images: &'a Images,
+    /// Entries of `files.img`, by id.
+    pub entries: HashMap<u32, FileEntry>,
+    /// Open files, by id, as far as they are open.
+    pub opened: BTreeMap<u32, OwnedFd>,
+    /// Pipes by their id.
+    pub pipes: pipe::Restored,
+    /// Ghosts and remaps.
+    pub regular: regular::Restored,
+    /// FIFOs by their id.
+    pub fifos: fifo::Restored,
+    /// memfd inodes.
+    pub memfds: memfd::Restored,
+    /// Unix sockets.
+    pub unix: sockets::unix::Restored,
+    /// Internet sockets.
+    pub inet: sockets::inet::Restored,
+    /// Terminals.
+    pub ttys: tty::Restored,
+    /// What must be removed when the restore is over, whether it worked or not.
+    pub litter: Vec<PathBuf>,
+    opening: HashSet<u32>,
+}
+
+impl<'a> RestoreFiles<'a> {
+    /// Reads `files.img`; opens nothing.
+    pub fn read(opts: &'a Options, images: &'a Images) -> Result<RestoreFiles<'a>> {
+        let mut entries = HashMap::new();
+        for entry in images.read_entries_if_there::<FileEntry>(ImageKind::Files, ())? {
+            let id = entry.id;
+            if entries.insert(id, entry).is_some() {
+                return Err(Error::lie("files.img", format!("file {id:#x} is there twice")));
+            }
+        }
+        let mut files = RestoreFiles {
+            opts,
+            images,
+            entries,
+            opened: BTreeMap::new(),
+            pipes: Default::default(),
+            regular: Default::default(),
+            fifos: Default::default(),
+            memfds: Default::default(),
+            unix: Default::default(),
+            inet: Default::default(),
+            ttys: Default::default(),
+            litter: Vec::new(),
+            opening: HashSet::new(),
+        };
+        regular::read(&mut files)?;
+        fifo::read(&mut files)?;
+        memfd::read(&mut files)?;
+        pipe::read(&mut files)?;
+        tty::read(&mut files)?;
+        Ok(files)
+    }
+
+    /// The entry of a file.
+    pub fn entry(&self, id: u32) -> Result<&FileEntry> {
+        self.entries.get(&id).ok_or_else(|| Error::lie("files.img", format!("file {id:#x} is missing")))
+    }
+
+    /// The file with this id, opened if it is not yet.
+    pub fn open(&mut self, id: u32) -> Result<BorrowedFd<'_>> {
+        if !self.opened.contains_key(&id) {
+            if !self.opening.insert(id) {
+                return Err(Error::lie("files.img", format!("file {id:#x} needs itself")));
+            }
+            let entry = self.entry(id)?.clone();
+            let fd = self.make(&entry).at(Place::File(id))?;
+            self.opening.remove(&id);
+            // a socket pair or a pipe may have brought it along
+            self.opened.entry(id).or_insert(fd);
+        }
+        self.opened.get(&id).map(AsFd::as_fd).ok_or(Error::Gone)
+    }
+
+    /// True for files that can be opened only when the tasks exist: below /proc/PID, and pidfds.
+    pub fn opens_late(&self, id: u32) -> Result<bool> {
+        Ok(regular::opens_late(self, id) || pidfd::opens_late(self.entry(id)?))
+    }
+
+    /// Takes away what was made for the restore alone: names of deleted files, and, if it worked, of linked ones.
+    pub fn clean(&mut self, worked: bool) -> Result<()> {
+        for path in std::mem::take(&mut self.litter) {
+            match std::fs::remove_file(&path) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e).call("unlink").at(Place::Path(path)),
+                _ => {}
+            }
+        }
+        if worked { regular::done(self) } else { Ok(()) }
+    }
+
+    /// Dispatches by type; an entry without the part that its type promises is a lie.
+    fn make(&mut self, entry: &FileEntry) -> Result<OwnedFd> {
+        let id = entry.id;
+        let missing = || Error::lie("files.img", format!("file {id:#x} lacks the entry of its type"));
+        match entry.r#type() {
+            FdTypes::Reg => regular::open(entry.reg.as_ref().ok_or_else(missing)?, self),
+            FdTypes::Pipe => pipe::open(entry.pipe.as_ref().ok_or_else(missing)?, self),
+            FdTypes::Fifo => fifo::open(entry.fifo.as_ref().ok_or_else(missing)?, self),
+            FdTypes::Eventfd => eventfd::open(entry.efd.as_ref().ok_or_else(missing)?, self),
+            FdTypes::Eventpoll => epoll::open(entry.epfd.as_ref().ok_or_else(missing)?, self),
+            FdTypes::Signalfd => signalfd::open(entry.sgfd.as_ref().ok_or_else(missing)?, self),
+            FdTypes::Timerfd => timerfd::open(entry.tfd.as_ref().ok_or_else(missing)?, self),
+            FdTypes::Inotify => inotify::open(entry.ify.as_ref().ok_or_else(missing)?, self),
+            FdTypes::Pidfd => pidfd::open(entry.pidfd.as_ref().ok_or_else(missing)?, self),
+            FdTypes::Memfd => memfd::open(entry.memfd.as_ref().ok_or_else(missing)?, self),
+            FdTypes::Tty => tty::open(entry.tty.as_ref().ok_or_else(missing)?, self),
+            FdTypes::Unixsk => sockets::unix::open(entry.usk.as_ref().ok_or_else(missing)?, self),
+            FdTypes::Inetsk => sockets::inet::open(entry.isk.as_ref().ok_or_else(missing)?, self),
+            kind @ (FdTypes::Und
+            | FdTypes::Packetsk
+            | FdTypes::Netlinksk
+            | FdTypes::Ns
+            | FdTypes::Tunf
+            | FdTypes::Ext
+            | FdTypes::Fanotify
+            | FdTypes::Bpfmap
+            | FdTypes::CtlTty
+            | FdTypes::AutofsPipe) => {
+                Err(Error::refused(format!("an open file of type {}", kind.as_str_name()), "this kind cannot be restored yet"))
+            }
+        }
+    }
+
+    /// Adds to `plan` what the first task that has the file, at number `fd`, must do itself once all of its
+    /// descriptors are in place.
+    pub fn in_task(&self, id: u32, fd: i32, plan: &mut Plan) -> Result<()> {
+        let entry = self.entry(id)?;
+        if let Some(e) = &entry.epfd {
+            epoll::in_task(e, fd, plan)?;
+        }
+        if let Some(e) = &entry.tfd {
+            timerfd::in_task(e, fd, plan)?;
+        }
+        if let Some(e) = &entry.sgfd {
+            signalfd::in_task(e, fd, plan)?;
+        }
+        if let Some(e) = &entry.tty {
+            tty::in_task(e, fd, self, plan)?;
+        }
+        if let Some(fifo) = &entry.fifo {
+            own(&fifo::path_of(fifo, self)?.fown, fd, plan);
+        } else if let Some(owner) = owner_of(entry) {
+            own(owner, fd, plan);
+        }
+        Ok(())
+    }
+}
+
+/// The part of an entry that says who gets SIGIO.
+fn owner_of(entry: &FileEntry) -> Option<&FownEntry> {
+    None.or(entry.reg.as_ref().map(|e| &e.fown))
+        .or(entry.pipe.as_ref().map(|e| &e.fown))
+        .or(entry.efd.as_ref().map(|e| &e.fown))
+        .or(entry.epfd.as_ref().map(|e| &e.fown))
+        .or(entry.sgfd.as_ref().map(|e| &e.fown))
+        .or(entry.tfd.as_ref().map(|e| &e.fown))
+        .or(entry.ify.as_ref().map(|e| &e.fown))
+        .or(entry.pidfd.as_ref().map(|e| &e.fown))
+        .or(entry.memfd.as_ref().map(|e| &e.fown))
+        .or(entry.tty.as_ref().map(|e| &e.fown))
+        .or(entry.usk.as_ref().map(|e| &e.fown))
+        .or(entry.isk.as_ref().map(|e| &e.fown))
+}
+
+/// F_SETSIG and F_SETOWN_EX, with the ids that the owner had when it was set (fcntl(2)).
+fn own(owner: &FownEntry, fd: i32, plan: &mut Plan) {
+    const F_SETOWN_EX: i32 = 15;
+    const F_SETSIG: i32 = 10;
+    if owner.signum != 0 {
+        plan.call("signal of a descriptor", libc::SYS_fcntl, &[fd.into(), F_SETSIG.into(), owner.signum.into()]);
+    }
+    if owner.pid != 0 {
+        let who = plan.bytes(&[owner.pid_type.to_le_bytes(), owner.pid.to_le_bytes()].concat());
+        let changes = (owner.uid, owner.euid) != (0, 0);
+        let keep = u64::from(u32::MAX);
+        if changes {
+            plan.call("owner's ids", libc::SYS_setresuid, &[owner.uid.into(), owner.euid.into(), keep.into()]);
+        }
+        plan.call("owner of a descriptor", libc::SYS_fcntl, &[fd.into(), F_SETOWN_EX.into(), who.into()]);
+        if changes {
+            plan.call("ids after the owner's", libc::SYS_setresuid, &[0.into(), 0.into(), keep.into()]);
+        }
+    }
+}
+
+/// Brings status flags (O_APPEND, O_ASYNC, O_NONBLOCK, O_DIRECT, O_NOATIME) of a new descriptor to those of the image.
+pub fn set_status_flags(fd: BorrowedFd<'_>, flags: u32) -> Result<()> {
+    let changeable = (libc::O_APPEND | libc::O_ASYNC | libc::O_NONBLOCK | libc::O_DIRECT | libc::O_NOATIME) as u32;
+    let now = rustix::fs::fcntl_getfl(fd).call("fcntl(F_GETFL)")?.bits();
+    let wanted = (now & !changeable) | (flags & changeable);
+    if now != wanted {
+        rustix::fs::fcntl_setfl(fd, rustix::fs::OFlags::from_bits_retain(wanted)).call("fcntl(F_SETFL)")?;
+    }
+    Ok(())
+}
+
+/// `/proc/self/fd/N`, to open a file once more with other flags.
+pub fn magic_link(fd: BorrowedFd<'_>) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+}

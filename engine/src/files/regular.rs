@@ -1,0 +1,578 @@
+//! Files by path: regular files, folders, devices, and whatever is open by O_PATH.
+//!
+//! The kernel exposes the path in the link of `/proc/PID/fd/N` and `/proc/PID/map_files/A-B`, as it would be found now from
+//! our root, with " (deleted)" behind it when that name is gone. Only a look at what the path leads to tells whether it
+//! still is this file ([`named`]):
+//! - it is: the path goes into the image;
+//! - the file has no name left: its content goes along (`ghost.rs`);
+//! - it has other names, or NFS renamed it on deletion: with `--link-remap` it gets a name `link_remap.N` near the old one;
+//! - it is of a dead task's `/proc/PID`: the restore makes a task with that number for the time of opening.
+//!
+//! Images: a [`RegFileEntry`] in `files.img`; `remap-fpath.img` says which entries are not simply where their path leads.
+//! Mapped files, programs and working folders have entries as well, without flags and offset, shared by all that use
+//! them.
+//!
+//! Ordering at restore: files below `/proc/PID` after all tasks were made, and while helpers for dead ones live
+//! ([`opens_late`], [`Restored::dead_pids`]); the rest at any time. Names of `--link-remap` go when all is done ([`done`]).
+//!
+//! Not kept: O_NOFOLLOW of a deleted file (the flag is not seen by the file), the content of a file that has a name: what
+//! differs in size, mode or build-id is an error instead (`validate.rs`).
+//!
+//! Man pages: open(2), openat2(2), proc_pid_fd(5), proc_pid_map_files(5).
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, CWD};
+use rustix::io::Errno;
+use standstill_gpu::CharMajors;
+use standstill_images::proto::{FdTypes, FileEntry, FownEntry, RegFileEntry, RemapFilePathEntry, RemapType};
+use standstill_images::ImageKind;
+
+use super::paths::{nearest, open_below, place, reopen, silly, split, task_of, NAMELESS};
+use super::{devices, ghost, magic_link, no_owner, set_status_flags, validate, Descriptor, DumpFiles, RestoreFiles};
+use crate::error::{At, Call, Error, Place, Result};
+use crate::options::FileValidation;
+use crate::sys::calls;
+
+const DELETED: &[u8] = b" (deleted)";
+const PROC: u64 = 0x9fa0;
+const DEVPTS: u64 = 0x1cd1;
+const NFS: u64 = 0x6969;
+const OVERLAY: u64 = 0x794c_7630;
+const IMAGE: &str = "remap-fpath.img";
+
+/// What a dump remembers.
+#[derive(Debug, Default)]
+pub struct Dumped {
+    root: Option<Arc<OwnedFd>>,
+    gpus: Option<CharMajors>,
+    shared: HashMap<(u64, u64, Vec<u8>), u32>,
+    ghosts: HashMap<(u64, u64), u32>,
+    linked: HashMap<(u64, u64), u32>,
+    dead: BTreeSet<i32>,
+    remaps: Vec<RemapFilePathEntry>,
+    links: Vec<(OwnedFd, Vec<u8>)>,
+}
+
+impl Dumped {
+    /// Paths of the tasks' files are below this folder (by default our root, or that of the first task if it is in
+    /// another mount namespace).
+    pub fn set_root(&mut self, root: OwnedFd) {
+        self.root = Some(Arc::new(root));
+    }
+
+    fn remove_links(&mut self) -> Result<()> {
+        let mut result = Ok(());
+        for (folder, name) in self.links.drain(..) {
+            result = result.and(rustix::fs::unlinkat(folder, &name, AtFlags::empty()).call("unlink").at(place(&name)));
+        }
+        result
+    }
+}
+
+impl Drop for Dumped {
+    fn drop(&mut self) {
+        if let Err(error) = self.remove_links() {
+            tracing::warn!(%error, "a temporary name could not be removed");
+        }
+    }
+}
+
+/// The tasks go on, so names that `--link-remap` made are of no use. They also go if a dump ends without
+/// [`tasks_end`].
+pub fn tasks_go_on(cx: &mut DumpFiles<'_>) -> Result<()> {
+    cx.regular.remove_links()
+}
+
+/// The dump is good and the tasks end: names that `--link-remap` made stay.
+pub fn tasks_end(cx: &mut DumpFiles<'_>) {
+    cx.regular.links.clear();
+}
+
+/// An open or mapped file, as far as its entry needs.
+struct Seen<'a> {
+    file: BorrowedFd<'a>,
+    link: &'a [u8],
+    stat: &'a Stat,
+    flags: u32,
+    pos: u64,
+    fown: FownEntry,
+}
+
+impl Seen<'_> {
+    fn kind(&self) -> FileType {
+        FileType::from_raw_mode(self.stat.st_mode)
+    }
+    fn inode(&self) -> (u64, u64) {
+        (self.stat.st_dev, self.stat.st_ino)
+    }
+}
+
+/// Dumps an open file.
+pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry> {
+    devices::check(&d.link, &d.stat, d.flags, &mut cx.regular.gpus)?;
+    let reg = entry(d, id, cx)?;
+    Ok(FileEntry { r#type: FdTypes::Reg as i32, id, reg: Some(reg), ..Default::default() })
+}
+
+/// The entry of an open file by path, for kinds that have one beside their own.
+pub fn entry(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<RegFileEntry> {
+    // an offset of -1 is "none" in the image, and in fdinfo
+    let pos = d.info.pos as u64;
+    let seen = Seen { file: d.copy.as_fd(), link: &d.link, stat: &d.stat, flags: d.flags, pos, fown: d.fown };
+    describe(&seen, id, cx).at(place(&d.link))
+}
+
+/// The id of a file that a task has mapped, runs, or has as its root or working folder. `file` is open in any way, `link`
+/// is what its link in `/proc/PID` reads.
+pub fn mapped(cx: &mut DumpFiles<'_>, file: impl AsFd, link: &[u8], stat: &Stat) -> Result<u32> {
+    let key = (stat.st_dev, stat.st_ino, link.to_vec());
+    if let Some(&id) = cx.regular.shared.get(&key) {
+        return Ok(id);
+    }
+    devices::check(link, stat, 0, &mut cx.regular.gpus)?;
+    let id = cx.new_id();
+    let seen = Seen { file: file.as_fd(), link, stat, flags: 0, pos: 0, fown: no_owner() };
+    let reg = describe(&seen, id, cx).at(place(link))?;
+    cx.add(FileEntry { r#type: FdTypes::Reg as i32, id, reg: Some(reg), ..Default::default() });
+    cx.regular.shared.insert(key, id);
+    Ok(id)
+}
+
+fn describe(seen: &Seen<'_>, id: u32, cx: &mut DumpFiles<'_>) -> Result<RegFileEntry> {
+    let external = external(seen, cx)?;
+    let ext = external.is_some().then_some(true);
+    let name = match external {
+        Some(name) => name,
+        None => named(seen, id, cx)?,
+    };
+    // a log only grows: its size says nothing
+    let log = seen.flags & libc::O_ACCMODE as u32 == libc::O_WRONLY as u32 && seen.flags & libc::O_APPEND as u32 != 0;
+    let compared = seen.kind() == FileType::RegularFile && !log;
+    let build_id = match cx.opts.file_validation {
+        FileValidation::BuildId if compared => validate::build_id_of(seen.file, seen.stat),
+        FileValidation::BuildId | FileValidation::FileSize => Vec::new(),
+    };
+    Ok(RegFileEntry {
+        id,
+        flags: seen.flags,
+        pos: seen.pos,
+        fown: seen.fown,
+        name,
+        size: compared.then(|| seen.stat.st_size.unsigned_abs()),
+        mode: Some(seen.stat.st_mode),
+        build_id,
+        ext,
+        ..Default::default()
+    })
+}
+
+/// `file[MOUNT:INODE]`, if the caller said that this file is not ours to carry.
+fn external(seen: &Seen<'_>, cx: &DumpFiles<'_>) -> Result<Option<Vec<u8>>> {
+    if cx.opts.external_of_kind("file").next().is_none() {
+        return Ok(None);
+    }
+    let wanted = rustix::fs::StatxFlags::MNT_ID;
+    let mount = rustix::fs::statx(seen.file, "", AtFlags::EMPTY_PATH, wanted).call("statx")?.stx_mnt_id;
+    let key = format!("file[{mount:x}:{:x}]", seen.stat.st_ino);
+    Ok(cx.opts.external_has(&key).then(|| key.into_bytes()))
+}
+
+/// The path that the file will be found by, after what that needs was noted for the image.
+fn named(seen: &Seen<'_>, id: u32, cx: &mut DumpFiles<'_>) -> Result<Vec<u8>> {
+    let path = seen.link;
+    let bare = path.strip_suffix(DELETED);
+    let shown = || String::from_utf8_lossy(path).into_owned();
+    if !path.starts_with(b"/") {
+        return Err(Error::refused(
+            format!("{}, out of reach of the root folder,", shown()),
+            "close it before the dump",
+        ));
+    }
+    // the kernel's own type is signed on some machines
+    let fs = rustix::fs::fstatfs(seen.file).call("fstatfs")?.f_type as u64;
+    match fs {
+        PROC => return procfs(seen, id, cx),
+        // gone with its terminal, but no content to carry: the terminal knows
+        DEVPTS => return Ok(bare.unwrap_or(path).to_vec()),
+        _ => {}
+    }
+    if seen.stat.st_nlink == 0 {
+        let bare = bare.unwrap_or(path);
+        return ghostly(seen, id, bare, cx).map(|()| bare.to_vec());
+    }
+    let root = root(cx)?;
+    if fs == NFS && silly(path) {
+        return linked(seen, id, path, fs, cx).map(|()| path.to_vec());
+    }
+    let found = look(root.as_fd(), path, seen)?;
+    if let Found::Same = found {
+        return Ok(path.to_vec());
+    }
+    if let Some(bare) = bare {
+        // deleted, and linked to the same place again
+        if let Found::Same = look(root.as_fd(), bare, seen)? {
+            return Ok(bare.to_vec());
+        }
+        // some file systems leave the count of a removed folder at one
+        if seen.kind() == FileType::Directory {
+            return ghostly(seen, id, bare, cx).map(|()| bare.to_vec());
+        }
+        return linked(seen, id, bare, fs, cx).map(|()| bare.to_vec());
+    }
+    match found {
+        Found::Other(other)
+            if cx.opts.evasive_devices && is_device(seen.kind()) && other.st_rdev == seen.stat.st_rdev =>
+        {
+            Ok(path.to_vec())
+        }
+        Found::Other(other) => {
+            let what = format!(
+                "{}, as something else is there now (device {:x}, inode {}; the file is on {:x}, {}),",
+                shown(),
+                other.st_dev,
+                other.st_ino,
+                seen.stat.st_dev,
+                seen.stat.st_ino
+            );
+            Err(Error::refused(what, "close it before the dump, or unmount or move away what hides it"))
+        }
+        Found::Nothing if seen.kind() == FileType::Directory => Err(Error::refused(
+            format!("{}, which its path does not lead to,", shown()),
+            "leave the folder before the dump",
+        )),
+        Found::Nothing | Found::Same => linked(seen, id, path, fs, cx).map(|()| path.to_vec()),
+    }
+}
+
+/// What a path leads to.
+enum Found {
+    Same,
+    Other(Stat),
+    Nothing,
+}
+
+fn look(root: BorrowedFd<'_>, path: &[u8], seen: &Seen<'_>) -> Result<Found> {
+    let follow = if seen.kind() == FileType::Symlink { libc::O_NOFOLLOW } else { 0 };
+    let file = match open_below(root, path, (libc::O_PATH | follow) as u32) {
+        Ok(file) => file,
+        Err(Errno::NOENT | Errno::NOTDIR) => return Ok(Found::Nothing),
+        Err(error) => return Err(error).call("openat2(O_PATH)"),
+    };
+    let stat = rustix::fs::fstat(&file).call("fstat")?;
+    Ok(if (stat.st_dev, stat.st_ino) == seen.inode() { Found::Same } else { Found::Other(stat) })
+}
+
+/// Where the tasks' paths begin.
+fn root(cx: &mut DumpFiles<'_>) -> Result<Arc<OwnedFd>> {
+    if let Some(root) = &cx.regular.root {
+        return Ok(root.clone());
+    }
+    let theirs = cx.tree.first().filter(|pid| mounts_of(&pid.to_string()) != mounts_of("self"));
+    let path = theirs.map_or_else(|| "/".to_owned(), |pid| format!("/proc/{pid}/root"));
+    let folder = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = Arc::new(rustix::fs::open(&path, folder, Mode::empty()).call("open").at(place(path.as_bytes()))?);
+    cx.regular.root = Some(root.clone());
+    Ok(root)
+}
+
+fn mounts_of(pid: &str) -> Option<std::path::PathBuf> {
+    std::fs::read_link(format!("/proc/{pid}/ns/mnt")).ok()
+}
+
+/// A file below /proc: of a task that is gone, or one that will be there.
+fn procfs(seen: &Seen<'_>, id: u32, cx: &mut DumpFiles<'_>) -> Result<Vec<u8>> {
+    let bare = seen.link.strip_suffix(DELETED);
+    let path = bare.unwrap_or(seen.link);
+    if let Some(pid) = task_of(path) {
+        let dead = bare.is_some() || {
+            let folder = format!("/proc/{pid}");
+            open_below(root(cx)?.as_fd(), folder.as_bytes(), libc::O_PATH as u32).is_err()
+        };
+        if dead && cx.regular.dead.insert(pid) {
+            let remap = RemapFilePathEntry {
+                orig_id: id,
+                remap_id: pid.unsigned_abs(),
+                remap_type: Some(RemapType::Procfs as i32),
+            };
+            cx.regular.remaps.push(remap);
+        }
+    }
+    Ok(path.to_vec())
+}
+
+fn is_device(kind: FileType) -> bool {
+    matches!(kind, FileType::CharacterDevice | FileType::BlockDevice)
+}
+
+/// The content goes along.
+fn ghostly(seen: &Seen<'_>, id: u32, bare: &[u8], cx: &mut DumpFiles<'_>) -> Result<()> {
+    let ghost = match cx.regular.ghosts.get(&seen.inode()) {
+        Some(&ghost) => ghost,
+        None => {
+            let size = u64::try_from(seen.stat.st_blocks).unwrap_or(0).saturating_mul(512);
+            if size > cx.opts.ghost_limit {
+                let path = String::from_utf8_lossy(bare);
+                return Err(Error::Usage {
+                    what: format!("Can't dump ghost file {path} of {size} size, increase limit (--ghost-limit)"),
+                });
+            }
+            let ghost = u32::try_from(cx.regular.ghosts.len() + 1).unwrap_or(u32::MAX);
+            ghost::write(cx.images, ghost, seen.file, seen.stat)?;
+            cx.regular.ghosts.insert(seen.inode(), ghost);
+            ghost
+        }
+    };
+    let remap = RemapFilePathEntry { orig_id: id, remap_id: ghost, remap_type: Some(RemapType::Ghost as i32) };
+    cx.regular.remaps.push(remap);
+    Ok(())
+}
+
+/// The file gets a name near its old one.
+fn linked(seen: &Seen<'_>, id: u32, bare: &[u8], fs: u64, cx: &mut DumpFiles<'_>) -> Result<()> {
+    let link = match cx.regular.linked.get(&seen.inode()) {
+        Some(&link) => link,
+        None => {
+            if !cx.opts.link_remap {
+                let path = String::from_utf8_lossy(bare);
+                return Err(Error::Usage {
+                    what: format!("Can't create link remap for {path}. Use --link-remap option."),
+                });
+            }
+            let link = cx.new_id();
+            let (folder, mut path) = nearest(root(cx)?.as_fd(), bare)?;
+            let name = format!("link_remap.{link}").into_bytes();
+            match rustix::fs::linkat(CWD, magic_link(seen.file), &folder, &name, AtFlags::SYMLINK_FOLLOW) {
+                Ok(()) => {}
+                // from a lower layer: there the count of names is not that of what can be linked
+                Err(Errno::NOENT) if fs == OVERLAY => return ghostly(seen, id, bare, cx),
+                Err(error) => return Err(error).call("linkat").at(place(&name)),
+            }
+            if path != b"/" {
+                path.push(b'/');
+            }
+            path.extend_from_slice(&name);
+            cx.regular.links.push((folder, name));
+            let reg = RegFileEntry { id: link, fown: no_owner(), name: path, ..Default::default() };
+            cx.add(FileEntry { r#type: FdTypes::Reg as i32, id: link, reg: Some(reg), ..Default::default() });
+            cx.regular.linked.insert(seen.inode(), link);
+            link
+        }
+    };
+    let remap = RemapFilePathEntry { orig_id: id, remap_id: link, remap_type: Some(RemapType::Linked as i32) };
+    cx.regular.remaps.push(remap);
+    Ok(())
+}
+
+/// Writes `remap-fpath.img`.
+pub fn finish(cx: &mut DumpFiles<'_>) -> Result<()> {
+    if !cx.regular.remaps.is_empty() {
+        cx.images.write_entries(ImageKind::RemapFpath, (), cx.regular.remaps.drain(..))?;
+    }
+    Ok(())
+}
+
+/// Where an entry leads that is not simply where its path does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Remap {
+    Ghost(u32),
+    Linked(u32),
+}
+
+/// What a restore remembers.
+#[derive(Debug, Default)]
+pub struct Restored {
+    /// Tasks that must be there, with nothing but their number, while files that [`opens_late`] names are opened.
+    pub dead_pids: BTreeSet<i32>,
+    root: Option<Arc<OwnedFd>>,
+    remaps: HashMap<u32, Remap>,
+    handles: HashMap<u32, OwnedFd>,
+    checked: HashSet<u32>,
+}
+
+impl Restored {
+    /// Paths are looked for below this folder (by default `--root`, or our root).
+    pub fn set_root(&mut self, root: OwnedFd) {
+        self.root = Some(Arc::new(root));
+    }
+}
+
+/// Reads and checks `remap-fpath.img` and the names of all files.
+pub fn read(cx: &mut RestoreFiles<'_>) -> Result<()> {
+    for reg in cx.entries.values().filter_map(|entry| entry.reg.as_ref()) {
+        let good = reg.ext == Some(true) || reg.name.starts_with(b"/");
+        if !good || reg.name.contains(&0) {
+            return Err(Error::lie("files.img", format!("file {:#x} has no path", reg.id)));
+        }
+    }
+    for remap in cx.images.read_entries_if_there::<RemapFilePathEntry>(ImageKind::RemapFpath, ())? {
+        let has = |id: u32| cx.entries.get(&id).is_some_and(|entry| entry.reg.is_some());
+        let (orig, to) = (remap.orig_id, remap.remap_id);
+        if !has(orig) {
+            return Err(Error::lie(IMAGE, format!("Remap for non existing file {orig:#x}")));
+        }
+        const OLD_GHOST: u32 = 1 << 31;
+        let (kind, to) = match remap.remap_type {
+            Some(_) => (remap.remap_type(), to),
+            None if to & OLD_GHOST != 0 => (RemapType::Ghost, to & !OLD_GHOST),
+            None => (RemapType::Linked, to),
+        };
+        let remap = match kind {
+            RemapType::Ghost => Remap::Ghost(to),
+            RemapType::Linked if has(to) && to != orig => Remap::Linked(to),
+            RemapType::Linked => return Err(Error::lie(IMAGE, format!("Can't find target file {to:x}"))),
+            RemapType::Procfs => {
+                let pid = i32::try_from(to).ok().filter(|&pid| pid > 0);
+                cx.regular.dead_pids.insert(pid.ok_or_else(|| Error::lie(IMAGE, format!("task {to} cannot be")))?);
+                continue;
+            }
+        };
+        if cx.regular.remaps.insert(orig, remap).is_some_and(|before| before != remap) {
+            return Err(Error::lie(IMAGE, format!("file {orig:#x} leads to two places")));
+        }
+    }
+    Ok(())
+}
+
+/// True for files below a task's folder in /proc. They can be opened only when all tasks are there, and helpers for
+/// [`Restored::dead_pids`].
+pub fn opens_late(cx: &RestoreFiles<'_>, id: u32) -> bool {
+    let reg = cx.entries.get(&id).and_then(|entry| entry.reg.as_ref());
+    reg.is_some_and(|reg| reg.ext != Some(true) && task_of(&reg.name).is_some())
+}
+
+/// Opens a file as its entry says.
+pub fn open(e: &RegFileEntry, cx: &mut RestoreFiles<'_>) -> Result<OwnedFd> {
+    let id = String::from_utf8_lossy(&e.name);
+    if let Some(ours) = cx.opts.inherited_fd(id.strip_prefix('/').unwrap_or(&id)).or_else(|| cx.opts.inherited_fd(&id))
+    {
+        if e.ext != Some(true) {
+            return calls::dup_number(ours).at(place(&e.name));
+        }
+    }
+    let fd = open_as(cx, e, e.flags)?;
+    if e.flags & libc::O_PATH as u32 == 0 {
+        finish_opening(fd.as_fd(), e.pos, e.flags).at(place(&e.name))?;
+    }
+    Ok(fd)
+}
+
+/// Offset and flags of a file that was just opened.
+pub(super) fn finish_opening(fd: BorrowedFd<'_>, pos: u64, flags: u32) -> Result<()> {
+    if pos != 0 && pos != u64::MAX {
+        rustix::fs::seek(fd, rustix::fs::SeekFrom::Start(pos)).call("lseek")?;
+    }
+    set_status_flags(fd, flags)
+}
+
+/// Opens a mapped file, for reading or for both as the area's `fdflags` say.
+pub fn opened_for_mapping(cx: &mut RestoreFiles<'_>, id: u32, fdflags: u32) -> Result<OwnedFd> {
+    open_as(cx, &by_id(cx, id)?, fdflags)
+}
+
+/// Opens the program of a task, as PR_SET_MM_EXE_FILE wants it.
+pub fn exe(cx: &mut RestoreFiles<'_>, id: u32) -> Result<OwnedFd> {
+    open_as(cx, &by_id(cx, id)?, libc::O_RDONLY as u32)
+}
+
+/// Opens a working or root folder, as fchdir(2) wants it.
+pub fn folder(cx: &mut RestoreFiles<'_>, id: u32) -> Result<OwnedFd> {
+    open_as(cx, &by_id(cx, id)?, (libc::O_PATH | libc::O_DIRECTORY) as u32)
+}
+
+fn by_id(cx: &RestoreFiles<'_>, id: u32) -> Result<RegFileEntry> {
+    let missing = || Error::lie("files.img", format!("No entry for reg-file-ID {id:#x}"));
+    cx.entry(id)?.reg.clone().ok_or_else(missing)
+}
+
+/// Opens a file with other flags than its entry has; offset and status flags stay as they are.
+pub(super) fn open_as(cx: &mut RestoreFiles<'_>, e: &RegFileEntry, flags: u32) -> Result<OwnedFd> {
+    let fd = if e.ext == Some(true) {
+        let id = String::from_utf8_lossy(&e.name);
+        let advice =
+            || Error::Usage { what: format!("{id} is external: say which file it is with --inherit-fd fd[N]:{id}") };
+        let ours = cx.opts.inherited_fd(&id).ok_or_else(advice)?;
+        reopen(calls::dup_number(ours)?.as_fd(), flags)
+    } else if let Some(&remap) = cx.regular.remaps.get(&e.id) {
+        handle(cx, e, remap).and_then(|handle| reopen(handle, flags))
+    } else {
+        let root = restore_root(cx)?;
+        open_below(root.as_fd(), &e.name, flags).call("open")
+    };
+    let fd = fd.at(place(&e.name))?;
+    if cx.regular.checked.insert(e.id) {
+        let stat = rustix::fs::fstat(&fd).call("fstat").at(place(&e.name))?;
+        validate::check(fd.as_fd(), &stat, e, cx.opts)?;
+    }
+    Ok(fd)
+}
+
+/// An O_PATH descriptor of a file whose name is gone, or was another one.
+fn handle<'a>(cx: &'a mut RestoreFiles<'_>, e: &RegFileEntry, remap: Remap) -> Result<BorrowedFd<'a>> {
+    if !cx.regular.handles.contains_key(&e.id) {
+        let root = restore_root(cx)?;
+        match remap {
+            Remap::Linked(to) => {
+                let name = by_id(cx, to)?.name;
+                let flags = (libc::O_PATH | libc::O_NOFOLLOW) as u32;
+                let source = open_below(root.as_fd(), &name, flags).call("open").at(place(&name))?;
+                let handle = ghost::relink(root.as_fd(), source.as_fd(), &e.name, to)?;
+                cx.regular.handles.insert(e.id, handle);
+            }
+            Remap::Ghost(id) => {
+                let ghosts = cx.regular.remaps.iter().filter(|(_, to)| **to == remap);
+                let users: Vec<_> = ghosts.filter_map(|(id, _)| cx.entries.get(id)?.reg.as_ref()).collect();
+                let mut names: Vec<&[u8]> = users.iter().map(|user| user.name.as_slice()).collect();
+                names.sort_unstable();
+                names.dedup();
+                let unnamed = users.iter().any(|user| user.flags & NAMELESS != 0);
+                let made = ghost::make(cx.images, root.as_fd(), id, &names, unnamed)?;
+                for user in users {
+                    let made = names
+                        .binary_search(&user.name.as_slice())
+                        .ok()
+                        .and_then(|at| made.get(at))
+                        .ok_or(Error::Gone)?;
+                    cx.regular.handles.insert(user.id, made.try_clone().call("dup")?);
+                }
+            }
+        }
+    }
+    cx.regular.handles.get(&e.id).map(AsFd::as_fd).ok_or(Error::Gone)
+}
+
+fn restore_root(cx: &mut RestoreFiles<'_>) -> Result<Arc<OwnedFd>> {
+    if let Some(root) = &cx.regular.root {
+        return Ok(root.clone());
+    }
+    let path = cx.opts.root.as_deref().unwrap_or("/".as_ref());
+    let folder = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(path, folder, Mode::empty()).call("open").at(Place::Path(path.into()))?;
+    let root = Arc::new(root);
+    cx.regular.root = Some(root.clone());
+    Ok(root)
+}
+
+/// The restore worked: removes the names that `--link-remap` made.
+pub fn done(cx: &mut RestoreFiles<'_>) -> Result<()> {
+    let root = restore_root(cx)?;
+    let linked = |to: &Remap| if let Remap::Linked(id) = to { Some(*id) } else { None };
+    let links: BTreeSet<u32> = cx.regular.remaps.values().filter_map(linked).collect();
+    for id in links {
+        let path = by_id(cx, id)?.name;
+        let (folder, name) = split(&path);
+        let gone = open_below(root.as_fd(), folder, (libc::O_PATH | libc::O_DIRECTORY) as u32)
+            .and_then(|folder| rustix::fs::unlinkat(folder, name, AtFlags::empty()));
+        match gone {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(error) => return Err(error).call("unlink").at(place(&path)),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "regular_tests.rs"]
+mod tests;

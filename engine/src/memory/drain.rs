@@ -1,0 +1,244 @@
+//! Copying the pages of a stopped task into `pagemap-N.img` and `pages-N.img`.
+//!
+//! Where each page goes is known from the scan, so the ranges are cut into pieces that any thread can copy: out of the
+//! task with process_vm_readv(2) into a buffer that stays in the CPU's cache, and to its place in the file.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use rayon::prelude::*;
+use standstill_images::proto::{PagemapEntry, PagemapHead, VmaEntry};
+use standstill_images::{ImageKind, Images};
+
+use super::scan::Pagemap;
+use super::{areas, page, status, PAGE};
+use crate::error::{At, Call, Error, Place, Result};
+use crate::sys::memory as remote;
+
+/// Bytes that one job copies.
+const PIECE: u64 = 4 << 20;
+/// Bytes that are copied at once.
+const BUFFER: usize = 512 << 10;
+
+/// Pages to copy, and where they go.
+#[derive(Debug)]
+pub struct Drain {
+    pid: i32,
+    runs: Vec<Run>,
+    /// Pages in all.
+    pub pages: u64,
+    /// Pages looked at.
+    pub scanned: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    address: u64,
+    bytes: u64,
+    readable: bool,
+    lazy: bool,
+}
+
+/// Finds the pages of `entries` that must be stored, and adds the pseudo entries of guard regions.
+/// `vdso` is what the vdso held before we touched it: a copy of it is stored whole.
+pub fn plan(pid: i32, entries: &mut Vec<VmaEntry>, stack_pointers: &[u64]) -> Result<Drain> {
+    let mut drain = Drain { pid, runs: Vec::new(), pages: 0, scanned: 0 };
+    let mut map = Pagemap::open(pid)?;
+    let mut guards = Vec::new();
+    for e in entries.iter() {
+        if !areas::is_private(e) || e.status & status::VVAR != 0 || e.flags & 0xf == 0x8 {
+            continue;
+        }
+        drain.scanned += (e.end - e.start) / PAGE;
+        let readable = e.prot & libc::PROT_READ as u32 != 0;
+        let lazy = e.flags & libc::MAP_ANONYMOUS as u32 != 0
+            && e.flags & (libc::MAP_LOCKED | libc::MAP_HUGETLB) as u32 == 0
+            && e.status & status::VDSO == 0
+            && !stack_pointers.iter().any(|sp| (e.start..e.end).contains(sp));
+        let runs = &mut drain.runs;
+        let mut add = |address, bytes| runs.push(Run { address, bytes, readable, lazy });
+        if e.status & status::VDSO != 0 {
+            add(e.start, e.end - e.start);
+            continue;
+        }
+        map.content(e.start, e.end, &mut add).at(Place::Area(e.start, e.end))?;
+        if e.status & status::ANON_PRIVATE != 0 || e.status & status::FILE_PRIVATE != 0 {
+            map.guards(e.start, e.end, |start, bytes| guards.push((start, start + bytes))).at(Place::Area(e.start, e.end))?;
+        }
+    }
+    for (start, end) in guards {
+        entries.push(VmaEntry { start, end, status: status::GUARD, fd: -1, ..Default::default() });
+    }
+    drain.pages = drain.runs.iter().map(|r| r.bytes / PAGE).sum();
+    Ok(drain)
+}
+
+impl Drain {
+    /// Writes `pagemap-<id>.img`, and copies the pages to `pages-<pages_id>.img`.
+    pub fn write(&self, images: &Images, id: u32, pages_id: u32, vdso: Option<(u64, &[u8])>) -> Result<()> {
+        let mut image = images.create(ImageKind::Pagemap, id)?;
+        image.write(&PagemapHead { pages_id })?;
+        let mut last: Option<(u64, u64, u32)> = None;
+        for run in &self.runs {
+            let flags = page::PRESENT | if run.lazy { page::LAZY } else { 0 };
+            match &mut last {
+                Some((start, bytes, f)) if *start + *bytes == run.address && *f == flags => *bytes += run.bytes,
+                _ => {
+                    if let Some((start, bytes, f)) = last {
+                        image.write(&entry(start, bytes, f))?;
+                    }
+                    last = Some((run.address, run.bytes, flags));
+                }
+            }
+        }
+        if let Some((start, bytes, flags)) = last {
+            image.write(&entry(start, bytes, flags))?;
+        }
+        image.finish()?;
+        let mut output = images.create_raw(ImageKind::Pages, pages_id)?;
+        match output.as_file() {
+            Some(file) => self.copy(file, vdso)?,
+            None => {
+                let mut buf = vec![0; BUFFER];
+                self.each_piece(PIECE, |run, _| {
+                    let mut done = 0;
+                    while done < run.bytes {
+                        let n = usize::try_from((run.bytes - done).min(BUFFER as u64)).unwrap_or(BUFFER);
+                        self.read(run.address + done, run.readable, &mut buf[..n], vdso)?;
+                        std::io::Write::write_all(&mut output, &buf[..n]).call("write")?;
+                        done += n as u64;
+                    }
+                    Ok(())
+                })?;
+            }
+        }
+        output.finish()?;
+        Ok(())
+    }
+
+    /// Calls `f` with every run, cut into pieces of at most `piece` bytes, and its place in the file.
+    fn each_piece(&self, piece: u64, mut f: impl FnMut(Run, u64) -> Result<()>) -> Result<()> {
+        let mut offset = 0;
+        for run in &self.runs {
+            let mut done = 0;
+            while done < run.bytes {
+                let bytes = (run.bytes - done).min(piece);
+                f(Run { address: run.address + done, bytes, ..*run }, offset)?;
+                done += bytes;
+                offset += bytes;
+            }
+        }
+        Ok(())
+    }
+
+    fn copy(&self, file: &File, vdso: Option<(u64, &[u8])>) -> Result<()> {
+        // batches of about PIECE bytes: many small runs make one batch, a large run makes many
+        let mut batches: Vec<(Vec<Run>, u64, u64)> = Vec::new();
+        self.each_piece(PIECE, |run, offset| {
+            match batches.last_mut() {
+                Some((runs, _, bytes)) if *bytes + run.bytes <= PIECE => {
+                    runs.push(run);
+                    *bytes += run.bytes;
+                }
+                _ => batches.push((vec![run], offset, run.bytes)),
+            }
+            Ok(())
+        })?;
+        let one = |buf: &mut Vec<u8>, (runs, offset, _): &(Vec<Run>, u64, u64)| self.copy_batch(file, runs, *offset, buf, vdso);
+        if batches.len() < 2 {
+            let mut buf = Vec::new();
+            return batches.iter().try_for_each(|b| one(&mut buf, b));
+        }
+        batches.par_iter().try_for_each_init(Vec::new, |buf, b| one(buf, b))
+    }
+
+    fn copy_batch(&self, file: &File, runs: &[Run], mut offset: u64, buf: &mut Vec<u8>, vdso: Option<(u64, &[u8])>) -> Result<()> {
+        let total: u64 = runs.iter().map(|r| r.bytes).sum();
+        let size = usize::try_from(total).unwrap_or(BUFFER).min(BUFFER);
+        if buf.len() < size {
+            buf.resize(size, 0);
+        }
+        let mut filled = 0usize;
+        let mut ranges: Vec<(u64, usize)> = Vec::new();
+        let mut flush = |ranges: &mut Vec<(u64, usize)>, filled: &mut usize, buf: &mut Vec<u8>| -> Result<()> {
+            if *filled == 0 {
+                return Ok(());
+            }
+            self.read_ranges(ranges, &mut buf[..*filled])?;
+            file.write_all_at(&buf[..*filled], offset).call("write")?;
+            offset += *filled as u64;
+            *filled = 0;
+            ranges.clear();
+            Ok(())
+        };
+        for run in runs {
+            let special = !run.readable || vdso.is_some_and(|(at, _)| at == run.address);
+            let mut done = 0;
+            while done < run.bytes {
+                if filled == size || ranges.len() == 512 || (special && filled > 0) {
+                    flush(&mut ranges, &mut filled, buf)?;
+                }
+                let n = usize::try_from(run.bytes - done).unwrap_or(usize::MAX).min(size - filled);
+                if special {
+                    self.read(run.address + done, run.readable, &mut buf[..n], vdso)?;
+                    filled = n;
+                    ranges.clear();
+                    // already read: written by the next flush without ranges
+                    flush(&mut ranges, &mut filled, buf)?;
+                } else {
+                    ranges.push((run.address + done, n));
+                    filled += n;
+                }
+                done += n as u64;
+            }
+        }
+        flush(&mut ranges, &mut filled, buf)
+    }
+
+    fn read_ranges(&self, ranges: &[(u64, usize)], buf: &mut [u8]) -> Result<()> {
+        if ranges.is_empty() {
+            return Ok(());
+        }
+        let n = remote::read_remote_ranges(self.pid, ranges, buf)?;
+        if n == buf.len() {
+            return Ok(());
+        }
+        // a page that cannot be read in the ordinary way (its file was truncated, a memory error): one range at a time, by force
+        let mut at = 0;
+        for &(address, len) in ranges {
+            let room = &mut buf[at..at + len];
+            if remote::read_remote(self.pid, address, room).ok() != Some(len) {
+                self.read_forced(address, room)?;
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    fn read(&self, address: u64, readable: bool, buf: &mut [u8], vdso: Option<(u64, &[u8])>) -> Result<()> {
+        if let Some((at, content)) = vdso {
+            let from = usize::try_from(address.wrapping_sub(at)).unwrap_or(usize::MAX);
+            if let Some(bytes) = content.get(from..from.saturating_add(buf.len())) {
+                buf.copy_from_slice(bytes);
+                return Ok(());
+            }
+        }
+        if readable && remote::read_remote(self.pid, address, buf).ok() == Some(buf.len()) {
+            return Ok(());
+        }
+        self.read_forced(address, buf)
+    }
+
+    /// Reads what has no PROT_READ, as a debugger does.
+    fn read_forced(&self, address: u64, buf: &mut [u8]) -> Result<()> {
+        let mem = remote::open_memory(self.pid)?;
+        remote::read_at(&mem, address, buf).at(Place::Area(address, address + buf.len() as u64)).map_err(|e| match e.errno() {
+            libc::EIO => Error::refused("memory that cannot be read", "its file was truncated under it, or the hardware failed"),
+            _ => e,
+        })
+    }
+}
+
+fn entry(vaddr: u64, bytes: u64, flags: u32) -> PagemapEntry {
+    PagemapEntry { vaddr, compat_nr_pages: 0, in_parent: None, flags: Some(flags), nr_pages: Some(bytes / PAGE) }
+}

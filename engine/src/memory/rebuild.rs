@@ -1,0 +1,451 @@
+//! Making the areas of a task again, and filling them.
+//!
+//! Written as operations of the task's plan: map, read pages straight from `pages-N.img` to where they belong, protect,
+//! advise. A child that had shared its parent's pages copy-on-write gets them by being cloned after the parent's areas are
+//! filled ([`Inherited`]); only pages that differ are then read again.
+
+use std::collections::HashMap;
+
+use standstill_images::pages::PageChain;
+use standstill_images::proto::{MmEntry, VmaEntry};
+use standstill_images::{ImageKind, Images};
+use standstill_restorer::plan::{Code, Expect};
+
+use super::{areas, status, PAGE};
+use crate::error::{At, Call, Error, Place, Result};
+use crate::plan::Plan;
+
+const READ: u32 = libc::PROT_READ as u32;
+const WRITE: u32 = libc::PROT_WRITE as u32;
+
+/// An area as it is in a task while that is being rebuilt.
+#[derive(Debug, Clone)]
+pub struct Present {
+    entry: VmaEntry,
+    exe: u32,
+    prot: u32,
+}
+
+/// What a child finds when it is cloned: the areas of its parent that were made before.
+#[derive(Debug, Clone, Default)]
+pub struct Inherited {
+    areas: Vec<Present>,
+}
+
+impl Inherited {
+    /// True if there are none.
+    pub fn is_empty(&self) -> bool {
+        self.areas.is_empty()
+    }
+}
+
+/// The memory of one task, from its images.
+pub struct Memory {
+    /// `mm-N.img`.
+    pub mm: MmEntry,
+    chain: PageChain,
+    content: Vec<Content>,
+}
+
+impl std::fmt::Debug for Memory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Memory").field("mm", &self.mm).finish_non_exhaustive()
+    }
+}
+
+/// Descriptors that plans use: numbers in the tasks.
+#[derive(Debug, Default)]
+pub struct Numbers {
+    /// The file behind an area, by area's file id and open mode.
+    pub areas: HashMap<(u32, u32), i32>,
+    /// Pages images, by task and layer of the chain.
+    pub pages: HashMap<(u32, usize), i32>,
+}
+
+/// A run of pages with content, and where it is.
+#[derive(Debug, Clone, Copy)]
+struct Content {
+    address: u64,
+    bytes: u64,
+    layer: usize,
+    offset: u64,
+}
+
+impl Memory {
+    /// Reads and checks the images of task `pid`.
+    pub fn read(images: &Images, pid: u32) -> Result<Memory> {
+        let mm: MmEntry = images.read_one(ImageKind::Mm, pid)?;
+        let chain = PageChain::open(images, ImageKind::Pagemap, pid, PAGE)?;
+        let mut content = Vec::new();
+        for l in chain.located()? {
+            let Some(offset) = l.offset else {
+                let place = Place::Area(l.address, l.address + l.pages * PAGE);
+                return Err(Error::refused("memory that is not in the images", "it was dumped with --lazy-pages; serve it from there")).at(place);
+            };
+            content.push(Content { address: l.address, bytes: l.pages * PAGE, layer: l.layer, offset });
+        }
+        let memory = Memory { mm, chain, content };
+        memory.validate()?;
+        Ok(memory)
+    }
+
+    fn validate(&self) -> Result<()> {
+        let lie = |what: String| Err(Error::lie("mm", what));
+        let mut last = 0;
+        for e in &self.mm.vmas {
+            if e.start >= e.end || e.start % PAGE != 0 || e.end % PAGE != 0 {
+                return lie(format!("an area {:x}-{:x}", e.start, e.end));
+            }
+            if e.status & status::GUARD != 0 || e.status & status::VSYSCALL != 0 {
+                continue;
+            }
+            if e.end > TASK_SIZE {
+                return lie(format!("an area {:x}-{:x} past the end of user memory", e.start, e.end));
+            }
+            if e.start < last {
+                return lie(format!("area {:x}-{:x} overlaps the one before it", e.start, e.end));
+            }
+            last = e.end;
+            let refuse = |what: &str| Err(Error::refused(what, "this area cannot be restored yet")).at(Place::Area(e.start, e.end));
+            for (bit, what) in [
+                (status::AIORING, "an AIO ring"),
+                (status::SYSVIPC, "System V shared memory"),
+                (status::SOCKET, "the ring of a packet socket"),
+                (status::SHSTK, "a shadow stack"),
+                (status::ANON_SHARED, "shared anonymous memory without a file"),
+                (status::UPROBES, "an area of uprobes"),
+            ] {
+                if e.status & bit != 0 {
+                    return refuse(what);
+                }
+            }
+            if e.status & !ALL_KNOWN != 0 {
+                return refuse("an area of unknown kind");
+            }
+            if e.status & (status::ANON_PRIVATE | status::FILE_PRIVATE | status::FILE_SHARED) == 0 {
+                return lie(format!("area {:x}-{:x} is of no kind", e.start, e.end));
+            }
+        }
+        if self.mm.mm_saved_auxv.len() > 512 {
+            return lie(format!("an auxiliary vector of {} words", self.mm.mm_saved_auxv.len()));
+        }
+        let mut private = self.mm.vmas.iter().filter(|e| areas::is_private(e)).peekable();
+        for run in self.chain.last().runs() {
+            let (mut at, end) = (run.address, run.address + run.pages * PAGE);
+            while at < end {
+                while private.peek().is_some_and(|e| e.end <= at) {
+                    private.next();
+                }
+                match private.peek() {
+                    Some(e) if e.start <= at => at = e.end,
+                    _ => return Err(Error::lie("pagemap", format!("a page at {at:x}, where the task has no private area"))),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Areas whose place a rebuild must keep free of its own things.
+    pub fn occupied(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.mm.vmas.iter().map(|e| (e.start, e.end))
+    }
+
+    /// Files behind areas: id and how to open, each once.
+    pub fn files(&self) -> Vec<(u32, u32)> {
+        let mut all: Vec<_> = self.mm.vmas.iter().filter(|e| has_file(e)).map(file_key).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
+    /// About how many operations filling it takes.
+    pub fn operations(&self) -> usize {
+        self.content.len() * 2
+    }
+
+    /// Layers of the chain of pages images.
+    pub fn layers(&self) -> usize {
+        (0..).take_while(|&n| self.chain.pages(n).is_some()).count()
+    }
+
+    /// A pages image.
+    pub fn layer(&self, n: usize) -> Option<&dyn standstill_images::ReadAt> {
+        self.chain.pages(n)
+    }
+
+    /// The vdso's and vvar's places.
+    pub fn vdso(&self) -> super::vdso::Layout {
+        let mut l = super::vdso::Layout::default();
+        for e in &self.mm.vmas {
+            if e.status & status::VDSO != 0 {
+                (l.vdso, l.vdso_end) = (e.start, e.end);
+            } else if e.status & status::VVAR != 0 {
+                (l.vvar, l.vvar_end) = (e.start, e.end);
+            }
+        }
+        l
+    }
+
+    /// The vdso's bytes.
+    pub fn vdso_bytes(&self) -> Result<Vec<u8>> {
+        let l = self.vdso();
+        let mut bytes = vec![0; usize::try_from(l.vdso_end - l.vdso).unwrap_or(0)];
+        for run in self.content(l.vdso, l.vdso_end) {
+            let from = usize::try_from(run.address - l.vdso).unwrap_or(0);
+            let len = usize::try_from(run.bytes).unwrap_or(0);
+            if let (Some(pages), Some(room)) = (self.chain.pages(run.layer), bytes.get_mut(from..from + len)) {
+                pages.read_exact_at(room, run.offset).call("read(pages)")?;
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// Runs of pages with content between two addresses.
+    fn content(&self, start: u64, end: u64) -> Vec<Content> {
+        let first = self.content.partition_point(|c| c.address + c.bytes <= start);
+        let cut = |c: &Content| {
+            let (from, to) = (c.address.max(start), (c.address + c.bytes).min(end));
+            Content { address: from, bytes: to - from, layer: c.layer, offset: c.offset + (from - c.address) }
+        };
+        self.content[first..].iter().take_while(|c| c.address < end).map(cut).collect()
+    }
+
+    fn private(&self) -> impl Iterator<Item = &VmaEntry> {
+        self.mm.vmas.iter().filter(|e| {
+            areas::is_private(e) && e.status & (status::VDSO | status::VVAR | status::VSYSCALL | status::GUARD) == 0
+        })
+    }
+
+    /// True if a child of this task can have shared pages with it: some private area is the same in both.
+    pub fn shares_with(&self, child: &Memory) -> bool {
+        if self.mm.exe_file_id != child.mm.exe_file_id {
+            return false;
+        }
+        let mine: HashMap<u64, &VmaEntry> = self.private().map(|e| (e.start, e)).collect();
+        child.private().any(|e| mine.get(&e.start).is_some_and(|m| same_area(m, e)))
+    }
+
+    /// Makes and fills the private areas. `found` is what the task has from its parent, and the parent's memory; all
+    /// else in it but `keep` is unmapped first. Areas stay writable where that is needed until [`Memory::settle`].
+    pub fn make_private(
+        &self,
+        pid: u32,
+        found: Option<(&Inherited, &Memory)>,
+        keep: (u64, u64),
+        numbers: &Numbers,
+        plan: &mut Plan,
+        figures: &mut Figures,
+    ) -> Result<Inherited> {
+        let mut kept: HashMap<u64, &Present> = HashMap::new();
+        if let Some((inherited, _)) = found {
+            let theirs: HashMap<u64, &Present> = inherited.areas.iter().map(|p| (p.entry.start, p)).collect();
+            for e in self.private() {
+                if let Some(p) = theirs.get(&e.start).filter(|p| same_area(&p.entry, e) && p.exe == self.mm.exe_file_id) {
+                    kept.insert(e.start, p);
+                }
+            }
+            unmap_all_but(kept.values().map(|p| (p.entry.start, p.entry.end)).chain([keep]), plan);
+        }
+        let mut made = Inherited::default();
+        for e in self.private() {
+            let content = self.content(e.start, e.end);
+            let place = Place::Area(e.start, e.end);
+            let mut prot = e.prot;
+            match kept.get(&e.start) {
+                Some(p) => {
+                    prot = p.prot;
+                    let Some((_, parent)) = found else { continue };
+                    let (reads, drops) = self.differences(parent, e, &content, figures).at(place)?;
+                    if !reads.is_empty() && prot & WRITE == 0 {
+                        prot = e.prot | WRITE | READ;
+                        protect(e, prot, plan);
+                    }
+                    for (start, bytes) in drops {
+                        plan.call("page that only the parent has", libc::SYS_madvise, &[start.into(), bytes.into(), libc::MADV_DONTNEED.into()]);
+                    }
+                    for run in &reads {
+                        self.fill(pid, run, numbers, plan)?;
+                    }
+                }
+                None => {
+                    if !content.is_empty() {
+                        prot |= WRITE | READ;
+                    }
+                    map(e, prot, numbers, plan).at(place)?;
+                    for run in &content {
+                        figures.pages += run.bytes / PAGE;
+                        self.fill(pid, run, numbers, plan)?;
+                    }
+                }
+            }
+            made.areas.push(Present { entry: *e, exe: self.mm.exe_file_id, prot });
+        }
+        Ok(made)
+    }
+
+    fn fill(&self, pid: u32, run: &Content, numbers: &Numbers, plan: &mut Plan) -> Result<()> {
+        let fd = *numbers.pages.get(&(pid, run.layer)).ok_or(Error::Gone)?;
+        // the kernel moves at most 2 GiB at once; the executor repeats
+        let args = [fd.into(), run.address.into(), run.bytes.into(), run.offset.into()];
+        plan.op(Code::ReadFull, 0, &args, Expect::NonNegative, [0; 2], "pages of an area");
+        Ok(())
+    }
+
+    /// Which pages of a kept area must be read because they differ from the parent's, and which the parent has alone.
+    #[allow(clippy::type_complexity)]
+    fn differences(&self, parent: &Memory, e: &VmaEntry, content: &[Content], figures: &mut Figures) -> Result<(Vec<Content>, Vec<(u64, u64)>)> {
+        let theirs = parent.content(e.start, e.end);
+        let mut reads: Vec<Content> = Vec::new();
+        let mut drops: Vec<(u64, u64)> = Vec::new();
+        let (mut a, mut b) = ([0u8; PAGE as usize], [0u8; PAGE as usize]);
+        let mut other = theirs.iter().flat_map(pages_of).peekable();
+        let mut own = content.iter().flat_map(pages_of).peekable();
+        loop {
+            match (own.peek().copied(), other.peek().copied()) {
+                (None, None) => break,
+                (Some(o), t) if t.is_none_or(|t| o.address < t.address) => {
+                    figures.pages += 1;
+                    push_page(&mut reads, o);
+                    own.next();
+                }
+                (o, Some(t)) if o.is_none_or(|o| t.address < o.address) => {
+                    match drops.last_mut() {
+                        Some((start, bytes)) if *start + *bytes == t.address => *bytes += PAGE,
+                        _ => drops.push((t.address, PAGE)),
+                    }
+                    other.next();
+                }
+                (Some(o), Some(t)) => {
+                    figures.compared += 1;
+                    let (Some(x), Some(y)) = (self.chain.pages(o.layer), parent.chain.pages(t.layer)) else { return Err(Error::Gone) };
+                    x.read_exact_at(&mut a, o.offset).call("read(pages)")?;
+                    y.read_exact_at(&mut b, t.offset).call("read(pages)")?;
+                    if a == b {
+                        figures.shared += 1;
+                    } else {
+                        figures.pages += 1;
+                        push_page(&mut reads, o);
+                    }
+                    own.next();
+                    other.next();
+                }
+                (Some(_), None) | (None, Some(_)) => break,
+            }
+        }
+        Ok((reads, drops))
+    }
+
+    /// Makes the shared areas, and gives all areas their protection, advice and locks. After this, nothing is cloned.
+    pub fn settle(&self, made: &Inherited, numbers: &Numbers, plan: &mut Plan) -> Result<()> {
+        for e in self.mm.vmas.iter().filter(|e| e.status & status::FILE_SHARED != 0 && e.status & status::GUARD == 0) {
+            map(e, e.prot, numbers, plan).at(Place::Area(e.start, e.end))?;
+        }
+        for p in &made.areas {
+            if p.prot != p.entry.prot {
+                protect(&p.entry, p.entry.prot, plan);
+            }
+        }
+        for e in &self.mm.vmas {
+            let len = e.end - e.start;
+            if e.status & status::GUARD != 0 {
+                const MADV_GUARD_INSTALL: i32 = 102;
+                plan.call("guard pages", libc::SYS_madvise, &[e.start.into(), len.into(), MADV_GUARD_INSTALL.into()]);
+                continue;
+            }
+            if e.status & (status::VDSO | status::VVAR | status::VSYSCALL) != 0 {
+                continue;
+            }
+            for advice in (0..64).filter(|n| e.madv.unwrap_or(0) >> n & 1 == 1) {
+                let args = [e.start.into(), len.into(), advice.into()];
+                // a kernel without huge pages or KSM knows no such advice, and needs none
+                plan.call_or("advice", libc::SYS_madvise, &args, [libc::EINVAL, libc::EINVAL]);
+            }
+            if e.flags & libc::MAP_LOCKED as u32 != 0 {
+                plan.call_or("locked memory", libc::SYS_mlock, &[e.start.into(), len.into()], [libc::ENOMEM, libc::EAGAIN]);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What was done, for the stats image.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Figures {
+    /// Pages read from images.
+    pub pages: u64,
+    /// Pages compared with the parent's.
+    pub compared: u64,
+    /// Of these, equal.
+    pub shared: u64,
+}
+
+/// First address behind user memory (four-level paging; an area beyond needs five, and says so by its address).
+pub const TASK_SIZE: u64 = 0x7fff_ffff_f000;
+const ALL_KNOWN: u32 = status::REGULAR | 1 << 1 | status::VSYSCALL | status::VDSO | 1 << 4 | status::HEAP | status::FILE_PRIVATE
+    | status::FILE_SHARED | status::ANON_PRIVATE | status::VVAR | status::MEMFD | status::GUARD;
+
+fn has_file(e: &VmaEntry) -> bool {
+    e.status & (status::FILE_PRIVATE | status::FILE_SHARED) != 0
+}
+
+/// Id and open mode of the file behind an area.
+fn file_key(e: &VmaEntry) -> (u32, u32) {
+    let guess = if e.prot & WRITE != 0 && e.status & status::FILE_SHARED != 0 { libc::O_RDWR } else { libc::O_RDONLY };
+    (u32::try_from(e.shmid).unwrap_or(u32::MAX), e.fdflags.unwrap_or(guess as u32) & libc::O_ACCMODE as u32)
+}
+
+fn same_area(a: &VmaEntry, b: &VmaEntry) -> bool {
+    const KEEP: u32 = (libc::MAP_GROWSDOWN | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB) as u32;
+    (a.start, a.end, a.flags & KEEP, a.pgoff) == (b.start, b.end, b.flags & KEEP, b.pgoff)
+        && a.flags & libc::MAP_HUGETLB as u32 == 0
+        && has_file(a) == has_file(b)
+        && (!has_file(a) || a.shmid == b.shmid)
+}
+
+fn pages_of(run: &Content) -> impl Iterator<Item = Content> + '_ {
+    (0..run.bytes / PAGE).map(|i| Content { address: run.address + i * PAGE, bytes: PAGE, layer: run.layer, offset: run.offset + i * PAGE })
+}
+
+fn push_page(runs: &mut Vec<Content>, page: Content) {
+    match runs.last_mut() {
+        Some(r) if r.address + r.bytes == page.address && r.layer == page.layer && r.offset + r.bytes == page.offset => r.bytes += PAGE,
+        _ => runs.push(page),
+    }
+}
+
+fn map(e: &VmaEntry, prot: u32, numbers: &Numbers, plan: &mut Plan) -> Result<()> {
+    let huge = libc::MAP_HUGETLB as u32 | 0x3f << 26;
+    let kept = (libc::MAP_SHARED | libc::MAP_PRIVATE | 0x8 | libc::MAP_ANONYMOUS | libc::MAP_GROWSDOWN | libc::MAP_NORESERVE) as u32;
+    let mut flags = e.flags & kept | libc::MAP_FIXED as u32;
+    if e.flags & libc::MAP_HUGETLB as u32 != 0 && !has_file(e) {
+        flags |= e.flags & huge;
+    }
+    let fd = if has_file(e) {
+        flags &= !(libc::MAP_ANONYMOUS as u32);
+        let (id, mode) = file_key(e);
+        *numbers.areas.get(&(id, mode)).ok_or_else(|| Error::lie("mm", format!("an area of file {id:#x}, which is not there")))?
+    } else {
+        -1
+    };
+    let offset = if has_file(e) { e.pgoff } else { 0 };
+    let args = [e.start.into(), (e.end - e.start).into(), prot.into(), flags.into(), fd.into(), offset.into()];
+    plan.call_exact(format!("area {:x}-{:x}", e.start, e.end), libc::SYS_mmap, &args, e.start as i64);
+    Ok(())
+}
+
+fn protect(e: &VmaEntry, prot: u32, plan: &mut Plan) {
+    plan.call("protection of an area", libc::SYS_mprotect, &[e.start.into(), (e.end - e.start).into(), prot.into()]);
+}
+
+/// Unmaps everything below the end of user memory that is in none of `keep`.
+pub fn unmap_all_but(keep: impl Iterator<Item = (u64, u64)>, plan: &mut Plan) {
+    let mut ranges: Vec<_> = keep.collect();
+    ranges.sort_unstable();
+    let mut at = 0;
+    for (start, end) in ranges.into_iter().chain([(TASK_SIZE, TASK_SIZE)]) {
+        if at < start {
+            plan.call("areas that are not the task's", libc::SYS_munmap, &[at.into(), (start - at).into()]);
+        }
+        at = at.max(end);
+    }
+}

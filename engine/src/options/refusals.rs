@@ -1,0 +1,65 @@
+//! What can be asked for but not done yet, refused by name before anything is touched.
+//!
+//! This is the only such list: the command line, RPC and the library all pass through it. When something starts to work,
+//! its line goes. Options without a line here work.
+
+use super::Options;
+
+/// One thing that is refused.
+#[derive(Debug)]
+pub struct Refusal {
+    /// The long option's name, without dashes.
+    pub option: &'static str,
+    /// Was it asked for?
+    pub asked: fn(&Options) -> bool,
+    /// Why not, and what to do instead.
+    pub reason: &'static str,
+}
+
+/// The refusal of an option, if it has one.
+pub fn refusal(option: &str) -> Option<&'static Refusal> {
+    REFUSALS.iter().find(|r| r.option == option)
+}
+
+const fn refuse(option: &'static str, asked: fn(&Options) -> bool, reason: &'static str) -> Refusal {
+    Refusal { option, asked, reason }
+}
+
+const NO_MOUNTS: &str = "mount namespaces are not carried yet";
+const NO_NETWORKS: &str = "network namespaces are not carried yet";
+const NO_CGROUPS: &str = "cgroups are not carried yet, tasks stay in ours";
+const NO_SERVER: &str = "pages go to the image folder only";
+const NO_INCREMENTS: &str = "incremental dumps are not done yet, each dump is whole";
+
+/// The list.
+#[rustfmt::skip]
+pub const REFUSALS: &[Refusal] = &[
+    refuse("lazy-pages", |o| o.lazy_pages, "pages cannot come on demand yet; leave it out"),
+    refuse("page-server", |o| o.use_page_server, NO_SERVER),
+    refuse("ps-socket", |o| o.ps_socket.is_some(), NO_SERVER),
+    refuse("stream", |o| o.stream, "images go to a folder only"),
+    refuse("tls", |o| o.tls, "there is no encrypted transfer yet"),
+    refuse("track-mem", |o| o.track_mem, NO_INCREMENTS),
+    refuse("prev-images-dir", |o| o.prev_images_dir.is_some(), NO_INCREMENTS),
+    refuse("auto-dedup", |o| o.auto_dedup, NO_INCREMENTS),
+    refuse("join-ns", |o| !o.join_ns.is_empty(), "namespaces cannot be joined yet"),
+    refuse("empty-ns", |o| o.empty_ns.net, NO_NETWORKS),
+    refuse("veth-pair", |o| o.external_of_kind("veth").next().is_some(), NO_NETWORKS),
+    refuse("skip-mnt", |o| !o.skip_mnt.is_empty(), NO_MOUNTS),
+    refuse("enable-fs", |o| !o.enable_fs.is_empty(), NO_MOUNTS),
+    refuse("enable-external-sharing", |o| o.enable_external_sharing, NO_MOUNTS),
+    refuse("enable-external-masters", |o| o.enable_external_masters, NO_MOUNTS),
+    refuse("ext-mount-map", |o| o.autodetect_ext_mounts || o.external_of_kind("mnt").next().is_some(), NO_MOUNTS),
+    refuse("lsm-mount-context", |o| o.lsm_mount_context.is_some(), NO_MOUNTS),
+    refuse("lsm-profile", |o| o.lsm_profile.is_some(), "security labels are not restored yet"),
+    refuse("freeze-cgroup", |o| o.freeze_cgroup.is_some(), "tasks are stopped one by one; leave it out"),
+    refuse("cgroup-root", |o| !o.cgroup_roots.is_empty(), NO_CGROUPS),
+    refuse("cgroup-props", |o| o.cgroup_props.is_some(), NO_CGROUPS),
+    refuse("cgroup-props-file", |o| o.cgroup_props_file.is_some(), NO_CGROUPS),
+    refuse("cgroup-dump-controller", |o| !o.cgroup_dump_controllers.is_empty(), NO_CGROUPS),
+    refuse("cgroup-yard", |o| o.cgroup_yard.is_some(), NO_CGROUPS),
+    refuse("action-script", |o| !o.action_scripts.is_empty(), "scripts are not run yet"),
+    refuse("libdir", |o| o.libdir.is_some(), "there are no plugins"),
+    refuse("snapshot", |o| o.snapshot, "not done yet; use --leave-running"),
+    refuse("compress", |o| o.compress, "pages are kept as they are"),
+];

@@ -1,0 +1,613 @@
+//! The phases of a restore, in their order: each is a call.
+//!
+//! read and check all images → plan → open files → start the first task, which makes the others → stages → registers →
+//! remove executors → go. Any failure before "go" kills the half-made tree and takes away what was made outside it.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use standstill_images::proto::{FdinfoEntry, FsEntry, InventoryEntry, SeccompEntry, TimensEntry};
+use standstill_images::{FolderStore, ImageKind, Images};
+use standstill_restorer::plan::{Code, Expect};
+
+use crate::error::{At, Call, Error, Place, Result};
+use crate::files::{memfd, regular, RestoreFiles};
+use crate::memory::rebuild::{unmap_all_but, Numbers};
+use crate::memory::vdso::Layout;
+use crate::options::{FinalState, Options};
+use crate::plan::arena::{Arena, Slot};
+use crate::plan::{Arg, Plan};
+use crate::proc;
+use crate::stats::Phases;
+use crate::sys::futex::RobustList;
+use crate::sys::{calls, memory as remote, ptrace, spawn};
+use crate::tasks::revive::{Birth, Script, Table, Vdso, BEFORE_CREDS, FILLED, FORKED, READY};
+use crate::tasks::tree::{Alive, Kind, Tree};
+use crate::tasks::{core, registers, release};
+
+/// How long tasks may take for one stage.
+const STAGE_LIMIT: Duration = Duration::from_secs(600);
+
+/// What a restore did.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RestoreReport {
+    /// The restored root, in our pid namespace.
+    pub pid: i32,
+    /// How long it took until the program ran.
+    pub total: Duration,
+    /// The program's own exit code, if we stayed and waited: 128 + N for signal N.
+    pub exit_code: Option<i32>,
+}
+
+/// Restores the checkpoint in `opts.images_dir`. Without `opts.restore_detach` it returns when the program has ended.
+pub fn run(opts: &Options) -> Result<RestoreReport> {
+    opts.refuse_unsupported().map_err(|e| Error::Usage { what: e.to_string() })?;
+    let images = Images::new(FolderStore::open(&opts.images_dir)?);
+    let report = std::thread::scope(|scope| match scope.spawn(|| restore(opts, &images)).join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })?;
+    if opts.restore_detach || opts.restore_sibling || !opts.exec_cmd.is_empty() {
+        return Ok(report);
+    }
+    let exit_code = Some(release::wait(report.pid)?);
+    Ok(RestoreReport { exit_code, ..report })
+}
+
+/// A tree that is being made: killed when dropped before it is let go.
+struct Nursery {
+    root: i32,
+    sibling: bool,
+    pids: Vec<i32>,
+    finished: bool,
+}
+
+impl Drop for Nursery {
+    fn drop(&mut self) {
+        if self.finished || self.root == 0 {
+            return;
+        }
+        // the root last: its death would give its children to others, not end them
+        for &pid in self.pids.iter().rev() {
+            if release::is_descendant(pid, self.root) {
+                let _ = calls::kill(pid, libc::SIGKILL);
+            }
+        }
+        let _ = calls::kill(self.root, libc::SIGKILL);
+        if !self.sibling {
+            while let Ok(Some((_, status))) = calls::wait_child(self.root, libc::__WALL) {
+                if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+fn restore(opts: &Options, images: &Images) -> Result<RestoreReport> {
+    let mut phases = Phases::start();
+    let inventory = read_inventory(opts, images)?;
+    let job = opts.shell_job.then(release::own_session_and_group);
+    let tree = Tree::read(images, job)?;
+    check_ids(&inventory, &tree)?;
+    let birth = birth()?;
+    let filters: SeccompEntry = images.read_one_if_there(ImageKind::Seccomp, ())?.unwrap_or_default();
+    let clocks: Option<TimensEntry> = read_clocks(images, &inventory, &tree)?;
+    phases.mark("reading");
+
+    let mut files = RestoreFiles::read(opts, images)?;
+    let result = build(opts, images, &tree, &birth, &filters, clocks, &mut files, &mut phases);
+    // ghosts and links are taken away again, however it ended
+    let cleaned = files.clean(result.is_ok());
+    let report = result?;
+    cleaned?;
+    Ok(report)
+}
+
+#[allow(clippy::too_many_arguments)]
+fn build(
+    opts: &Options,
+    images: &Images,
+    tree: &Tree,
+    birth: &Birth,
+    filters: &SeccompEntry,
+    clocks: Option<TimensEntry>,
+    files: &mut RestoreFiles<'_>,
+    phases: &mut Phases,
+) -> Result<RestoreReport> {
+    let robust = RobustList::new()?;
+    let (mut transfer, mut draft) = open_files(opts, images, tree, files)?;
+    // a placeholder holds the number of each file that can be opened only when the tasks exist
+    let placeholder = File::open("/dev/null").call("open(/dev/null)")?;
+    let mut late: HashMap<u32, OwnedFd> = HashMap::new();
+    for id in draft.late_ids.drain(..) {
+        late.insert(id, placeholder.try_clone().call("fcntl(F_DUPFD_CLOEXEC)")?.into());
+    }
+    let own = calls::pidfd_open(i32::try_from(std::process::id()).unwrap_or(0), 0)?;
+    let engine = transfer.add(own);
+    phases.mark("opening");
+
+    let count = tree.nodes.len() + tree.alive().map(|(_, _, a)| a.threads.len()).sum::<usize>();
+    let len = arena_size(tree, &draft.tables, count);
+    let start = free_address(tree, birth, Arena::span(len))?;
+    let mut arena = Arena::new(Arena::base_in(start), len, &robust)?;
+    let mut slots: Vec<Slot> = Vec::with_capacity(tree.nodes.len());
+    let mut threads = HashMap::new();
+    for node in &tree.nodes {
+        slots.push(arena.slot()?);
+        if let Kind::Alive(a) = &node.kind {
+            for (tid, _) in a.threads.iter().skip(1) {
+                threads.insert(*tid, arena.slot()?);
+            }
+        }
+    }
+    let parked = birth.vdso.layout.moved(arena.parking());
+    let base = draft.base;
+    let table = Table {
+        base,
+        files: draft.files.iter().map(|(&id, &i)| (id, base + i as i32)).collect(),
+        late: late.iter().map(|(&id, fd)| (id, fd.as_raw_fd())).collect(),
+        engine: base + engine as i32,
+        numbers: Numbers {
+            areas: draft.areas.iter().map(|(&k, &i)| (k, base + i as i32)).collect(),
+            pages: draft.pages.iter().map(|(&k, &i)| (k, base + i as i32)).collect(),
+        },
+        exes: draft.exes.iter().map(|(&id, &i)| (id, base + i as i32)).collect(),
+        folders: draft.folders.iter().map(|(&id, &i)| (id, base + i as i32)).collect(),
+        tables: draft.tables,
+        fs: draft.fs,
+        own_root: draft.own_root,
+        restore: files,
+    };
+    let script = Script { tree, birth, table: &table, filters, slots: slots.clone(), threads, parked };
+    let (root_plan, figures) = script.write(&mut arena)?;
+    if opts.show_plan {
+        eprintln!("{}task {}\n{root_plan}", arena.describe(), tree.root().pid);
+    }
+    drop(script);
+    drop(table);
+    expect(tree, &mut arena);
+    phases.mark("planning");
+
+    let (ours, theirs) = rustix::net::socketpair(
+        rustix::net::AddressFamily::UNIX,
+        rustix::net::SocketType::STREAM,
+        rustix::net::SocketFlags::CLOEXEC,
+        None,
+    )
+    .call("socketpair")?;
+    let sibling = opts.restore_sibling && opts.restore_detach;
+    let root = tree.root().pid;
+    let mut nursery = Nursery { root: 0, sibling, pids: tree.nodes.iter().map(|n| n.pid).collect(), finished: false };
+    // the preamble waits for its turn, so the slot has no plan yet when the task enters
+    let pid = spawn::spawn(&spawn::Spawn {
+        pid: root,
+        load_at: arena.load_at(),
+        boot: arena.boot(slots[0]),
+        inherit: &[arena.fd(), theirs.as_fd()],
+        sibling,
+    })
+    .map_err(|e| match e.errno() {
+        libc::EEXIST => Error::Usage { what: format!("Can't fork for {root}: File exists; the id is in use, restore in a new PID namespace") },
+        _ => e,
+    })
+    .task(root)?;
+    nursery.root = pid;
+    drop(theirs);
+    let alive = || release::still_there(pid, sibling);
+    let preamble = preamble(&arena, birth, parked, base, transfer.list.len(), clocks.as_ref(), pid)?;
+    arena.load(slots[0], pid, preamble)?;
+    send(&ours, &transfer.list, &alive)?;
+    arena.finish(slots[0], STAGE_LIMIT, alive).task(pid)?;
+    arena.load(slots[0], pid, root_plan)?;
+    arena.gather(FORKED, STAGE_LIMIT, alive)?;
+    phases.mark("forking");
+    drop(transfer);
+    open_late(files, &late)?;
+    arena.go(FORKED);
+    arena.gather(FILLED, STAGE_LIMIT, alive)?;
+    drop(late);
+    phases.mark("filling");
+    memfd::seal(files)?;
+    arena.go(FILLED);
+    arena.gather(BEFORE_CREDS, STAGE_LIMIT, alive)?;
+    let mut held = release::Seized::default();
+    for (_, _, a) in tree.alive() {
+        for (tid, entry) in &a.threads {
+            let (_, core) = core::parts(entry)?;
+            held.seize(*tid, core.seccomp_mode.unwrap_or(0) != 0 || filters_come_by_sync(a))?;
+        }
+    }
+    arena.go(BEFORE_CREDS);
+    arena.gather(READY, STAGE_LIMIT, alive)?;
+    phases.mark("settling");
+
+    let (at, len) = arena.mapping();
+    for (_, node, a) in tree.alive() {
+        set_registers(&mut held, a).task(node.pid)?;
+        let wanted = a.memory.vdso();
+        let call = syscall_address(a, birth, parked, wanted)?;
+        held.remove_executor(node.pid, call, (at, len)).task(node.pid)?;
+        set_leader(a).task(node.pid)?;
+    }
+    if let Some(path) = &opts.pidfile {
+        write_pidfile(opts, path, pid)?;
+    }
+    let stopped = tree.alive().map(|(_, n, a)| (n.pid, stop_signal(a, opts))).collect::<Vec<_>>();
+    for (pid, signal) in stopped {
+        if let Some(signal) = signal {
+            calls::kill(pid, signal).task(pid)?;
+        }
+    }
+    nursery.finished = true;
+    held.go()?;
+    arena.release(&robust);
+    phases.mark("going");
+    let report = RestoreReport { pid, total: phases.total(), exit_code: None };
+    crate::stats::write_restore(opts, phases.of("forking"), report.total, figures.pages, figures.compared, figures.shared)?;
+    Ok(report)
+}
+
+fn filters_come_by_sync(a: &Alive) -> bool {
+    a.threads.iter().any(|(_, e)| e.thread_core.as_ref().is_some_and(|c| c.seccomp_mode.unwrap_or(0) != 0))
+}
+
+fn read_inventory(opts: &Options, images: &Images) -> Result<InventoryEntry> {
+    let inventory: InventoryEntry = images.read_one(ImageKind::Inventory, ())?;
+    let lie = |what: &str| Error::lie("inventory.img", what.to_owned());
+    if !matches!(inventory.img_version, 1 | 2) {
+        return Err(lie(&format!("Not supported images version {}", inventory.img_version)));
+    }
+    if inventory.fdinfo_per_id != Some(true) {
+        return Err(lie("Too old image, no longer supported"));
+    }
+    if inventory.pre_dump_mode.is_some() && !images.exists(ImageKind::Files, ())? {
+        return Err(Error::refused("a pre-dump", "it holds memory only: make a full dump on top of it and restore that"));
+    }
+    if inventory.tcp_close == Some(true) && !opts.tcp_close {
+        return Err(Error::Usage { what: "Need to set the --tcp-close options.".into() });
+    }
+    if inventory.allow_uprobes == Some(true) && !opts.allow_uprobes {
+        return Err(Error::Usage { what: "Dumped with --allow-uprobes. Need to set it on restore as well.".into() });
+    }
+    if let Some(plugin) = inventory.plugins_entry.as_ref().and_then(|p| p.plugins.first()) {
+        return Err(Error::refused(format!("a checkpoint that needs the plugin {}", String::from_utf8_lossy(plugin)), "there are no plugins"));
+    }
+    Ok(inventory)
+}
+
+/// Namespaces other than those of the one who restores cannot be made yet; time is the exception.
+fn check_ids(inventory: &InventoryEntry, tree: &Tree) -> Result<()> {
+    let Some(root) = &inventory.root_ids else { return Err(Error::lie("inventory.img", "no ids")) };
+    for (_, node, a) in tree.alive() {
+        let e = &a.ids;
+        let pairs = [
+            (e.pid_ns_id, root.pid_ns_id, "PID"),
+            (e.net_ns_id, root.net_ns_id, "network"),
+            (e.ipc_ns_id, root.ipc_ns_id, "IPC"),
+            (e.uts_ns_id, root.uts_ns_id, "UTS"),
+            (e.mnt_ns_id, root.mnt_ns_id, "mount"),
+            (e.user_ns_id, root.user_ns_id, "user"),
+            (e.cgroup_ns_id, root.cgroup_ns_id, "cgroup"),
+        ];
+        if let Some((.., name)) = pairs.iter().find(|(a, b, _)| a.is_some() && a != b) {
+            return Err(Error::refused(format!("a {name} namespace of its own"), "namespaces cannot be restored yet")).task(node.pid);
+        }
+    }
+    Ok(())
+}
+
+fn read_clocks(images: &Images, inventory: &InventoryEntry, tree: &Tree) -> Result<Option<TimensEntry>> {
+    let own = inventory.root_ids.as_ref().and_then(|r| r.time_ns_id);
+    let theirs = tree.alive().next().and_then(|(_, _, a)| a.ids.time_ns_id);
+    let id = if theirs == own { 0 } else { theirs.unwrap_or(0) };
+    Ok(images.read_one_if_there(ImageKind::Timens, id)?)
+}
+
+/// What tasks of ours are born with.
+fn birth() -> Result<Birth> {
+    let mut buf = Vec::new();
+    let mut read = |path: &str| -> Result<Vec<u8>> {
+        proc::read_proc(path.as_ref(), &mut buf).call("read").at(Place::Path(path.into()))?;
+        Ok(buf.clone())
+    };
+    let status = proc::status::parse(&read("/proc/thread-self/status")?)?;
+    let limits = proc::limits::parse(&read("/proc/self/limits")?)?.to_vec();
+    let oom_score_adj = proc::simple::signed("/proc/PID/oom_score_adj", &read("/proc/self/oom_score_adj")?)?;
+    let loginuid = read("/proc/self/loginuid").ok().map(|t| proc::simple::loginuid(&t)).transpose()?.map(|u| u.unwrap_or(u32::MAX));
+    let personality = proc::simple::hex("/proc/PID/personality", &read("/proc/self/personality")?)?;
+    let areas = proc::maps::parse(&read("/proc/self/maps")?)?;
+    let layout = Layout::of(&areas);
+    use proc::maps::VmaName;
+    let pieces = areas
+        .iter()
+        .filter(|a| matches!(a.name(), VmaName::Vdso | VmaName::Vvar | VmaName::VvarVclock))
+        .map(|a| (a.start, a.size()))
+        .collect();
+    let mut bytes = vec![0; usize::try_from(layout.vdso_end - layout.vdso).unwrap_or(0)];
+    if !bytes.is_empty() && remote::read_remote(i32::try_from(std::process::id()).unwrap_or(0), layout.vdso, &mut bytes)? != bytes.len() {
+        return Err(Error::Gone);
+    }
+    Ok(Birth { status, limits, oom_score_adj, loginuid, vdso: Vdso { layout, pieces, bytes }, personality })
+}
+
+/// Descriptors that go to the first task, in order.
+#[derive(Debug, Default)]
+struct Transfer {
+    list: Vec<OwnedFd>,
+}
+
+impl Transfer {
+    fn add(&mut self, fd: OwnedFd) -> usize {
+        self.list.push(fd);
+        self.list.len() - 1
+    }
+    fn add_copy(&mut self, fd: BorrowedFd<'_>) -> Result<usize> {
+        let copy = rustix::io::fcntl_dupfd_cloexec(fd, 3).call("fcntl(F_DUPFD_CLOEXEC)")?;
+        Ok(self.add(copy))
+    }
+}
+
+/// What the images say of descriptors, with the place of each file in the transfer.
+#[derive(Debug, Default)]
+struct Draft {
+    base: i32,
+    files: HashMap<u32, usize>,
+    late_ids: Vec<u32>,
+    areas: HashMap<(u32, u32), usize>,
+    pages: HashMap<(u32, usize), usize>,
+    exes: HashMap<u32, usize>,
+    folders: HashMap<u32, usize>,
+    tables: HashMap<u32, Vec<FdinfoEntry>>,
+    fs: HashMap<i32, FsEntry>,
+    own_root: Vec<u32>,
+}
+
+fn open_files(opts: &Options, images: &Images, tree: &Tree, files: &mut RestoreFiles<'_>) -> Result<(Transfer, Draft)> {
+    let mut transfer = Transfer::default();
+    let mut draft = Draft::default();
+    let mut highest = 0u32;
+    for (_, node, a) in tree.alive() {
+        let id = a.ids.files_id;
+        if !draft.tables.contains_key(&id) {
+            let entries: Vec<FdinfoEntry> = images.read_entries_if_there(ImageKind::Fdinfo, id)?;
+            highest = entries.iter().map(|e| e.fd).max().unwrap_or(0).max(highest);
+            draft.tables.insert(id, entries);
+        }
+        let fs: Option<FsEntry> = images.read_one_if_there(ImageKind::Fs, u32::try_from(node.pid).unwrap_or(0))?;
+        draft.fs.extend(fs.map(|fs| (node.pid, fs)));
+    }
+    if highest >= 1 << 24 {
+        return Err(Error::lie("fdinfo", format!("descriptor {highest}")));
+    }
+    draft.base = i32::try_from(highest).unwrap_or(0).max(256) + 64;
+    let mut ids: Vec<u32> = draft.tables.values().flatten().map(|e| e.id).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    for id in ids {
+        if files.opens_late(id)? {
+            draft.late_ids.push(id);
+        } else {
+            let fd = files.open(id)?;
+            let at = transfer.add_copy(fd)?;
+            draft.files.insert(id, at);
+        }
+    }
+    let here = rustix::fs::stat("/").call("stat(/)")?;
+    for (_, node, a) in tree.alive() {
+        for key @ (id, mode) in a.memory.files() {
+            if draft.areas.contains_key(&key) {
+                continue;
+            }
+            let is_memfd = files.entry(id).task(node.pid)?.memfd.is_some();
+            let fd = if is_memfd { memfd::for_mapping(files, id, mode) } else { regular::opened_for_mapping(files, id, mode) };
+            draft.areas.insert(key, transfer.add(fd.at(Place::File(id)).task(node.pid)?));
+        }
+        let exe = a.memory.mm.exe_file_id;
+        if !draft.exes.contains_key(&exe) {
+            draft.exes.insert(exe, transfer.add(regular::exe(files, exe).at(Place::File(exe)).task(node.pid)?));
+        }
+        let pid = u32::try_from(node.pid).unwrap_or(0);
+        for n in 0..a.memory.layers() {
+            let Some(pages) = a.memory.layer(n) else { continue };
+            let file = pages.as_file().ok_or(Error::Usage { what: "pages are not in a file; restore needs an image folder".into() })?;
+            draft.pages.insert((pid, n), transfer.add_copy(file.as_fd())?);
+        }
+        if let Some(fs) = draft.fs.get(&node.pid) {
+            for id in [fs.cwd_id, fs.root_id] {
+                if !draft.folders.contains_key(&id) {
+                    let fd = regular::folder(files, id).at(Place::File(id)).task(node.pid)?;
+                    let stat = rustix::fs::fstat(&fd).call("fstat")?;
+                    if (stat.st_dev, stat.st_ino) == (here.st_dev, here.st_ino) && opts.root.is_none() {
+                        draft.own_root.push(id);
+                    }
+                    draft.folders.insert(id, transfer.add(fd));
+                }
+            }
+        }
+    }
+    Ok((transfer, draft))
+}
+
+/// Opens what needs living tasks, at the numbers that the plans know.
+fn open_late(files: &mut RestoreFiles<'_>, late: &HashMap<u32, OwnedFd>) -> Result<()> {
+    for (&id, place) in late {
+        let fd = files.open(id)?;
+        calls::replace(fd.as_fd(), place.as_fd())?;
+    }
+    Ok(())
+}
+
+fn arena_size(tree: &Tree, tables: &HashMap<u32, Vec<FdinfoEntry>>, tasks: usize) -> usize {
+    let areas: usize = tree.alive().map(|(_, _, a)| a.memory.mm.vmas.len() * 8 + a.memory.operations()).sum();
+    let fds: usize = tables.values().map(|t| t.len() * 12).sum::<usize>() * tree.nodes.len().min(4);
+    Arena::size_for(tasks, areas + fds + tasks * 256, (64 << 10) * tasks + (8 << 20))
+}
+
+/// A gap of `len` bytes that no task uses, nor a fresh process.
+fn free_address(tree: &Tree, birth: &Birth, len: u64) -> Result<u64> {
+    const LOWEST: u64 = 0x1_0000_0000;
+    const HIGHEST: u64 = 0x5000_0000_0000;
+    let mut taken: Vec<(u64, u64)> = tree.alive().flat_map(|(_, _, a)| a.memory.occupied().collect::<Vec<_>>()).collect();
+    let _ = birth;
+    taken.sort_unstable();
+    let mut at = LOWEST;
+    for (start, end) in taken {
+        if start > at && start - at >= len + (1 << 20) {
+            break;
+        }
+        at = at.max(end);
+    }
+    let at = (at + (1 << 20)).next_multiple_of(1 << 16);
+    if at + len > HIGHEST {
+        return Err(Error::Usage { what: "no address is free in all tasks".into() });
+    }
+    Ok(at)
+}
+
+/// Who comes to which stage.
+fn expect(tree: &Tree, arena: &mut Arena) {
+    let alive = tree.alive().count() as u32;
+    let threads: u32 = tree.alive().map(|(_, _, a)| a.threads.len() as u32).sum();
+    let helpers = tree.nodes.iter().filter(|n| matches!(n.kind, Kind::Helper)).count() as u32;
+    arena.expect(FORKED, tree.nodes.len() as u32);
+    arena.expect(FILLED, alive + helpers);
+    arena.expect(BEFORE_CREDS, threads);
+    arena.expect(READY, threads);
+}
+
+/// What the first task does before its own plan: takes the descriptors, empties its memory, parks the vdso, enters a time
+/// namespace in which the clocks go on from the dump.
+fn preamble(
+    arena: &Arena,
+    birth: &Birth,
+    parked: Layout,
+    base: i32,
+    fds: usize,
+    clocks: Option<&TimensEntry>,
+    pid: i32,
+) -> Result<Plan> {
+    let mut buf = Vec::new();
+    proc::read_proc(format!("/proc/{pid}/maps").as_ref(), &mut buf).call("read(/proc/PID/maps)")?;
+    let fresh = Layout::of(&proc::maps::parse(&buf)?);
+    let mut plan = Plan::new();
+    let hard = birth.limits.get(7).map_or(4096, |l| l.maximum);
+    let limit = plan.words(&[hard, hard]);
+    plan.call("room for descriptors", libc::SYS_prlimit64, &[0.into(), 7.into(), limit.into(), 0.into()]);
+    let socket = spawn::FIRST_FD + 1;
+    plan.call("standard descriptors", libc::SYS_close_range, &[0.into(), 2.into(), 0.into()]);
+    plan.op(Code::ReceiveFds, 0, &[socket.into(), base.into(), fds.into()], Expect::Exact, [fds as i64, 0], "descriptors");
+    plan.call("our descriptors", libc::SYS_close_range, &[0.into(), (base - 1).into(), 0.into()]);
+    let (from, to) = arena.range();
+    unmap_all_but([(from, to), (fresh.start(), fresh.start() + fresh.span())].into_iter(), &mut plan);
+    for &(start, len) in &birth.vdso.pieces {
+        let there = start - birth.vdso.layout.start() + fresh.start();
+        let target = start - birth.vdso.layout.start() + parked.start();
+        plan.call_exact("vdso", libc::SYS_mremap, &[there.into(), len.into(), len.into(), 3.into(), target.into()], target as i64);
+    }
+    if let Some(clocks) = clocks {
+        time_namespace(clocks, &mut plan)?;
+    }
+    Ok(plan)
+}
+
+/// A time namespace whose clocks go on from the image (time_namespaces(7)).
+fn time_namespace(clocks: &TimensEntry, plan: &mut Plan) -> Result<()> {
+    const CLONE_NEWTIME: i32 = 0x80;
+    if !std::path::Path::new("/proc/self/ns/time").exists() {
+        tracing::warn!("this kernel has no time namespaces: monotonic clocks will jump");
+        return Ok(());
+    }
+    let own = proc::simple::timens_offsets(&std::fs::read("/proc/self/timens_offsets").call("read(/proc/self/timens_offsets)")?)?;
+    let line = |name: &str, image: &standstill_images::proto::Timespec, clock, own: (i64, u32)| {
+        let now = rustix::time::clock_gettime(clock);
+        let nanos = |sec: i64, nsec: i64| i128::from(sec) * 1_000_000_000 + i128::from(nsec);
+        let host = nanos(now.tv_sec, now.tv_nsec) - nanos(own.0, own.1.into());
+        let offset = nanos(i64::try_from(image.tv_sec).unwrap_or(0), i64::try_from(image.tv_nsec).unwrap_or(0)) - host;
+        format!("{name} {} {}\n", offset.div_euclid(1_000_000_000), offset.rem_euclid(1_000_000_000))
+    };
+    let text = line("monotonic", &clocks.monotonic, rustix::time::ClockId::Monotonic, own.monotonic)
+        + &line("boottime", &clocks.boottime, rustix::time::ClockId::Boottime, own.boottime);
+    plan.call("time namespace", libc::SYS_unshare, &[CLONE_NEWTIME.into()]);
+    let path = plan.string(b"/proc/self/timens_offsets");
+    let data = plan.bytes(text.as_bytes());
+    let fd = plan.call("offsets of clocks", libc::SYS_openat, &[libc::AT_FDCWD.into(), path.into(), libc::O_WRONLY.into(), 0.into()]);
+    plan.call("offsets of clocks", libc::SYS_write, &[Arg::Result(fd.0), data.into(), text.len().into()]);
+    plan.call("offsets of clocks", libc::SYS_close, &[Arg::Result(fd.0)]);
+    let path = plan.string(b"/proc/self/ns/time_for_children");
+    let fd = plan.call("time namespace", libc::SYS_openat, &[libc::AT_FDCWD.into(), path.into(), libc::O_RDONLY.into(), 0.into()]);
+    plan.call("time namespace", libc::SYS_setns, &[Arg::Result(fd.0), CLONE_NEWTIME.into()]);
+    plan.call("time namespace", libc::SYS_close, &[Arg::Result(fd.0)]);
+    Ok(())
+}
+
+/// Sends descriptors in messages of at most 64.
+fn send(socket: &OwnedFd, list: &[OwnedFd], alive: &impl Fn() -> Result<()>) -> Result<()> {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+    for part in list.chunks(64) {
+        let borrowed: Vec<BorrowedFd<'_>> = part.iter().map(AsFd::as_fd).collect();
+        let mut space = vec![std::mem::MaybeUninit::uninit(); 64 * 4 + 64];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !control.push(SendAncillaryMessage::ScmRights(&borrowed)) {
+            return Err(Error::Usage { what: "descriptors do not fit into a message".into() });
+        }
+        alive()?;
+        rustix::net::sendmsg(socket, &[std::io::IoSlice::new(b"f")], &mut control, SendFlags::NOSIGNAL).call("sendmsg(SCM_RIGHTS)")?;
+    }
+    Ok(())
+}
+
+/// Sets everything by ptrace that a task cannot set for itself; the leader's general registers come last.
+fn set_registers(held: &mut release::Seized, a: &Alive) -> Result<()> {
+    for (tid, entry) in &a.threads {
+        let (info, core) = core::parts(entry)?;
+        held.stop(*tid).task(*tid)?;
+        let state = registers::xstate_from_entry(&info.fpregs, ptrace::xstate(*tid)?).task(*tid)?;
+        ptrace::set_xstate(*tid, &state).task(*tid)?;
+        if entry.tc.is_none() {
+            ptrace::set_signal_mask(*tid, core.blk_sigset.unwrap_or(0)).task(*tid)?;
+            ptrace::set_registers(*tid, &registers::from_entry(&info.gpregs)?).task(*tid)?;
+        }
+    }
+    Ok(())
+}
+
+/// The leader's mask and registers, once it is out of the executor.
+fn set_leader(a: &Alive) -> Result<()> {
+    let (tid, entry) = &a.threads[0];
+    let (info, core) = core::parts(entry)?;
+    let mask = core.blk_sigset.or(entry.tc.as_ref().map(|t| t.blk_sigset)).unwrap_or(0);
+    ptrace::set_signal_mask(*tid, mask)?;
+    ptrace::set_registers(*tid, &registers::from_entry(&info.gpregs)?)
+}
+
+/// True if the kernel's vdso went to where the task had it.
+fn moved(a: &Alive, birth: &Birth) -> Result<bool> {
+    Ok(a.memory.vdso().vdso != 0 && a.memory.vdso_bytes()? == birth.vdso.bytes)
+}
+
+/// An address in the task at which there is a system call instruction.
+fn syscall_address(a: &Alive, birth: &Birth, parked: Layout, wanted: Layout) -> Result<u64> {
+    let offset = crate::memory::vdso::syscall_instruction(&birth.vdso.bytes).ok_or(Error::Gone)?;
+    Ok(if moved(a, birth)? { wanted.vdso + offset } else { parked.vdso + offset })
+}
+
+fn stop_signal(a: &Alive, opts: &Options) -> Option<i32> {
+    let tc = a.threads[0].1.tc.as_ref()?;
+    if tc.task_state == core::STOPPED {
+        let signal = i32::try_from(tc.stop_signo.unwrap_or(0)).unwrap_or(0);
+        let known = [libc::SIGSTOP, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU].contains(&signal);
+        return Some(if known { signal } else { libc::SIGSTOP });
+    }
+    (opts.final_state == FinalState::Stop).then_some(libc::SIGSTOP)
+}
+
+/// The root's pid, for the caller; the file must not exist.
+fn write_pidfile(opts: &Options, path: &std::path::Path, pid: i32) -> Result<()> {
+    use std::io::Write;
+    let path = opts.in_work_dir(path);
+    let mut file = File::options().write(true).create_new(true).open(&path).call("open").at(Place::Path(path.clone()))?;
+    file.write_all(pid.to_string().as_bytes()).call("write").at(Place::Path(path))
+}

@@ -1,0 +1,73 @@
+//! Sockets: one file a family.
+//!
+//! All sockets of a family that are in the images are made together, at the first that is asked for: which end of a
+//! connection is made first, and when a name or port is taken, depends on all of them.
+//!
+//! Man pages: socket(7), unix(7), ip(7), tcp(7), udp(7), raw(7).
+
+use std::os::fd::AsFd;
+
+use standstill_images::proto::FileEntry;
+
+use crate::error::{At, Error, Place, Result};
+use crate::files::{Descriptor, DumpFiles};
+use crate::sys::diag::DiagError;
+
+pub mod inet;
+pub mod options;
+pub mod queue;
+pub mod tcp;
+pub mod unix;
+
+/// TCP_ESTABLISHED: the states of TCP are used for all families.
+pub const ESTABLISHED: u32 = 1;
+/// TCP_CLOSE: not connected.
+pub const CLOSE: u32 = 7;
+/// TCP_LISTEN.
+pub const LISTEN: u32 = 10;
+
+/// Dispatches by family.
+pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry> {
+    let place = Place::Item("socket", d.stat.st_ino);
+    let family = options::DOMAIN.get(d.copy.as_fd()).at(place.clone())?;
+    match i32::try_from(family).unwrap_or(-1) {
+        libc::AF_UNIX => unix::dump(d, id, cx),
+        libc::AF_INET | libc::AF_INET6 => inet::dump(d, id, cx),
+        libc::AF_NETLINK => {
+            Err(d.refused("a netlink socket", "close it before the dump; this kind cannot be carried yet"))
+        }
+        libc::AF_PACKET => {
+            Err(d.refused("a packet socket", "close it before the dump; this kind cannot be carried yet"))
+        }
+        libc::AF_VSOCK => Err(d.refused("a vsock socket", "close it before the dump")),
+        libc::AF_ALG => Err(d.refused("a socket of the kernel's crypto", "close it before the dump")),
+        libc::AF_BLUETOOTH => Err(d.refused("a bluetooth socket", "close it before the dump")),
+        libc::AF_XDP => Err(d.refused("an XDP socket", "close it before the dump")),
+        libc::AF_TIPC => Err(d.refused("a TIPC socket", "close it before the dump")),
+        libc::AF_CAN => Err(d.refused("a CAN socket", "close it before the dump")),
+        other => Err(d.refused(&format!("a socket of family {other}"), "close it before the dump")),
+    }
+    .at(place)
+}
+
+/// Puts what the kernel's list of sockets said into our words.
+fn listed<T>(result: Result<T, DiagError>) -> Result<T> {
+    result.map_err(|e| match e {
+        DiagError::Call { call, source } => Error::Sys { call, source: source.into() },
+        DiagError::Refused { source, .. } => Error::Sys { call: "NETLINK_SOCK_DIAG", source: source.into() },
+        e @ DiagError::Unsupported { .. } => Error::refused(e.to_string(), "load the module that this needs"),
+        e @ (DiagError::Changing { .. } | DiagError::Malformed { .. } | DiagError::Short { .. }) => {
+            Error::Changed { what: e.to_string() }
+        }
+    })
+}
+
+/// What shutdown(2) is to be called with, for the two bits of an image.
+fn shutdown_how(bits: Option<i32>) -> Option<rustix::net::Shutdown> {
+    match bits {
+        Some(1) => Some(rustix::net::Shutdown::Read),
+        Some(2) => Some(rustix::net::Shutdown::Write),
+        Some(3) => Some(rustix::net::Shutdown::Both),
+        _ => None,
+    }
+}

@@ -1,0 +1,231 @@
+//! Names of unix sockets: binding one again, and reaching it.
+//!
+//! A name is kept by the kernel as it was given, so a relative path must be bound from its own folder. The current folder of
+//! the process stays: a thread of its own leaves the shared one (CLONE_FS) and goes there.
+//!
+//! A path whose file was gone is bound all the same, and its file removed again; what stands there meanwhile is put aside.
+//!
+//! Man pages: unix(7), unshare(2).
+
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
+use rustix::io::Errno;
+use rustix::net::SocketAddrUnix;
+use standstill_images::proto::UnixSkEntry;
+
+use crate::error::{At, Call, Error, Place, Result};
+use crate::files::magic_link;
+
+/// What an entry is bound to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Name<'e> {
+    /// Nothing.
+    None,
+    /// A name without a file.
+    Abstract(&'e [u8]),
+    /// A path, and the folder that it is relative to.
+    Path(&'e Path, Option<&'e Path>),
+}
+
+impl<'e> Name<'e> {
+    /// Of an entry.
+    pub(super) fn of(e: &'e UnixSkEntry) -> Result<Name<'e>> {
+        let lie = || Error::lie("files.img", format!("the name of unix socket {} has {} bytes", e.ino, e.name.len()));
+        match e.name.as_slice() {
+            name if name.len() > 108 => Err(lie()),
+            [] => Ok(Name::None),
+            [0, name @ ..] => Ok(Name::Abstract(name)),
+            path => {
+                let path = path.strip_suffix(b"\0").unwrap_or(path);
+                let folder = e.name_dir.as_deref().map(|dir| Path::new(OsStr::from_bytes(dir)));
+                if path.contains(&0) {
+                    Err(lie())
+                } else {
+                    Ok(Name::Path(Path::new(OsStr::from_bytes(path)), folder))
+                }
+            }
+        }
+    }
+}
+
+/// Runs something with the current folder of a thread of its own.
+fn in_folder<T: Send>(folder: Option<&Path>, run: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let Some(folder) = folder else { return run() };
+    let result = std::thread::scope(|scope| {
+        scope
+            .spawn(|| {
+                nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).call("unshare(CLONE_FS)")?;
+                rustix::process::chdir(folder).call("chdir").at(Place::Path(folder.to_owned()))?;
+                run()
+            })
+            .join()
+    });
+    result.unwrap_or(Err(Error::Gone))
+}
+
+/// Binds a socket. What comes back opens the file that it is bound to, if it is one.
+pub(super) fn bind(fd: BorrowedFd<'_>, e: &UnixSkEntry) -> Result<Option<OwnedFd>> {
+    match Name::of(e)? {
+        Name::None => Ok(None),
+        Name::Abstract(name) => {
+            let address = SocketAddrUnix::new_abstract_name(name).call("bind")?;
+            rustix::net::bind(fd, &address).call("bind").at(Place::Path(shown(name)))?;
+            Ok(None)
+        }
+        Name::Path(path, folder) => in_folder(folder, || {
+            if e.deleted == Some(true) {
+                let _aside = Aside::of(path)?;
+                let node = bind_path(fd, path, e)?;
+                rustix::fs::unlink(path).call("unlink")?;
+                Ok(Some(node))
+            } else {
+                // a socket that is there is the old one, or nobody's; anything else stays and is in the way
+                if rustix::fs::lstat(path).is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::Socket) {
+                    rustix::fs::unlink(path).call("unlink")?;
+                }
+                bind_path(fd, path, e).map(Some)
+            }
+        })
+        .at(Place::Path(path.to_owned())),
+    }
+}
+
+fn bind_path(fd: BorrowedFd<'_>, path: &Path, e: &UnixSkEntry) -> Result<OwnedFd> {
+    let address = SocketAddrUnix::new(path).call("bind")?;
+    rustix::net::bind(fd, &address).call("bind")?;
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let node = rustix::fs::open(path, flags, Mode::empty()).call("open(O_PATH)")?;
+    if let Some(perms) = &e.file_perms {
+        let now = rustix::fs::fstat(&node).call("fstat")?;
+        if (now.st_uid, now.st_gid) != (perms.uid, perms.gid) {
+            let (uid, gid) = (Uid::from_raw(perms.uid), Gid::from_raw(perms.gid));
+            rustix::fs::chownat(&node, c"", Some(uid), Some(gid), AtFlags::EMPTY_PATH).call("fchownat")?;
+        }
+        if now.st_mode & 0o7777 != perms.mode & 0o7777 {
+            let link = magic_link(node.as_fd());
+            rustix::fs::chmod(link, Mode::from_raw_mode(perms.mode & 0o7777)).call("chmod")?;
+        }
+    }
+    Ok(node)
+}
+
+/// Connects a socket to one of the restored, by the file that it is bound to or by its abstract name.
+pub(super) fn connect(fd: BorrowedFd<'_>, to: &UnixSkEntry, node: Option<BorrowedFd<'_>>) -> Result<()> {
+    match (node, Name::of(to)?) {
+        (Some(node), _) => {
+            let address = SocketAddrUnix::new(magic_link(node)).call("connect")?;
+            rustix::net::connect(fd, &address).call("connect")
+        }
+        (None, Name::Abstract(name)) => {
+            let address = SocketAddrUnix::new_abstract_name(name).call("connect")?;
+            rustix::net::connect(fd, &address).call("connect").at(Place::Path(shown(name)))
+        }
+        (None, Name::Path(path, folder)) => in_folder(folder, || {
+            let address = SocketAddrUnix::new(path).call("connect")?;
+            rustix::net::connect(fd, &address).call("connect")
+        })
+        .at(Place::Path(path.to_owned())),
+        (None, Name::None) => Err(Error::lie("files.img", format!("unix socket {} has no name to connect to", to.ino))),
+    }
+}
+
+/// An abstract name as messages show it.
+fn shown(name: &[u8]) -> PathBuf {
+    PathBuf::from(format!("@{}", name.escape_ascii()))
+}
+
+/// A path that is free for a moment: what was there is put aside, folders that are missing are made, and all of that is
+/// undone at the end.
+struct Aside {
+    path: PathBuf,
+    parked: Option<PathBuf>,
+    made: Vec<PathBuf>,
+}
+
+impl Aside {
+    fn of(path: &Path) -> Result<Aside> {
+        let mut aside = Aside { path: path.to_owned(), parked: None, made: Vec::new() };
+        let missing: Vec<&Path> = path
+            .ancestors()
+            .skip(1)
+            .take_while(|folder| {
+                !folder.as_os_str().is_empty() && rustix::fs::access(*folder, rustix::fs::Access::EXISTS).is_err()
+            })
+            .collect();
+        for folder in missing.into_iter().rev() {
+            rustix::fs::mkdir(folder, Mode::from_raw_mode(0o755)).call("mkdir").at(Place::Path(folder.to_owned()))?;
+            aside.made.push(folder.to_owned());
+        }
+        let mut parked = path.as_os_str().to_owned();
+        parked.push(format!(".standstill-{}", std::process::id()));
+        match rustix::fs::rename(path, &parked) {
+            Ok(()) => aside.parked = Some(parked.into()),
+            Err(Errno::NOENT) => {}
+            Err(e) => return Err(e).call("rename"),
+        }
+        Ok(aside)
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        if let Some(parked) = &self.parked {
+            if let Err(e) = rustix::fs::rename(parked, &self.path) {
+                tracing::error!("{} is now called {}: {e}", self.path.display(), parked.display());
+            }
+        }
+        for folder in self.made.iter().rev() {
+            if let Err(e) = rustix::fs::rmdir(folder) {
+                tracing::warn!("{} was made for a socket and cannot be removed: {e}", folder.display());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn entry(name: &[u8]) -> UnixSkEntry {
+        UnixSkEntry { name: name.to_vec(), ..UnixSkEntry::default() }
+    }
+
+    #[test]
+    fn names() {
+        assert_eq!(Name::of(&entry(b"")).unwrap(), Name::None);
+        assert_eq!(Name::of(&entry(b"\0a\0b")).unwrap(), Name::Abstract(b"a\0b"));
+        assert_eq!(Name::of(&entry(b"/x\0")).unwrap(), Name::Path(Path::new("/x"), None));
+        assert!(Name::of(&entry(b"/x\0y\0")).is_err());
+        assert!(Name::of(&entry(&[b'x'; 109])).is_err());
+    }
+
+    #[test]
+    fn another_folder_is_only_there_for_a_moment() {
+        let here = std::env::current_dir().unwrap();
+        let there = in_folder(Some(Path::new("/proc")), || std::env::current_dir().call("getcwd")).unwrap();
+        assert_eq!(there, Path::new("/proc"));
+        assert_eq!(std::env::current_dir().unwrap(), here);
+        assert!(in_folder(Some(Path::new("/nowhere")), || Ok(())).is_err());
+    }
+
+    #[test]
+    fn what_was_put_aside_returns() {
+        let folder = std::env::temp_dir().join(format!("standstill-aside-{}", std::process::id()));
+        let path = folder.join("deep/er/sock");
+        drop(Aside::of(&path).unwrap());
+        assert!(!folder.exists());
+        std::fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("file");
+        std::fs::write(&path, "kept").unwrap();
+        let aside = Aside::of(&path).unwrap();
+        assert!(!path.exists());
+        drop(aside);
+        assert_eq!(std::fs::read(&path).unwrap(), b"kept");
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+}

@@ -1,0 +1,251 @@
+//! Single system calls that nix and rustix lack.
+
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use standstill_images::proto::FownEntry;
+
+use crate::error::{Error, Result};
+
+fn answer(call: &'static str, r: libc::c_long) -> Result<i64> {
+    if r < 0 { Err(Error::last(call)) } else { Ok(r) }
+}
+
+/// pidfd_open(2).
+pub fn pidfd_open(pid: i32, flags: u32) -> Result<OwnedFd> {
+    // SAFETY: integers only; the new descriptor is ours alone.
+    unsafe {
+        let fd = answer("pidfd_open", libc::syscall(libc::SYS_pidfd_open, pid, flags))?;
+        Ok(OwnedFd::from_raw_fd(fd as i32))
+    }
+}
+
+/// pidfd_getfd(2): our own descriptor of another task's open file.
+pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: i32) -> Result<OwnedFd> {
+    // SAFETY: integers only; the new descriptor is ours alone.
+    unsafe {
+        let fd = answer("pidfd_getfd", libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0))?;
+        Ok(OwnedFd::from_raw_fd(fd as i32))
+    }
+}
+
+/// What kcmp(2) compares.
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs)]
+pub enum Kcmp {
+    File = 0,
+    Vm = 1,
+    Files = 2,
+    Fs = 3,
+    Sighand = 4,
+    Io = 5,
+    Sysvsem = 6,
+}
+
+/// kcmp(2): do two tasks share a kernel object?
+pub fn same(a: i32, b: i32, what: Kcmp) -> Result<bool> {
+    // SAFETY: integers only.
+    Ok(answer("kcmp", unsafe { libc::syscall(libc::SYS_kcmp, a, b, what as i32, 0, 0) })? == 0)
+}
+
+/// kcmp(2): are two descriptors one open file?
+pub fn same_file(a: i32, fd_a: i32, b: i32, fd_b: i32) -> Result<bool> {
+    // SAFETY: integers only.
+    Ok(answer("kcmp(KCMP_FILE)", unsafe { libc::syscall(libc::SYS_kcmp, a, b, Kcmp::File as i32, fd_a, fd_b) })? == 0)
+}
+
+/// kcmp(2): is `fd` of `pid` the open file that epoll `epoll_fd` of the same task watches as number `target`, as the
+/// `nth` one of that number?
+pub fn same_epoll_target(pid: i32, fd: i32, epoll_fd: i32, target: i32, nth: u32) -> Result<bool> {
+    let slot = [epoll_fd as u32, target as u32, nth];
+    // SAFETY: `slot` is the struct kcmp_epoll_slot that the call reads.
+    Ok(answer("kcmp(KCMP_EPOLL_TFD)", unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, 7, fd, slot.as_ptr()) })? == 0)
+}
+
+/// Who gets SIGIO for an open file: F_GETOWN_EX, F_GETSIG, F_GETOWNER_UIDS (fcntl(2)).
+pub fn file_owner(fd: BorrowedFd<'_>) -> Result<FownEntry> {
+    const F_GETSIG: i32 = 11;
+    const F_GETOWN_EX: i32 = 16;
+    const F_GETOWNER_UIDS: i32 = 17;
+    let mut owner = [0i32; 2];
+    let mut ids = [0u32; 2];
+    // SAFETY: both arrays are as large as what the requests write.
+    unsafe {
+        let signal = answer("fcntl(F_GETSIG)", libc::fcntl(fd.as_raw_fd(), F_GETSIG).into())?;
+        answer("fcntl(F_GETOWN_EX)", libc::fcntl(fd.as_raw_fd(), F_GETOWN_EX, owner.as_mut_ptr()).into())?;
+        if owner[1] == 0 {
+            return Ok(FownEntry { uid: 0, euid: 0, signum: signal as u32, pid_type: 0, pid: 0 });
+        }
+        answer("fcntl(F_GETOWNER_UIDS)", libc::fcntl(fd.as_raw_fd(), F_GETOWNER_UIDS, ids.as_mut_ptr()).into())?;
+        Ok(FownEntry { uid: ids[0], euid: ids[1], signum: signal as u32, pid_type: owner[0] as u32, pid: owner[1] as u32 })
+    }
+}
+
+/// get_robust_list(2) of a thread: head and length.
+pub fn robust_list(tid: i32) -> Result<(u64, u64)> {
+    let (mut head, mut len) = (0u64, 0u64);
+    // SAFETY: two places for two words.
+    answer("get_robust_list", unsafe { libc::syscall(libc::SYS_get_robust_list, tid, &raw mut head, &raw mut len) })?;
+    Ok((head, len))
+}
+
+/// An ioctl with a buffer that the kernel reads and writes.
+pub fn ioctl(fd: BorrowedFd<'_>, call: &'static str, request: u64, buffer: &mut [u8]) -> Result<i64> {
+    debug_assert!((request >> 16 & 0x3fff) as usize <= buffer.len() || request >> 30 == 0);
+    // SAFETY: the caller sizes the buffer for the request, whose size field says how much the kernel touches.
+    answer(call, unsafe { libc::ioctl(fd.as_raw_fd(), request as libc::c_ulong, buffer.as_mut_ptr()) }.into())
+}
+
+/// An ioctl with a plain value.
+pub fn ioctl_value(fd: BorrowedFd<'_>, call: &'static str, request: u64, value: u64) -> Result<i64> {
+    // SAFETY: requests with a value read no memory.
+    answer(call, unsafe { libc::ioctl(fd.as_raw_fd(), request as libc::c_ulong, value) }.into())
+}
+
+/// getsockopt(2) into raw bytes; how many were written.
+pub fn getsockopt(fd: BorrowedFd<'_>, level: i32, name: i32, buffer: &mut [u8]) -> Result<usize> {
+    let mut len = buffer.len() as libc::socklen_t;
+    // SAFETY: `len` is the size of `buffer`.
+    answer("getsockopt", unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, buffer.as_mut_ptr().cast(), &raw mut len) }.into())?;
+    Ok(len as usize)
+}
+
+/// setsockopt(2) from raw bytes.
+pub fn setsockopt(fd: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> Result<()> {
+    // SAFETY: the length is that of `value`.
+    answer("setsockopt", unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, value.as_ptr().cast(), value.len() as libc::socklen_t) }.into())
+        .map(drop)
+}
+
+/// A wait status, raw, of a child that changed its state; `None` if none did.
+pub fn wait_child(pid: i32, flags: i32) -> Result<Option<(i32, i32)>> {
+    let mut status = 0;
+    loop {
+        // SAFETY: a place for one int.
+        let r = unsafe { libc::waitpid(pid, &raw mut status, flags) };
+        match r {
+            0 => return Ok(None),
+            r if r > 0 => return Ok(Some((r, status))),
+            _ if std::io::Error::last_os_error().raw_os_error() == Some(libc::EINTR) => {}
+            _ => return Err(Error::last("waitpid")),
+        }
+    }
+}
+
+/// kill(2).
+pub fn kill(pid: i32, signal: i32) -> Result<()> {
+    // SAFETY: integers only.
+    answer("kill", unsafe { libc::kill(pid, signal) }.into()).map(drop)
+}
+
+/// sched_getscheduler(2), with SCHED_RESET_ON_FORK.
+pub fn sched_policy(tid: i32) -> Result<u32> {
+    // SAFETY: integers only.
+    Ok(answer("sched_getscheduler", unsafe { libc::sched_getscheduler(tid) }.into())? as u32)
+}
+
+/// Our own descriptor of a number that the caller named: a duplicate, closed on exec.
+pub fn dup_number(fd: i32) -> Result<OwnedFd> {
+    // SAFETY: integers only; the new descriptor is ours alone.
+    unsafe {
+        let fd = answer("fcntl(F_DUPFD_CLOEXEC)", libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3).into())?;
+        Ok(OwnedFd::from_raw_fd(fd as i32))
+    }
+}
+
+/// signalfd4(2), with the set as the kernel has it: bit n-1 is signal n.
+pub fn signalfd(mask: u64, flags: i32) -> Result<OwnedFd> {
+    // SAFETY: the kernel reads the eight bytes of `mask`; the new descriptor is ours alone.
+    unsafe {
+        let fd = answer("signalfd4", libc::syscall(libc::SYS_signalfd4, -1, &raw const mask, size_of::<u64>(), flags))?;
+        Ok(OwnedFd::from_raw_fd(fd as i32))
+    }
+}
+
+/// The other end of a terminal pair, by its master (TIOCGPTPEER of ioctl_tty(2)).
+pub fn open_pty_peer(master: BorrowedFd<'_>, flags: u32) -> Result<OwnedFd> {
+    const TIOCGPTPEER: u64 = 0x5441;
+    let fd = ioctl_value(master, "ioctl(TIOCGPTPEER)", TIOCGPTPEER, flags.into())?;
+    // SAFETY: the new descriptor is ours alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// open_by_handle_at(2) with O_PATH: the file of a handle, on the file system that `mount` is on.
+pub fn open_by_handle(mount: BorrowedFd<'_>, kind: u32, handle: &[u8]) -> Result<OwnedFd> {
+    // struct file_handle: length, type, bytes.
+    let mut raw = Vec::with_capacity(8 + handle.len());
+    raw.extend_from_slice(&(handle.len() as u32).to_ne_bytes());
+    raw.extend_from_slice(&kind.to_ne_bytes());
+    raw.extend_from_slice(handle);
+    let flags = libc::O_PATH | libc::O_CLOEXEC;
+    // SAFETY: the first word says how many bytes follow the two; the new descriptor is ours alone.
+    unsafe {
+        let fd = answer("open_by_handle_at", libc::syscall(libc::SYS_open_by_handle_at, mount.as_raw_fd(), raw.as_ptr(), flags))?;
+        Ok(OwnedFd::from_raw_fd(fd as i32))
+    }
+}
+
+/// Runs `work` with the id of a child of ours that is dead and not reaped, and reaps it afterwards. Nobody gets SIGCHLD
+/// for it, and no `wait` of an embedding program finds it.
+pub fn with_dead_child<T>(work: impl FnOnce(i32) -> Result<T>) -> Result<T> {
+    // SAFETY: without CLONE_VM the child has a copy of our memory, and makes system calls only, so that locks held by
+    // other threads do not matter; CLONE_VFORK lets us go on once it is gone. Exit signal 0.
+    let pid = unsafe {
+        let pid = libc::syscall(libc::SYS_clone, libc::CLONE_VFORK, 0, 0, 0, 0);
+        if pid == 0 {
+            loop {
+                libc::syscall(libc::SYS_exit_group, 0);
+            }
+        }
+        answer("clone", pid)? as i32
+    };
+    let result = work(pid);
+    let reaped = wait_child(pid, libc::__WALL);
+    let value = result?;
+    reaped.map(|_| value)
+}
+
+/// Runs a plan's system calls in this very thread.
+#[cfg(test)]
+pub(crate) fn run_here(plan: &crate::plan::Plan) -> Result<Vec<i64>> {
+    use standstill_restorer::plan::{Code, Expect, Kind, Op};
+    let bytes = plan.ops_bytes();
+    let mut data = vec![0u64; plan.data_len().div_ceil(8) + 8];
+    for (i, byte) in plan.data().iter().enumerate() {
+        data[i / 8] |= u64::from(*byte) << (8 * (i % 8));
+    }
+    let base = data.as_mut_ptr() as u64;
+    let mut results = Vec::new();
+    for (index, op) in bytes.chunks_exact(size_of::<Op>()).enumerate() {
+        // SAFETY: the plan wrote whole operations, which are plain numbers.
+        let op: Op = unsafe { std::ptr::read_unaligned(op.as_ptr().cast()) };
+        assert_eq!(op.code, Code::Syscall as u32, "only system calls are run here");
+        let args: Vec<u64> = (0..6)
+            .map(|i| match op.kinds[i] {
+                k if k == Kind::PlanAddr as u8 => base + op.args[i],
+                k if k == Kind::Slot as u8 => results[op.args[i] as usize] as u64,
+                _ => op.args[i],
+            })
+            .collect();
+        // SAFETY: what a plan's call touches is its own data, which outlives it.
+        let r = unsafe { libc::syscall(op.nr.into(), args[0], args[1], args[2], args[3], args[4], args[5]) };
+        let r = if r < 0 { -i64::from(std::io::Error::last_os_error().raw_os_error().unwrap_or(0)) } else { r };
+        let good = match op.expect {
+            e if e == Expect::Any as u8 => true,
+            e if e == Expect::NonNegative as u8 => r >= 0,
+            e if e == Expect::Exact as u8 => r == op.want[0],
+            _ => r >= 0 || op.want.contains(&r),
+        };
+        if !good {
+            return Err(plan.error(index, r));
+        }
+        results.push(r);
+    }
+    drop(data);
+    Ok(results)
+}
+
+/// dup3(2): `place` becomes another descriptor of `fd`'s open file; its number stays.
+pub fn replace(fd: BorrowedFd<'_>, place: BorrowedFd<'_>) -> Result<()> {
+    // SAFETY: both are open; the owner of `place` keeps owning its number.
+    answer("dup3", unsafe { libc::dup3(fd.as_raw_fd(), place.as_raw_fd(), libc::O_CLOEXEC) }.into()).map(drop)
+}

@@ -1,0 +1,12 @@
+//! The raw interfaces of the kernel that no library here has: unsafe code lives in this folder, each block with the
+//! invariant that makes it sound.
+#![allow(unsafe_code)]
+
+pub mod cpu;
+pub mod diag;
+pub mod futex;
+pub mod memory;
+pub mod probe;
+pub mod ptrace;
+pub mod spawn;
+pub mod calls;

@@ -1,0 +1,116 @@
+//! What /proc says of a stopped process: read from outside, in parallel, before anything is put into it.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use crate::error::{At, Call, Error, Place, Result};
+use crate::files::Descriptor;
+use crate::proc::{self, limits::Limit, maps::Vma, status::Status, timers::PosixTimer};
+use crate::sys::calls;
+
+/// A thread, by its own files.
+#[derive(Debug)]
+pub struct ThreadFacts {
+    /// /proc/PID/task/TID/status.
+    pub status: Status,
+    /// Its name, whole.
+    pub comm: Vec<u8>,
+    /// Nice value, policy and real-time priority.
+    pub sched: (i32, u32, u32),
+    /// Head and length of its robust futex list.
+    pub robust: (u64, u64),
+}
+
+/// A process.
+#[derive(Debug)]
+pub struct Facts {
+    /// In our pid namespace.
+    pub pid: i32,
+    /// Keeps the pid from being used again.
+    pub pidfd: OwnedFd,
+    /// Threads, leader first.
+    pub threads: Vec<ThreadFacts>,
+    /// Memory areas, in order.
+    pub areas: Vec<Vma>,
+    /// Open descriptors, in order of number.
+    pub descriptors: Vec<Descriptor>,
+    /// Resource limits by number.
+    pub limits: Vec<Limit>,
+    /// Auxiliary vector, as words.
+    pub auxv: Vec<u64>,
+    /// POSIX timers.
+    pub timers: Vec<PosixTimer>,
+    /// Execution domain flags (personality(2)).
+    pub personality: u32,
+    /// Adjustment of the out-of-memory score.
+    pub oom_score_adj: i32,
+    /// Login uid; `None` where the kernel keeps none.
+    pub loginuid: Option<u32>,
+}
+
+impl Facts {
+    /// The leader's status.
+    pub fn status(&self) -> &Status {
+        &self.threads[0].status
+    }
+
+    /// Reads everything; `tids` leader first.
+    pub fn read(pid: i32, tids: &[i32]) -> Result<Facts> {
+        Facts::read_here(pid, tids).task(pid)
+    }
+
+    fn read_here(pid: i32, tids: &[i32]) -> Result<Facts> {
+        let mut buf = Vec::with_capacity(64 << 10);
+        let pidfd = calls::pidfd_open(pid, 0)?;
+        let mut threads = Vec::with_capacity(tids.len());
+        for &tid in tids {
+            threads.push(thread(pid, tid, &mut buf).task(tid)?);
+        }
+        if threads.is_empty() {
+            return Err(Error::Gone);
+        }
+        let file = |name: &str, buf: &mut Vec<u8>| {
+            proc::read_proc(format!("/proc/{pid}/{name}").as_ref(), buf).call("read").at(Place::Path(format!("/proc/{pid}/{name}").into()))
+        };
+        file("smaps", &mut buf)?;
+        let areas = proc::maps::parse(&buf)?;
+        file("limits", &mut buf)?;
+        let limits = proc::limits::parse(&buf)?.to_vec();
+        file("auxv", &mut buf)?;
+        let auxv = proc::auxv::parse(&buf)?.words();
+        file("timers", &mut buf)?;
+        let timers = proc::timers::parse(&buf)?;
+        file("personality", &mut buf)?;
+        let personality = proc::simple::hex("/proc/PID/personality", &buf)?;
+        file("oom_score_adj", &mut buf)?;
+        let oom_score_adj = proc::simple::signed("/proc/PID/oom_score_adj", &buf)?;
+        let loginuid = match file("loginuid", &mut buf) {
+            Ok(()) => Some(proc::simple::loginuid(&buf)?.unwrap_or(u32::MAX)),
+            Err(e) if e.errno() == libc::ENOENT => None,
+            Err(e) => return Err(e),
+        };
+        let mut numbers: Vec<i32> = Vec::new();
+        for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).call("open(/proc/PID/fd)")? {
+            let entry = entry.call("getdents(/proc/PID/fd)")?;
+            numbers.extend(entry.file_name().to_str().and_then(|n| n.parse::<i32>().ok()));
+        }
+        numbers.sort_unstable();
+        let mut descriptors = Vec::with_capacity(numbers.len());
+        for fd in numbers {
+            descriptors.push(Descriptor::read(pid, pidfd.as_fd(), fd, &mut buf).at(Place::Fd(fd))?);
+        }
+        Ok(Facts { pid, pidfd, threads, areas, descriptors, limits, auxv, timers, personality, oom_score_adj, loginuid })
+    }
+}
+
+fn thread(pid: i32, tid: i32, buf: &mut Vec<u8>) -> Result<ThreadFacts> {
+    proc::read_proc(format!("/proc/{pid}/task/{tid}/status").as_ref(), buf).call("read(/proc/PID/task/TID/status)")?;
+    let status = proc::status::parse(buf)?;
+    proc::read_proc(format!("/proc/{pid}/task/{tid}/stat").as_ref(), buf).call("read(/proc/PID/task/TID/stat)")?;
+    let stat = proc::stat::parse(buf)?;
+    proc::read_proc(format!("/proc/{pid}/task/{tid}/comm").as_ref(), buf).call("read(/proc/PID/task/TID/comm)")?;
+    let comm = proc::simple::comm(buf).to_vec();
+    let robust = calls::robust_list(tid)?;
+    let policy = calls::sched_policy(tid)?;
+    let nice = i32::try_from(stat.nice).unwrap_or(0);
+    Ok(ThreadFacts { status, comm, sched: (nice, policy, stat.rt_priority), robust })
+}

@@ -1,0 +1,222 @@
+//! Finding a process tree and stopping all of it, with PTRACE_SEIZE and PTRACE_INTERRUPT.
+//!
+//! A running task can make others, so the tree is scanned until two scans agree: after that, everyone who could make a
+//! task is stopped. What was stopped and then found unfit is let go when the error drops it.
+
+use std::collections::{BTreeMap, HashSet};
+use std::time::{Duration, Instant};
+
+use crate::error::{At, Call, Error, Result};
+use crate::proc::{self, simple, stat::Stat, status::TaskState};
+use crate::sys::ptrace;
+use crate::tracee::{Held, Stopped};
+
+/// A task that ended and that its parent has not waited for.
+#[derive(Debug, Clone)]
+pub struct Dead {
+    /// Its status as waitpid gives it.
+    pub exit_code: i32,
+}
+
+/// A stopped process, or a zombie.
+#[derive(Debug)]
+pub struct Frozen {
+    /// In our pid namespace.
+    pub pid: i32,
+    /// Its parent; 0 for the root.
+    pub parent: i32,
+    /// All threads, the group leader first; none for a zombie.
+    pub threads: Vec<Stopped>,
+    /// It is a zombie.
+    pub dead: Option<Dead>,
+    /// /proc/PID/stat.
+    pub stat: Stat,
+}
+
+/// A process while the tree is being stopped.
+#[derive(Debug)]
+struct Seized {
+    parent: i32,
+    held: Vec<Held>,
+    dead: Option<Dead>,
+    children: Vec<i32>,
+}
+
+fn read_stat(pid: i32, buffer: &mut Vec<u8>) -> Result<Option<Stat>> {
+    match proc::read_proc(format!("/proc/{pid}/stat").as_ref(), buffer) {
+        Ok(()) => Ok(Some(proc::stat::parse(buffer)?)),
+        Err(e) if matches!(e.raw_os_error(), libc::ENOENT | libc::ESRCH) => Ok(None),
+        Err(e) => Err(e).call("read(/proc/PID/stat)"),
+    }
+}
+
+/// The threads of a process, in ascending order; empty when it is gone.
+fn threads_of(pid: i32) -> Vec<i32> {
+    let mut tids: Vec<i32> = std::fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|e| e.file_name().to_str()?.parse().ok())
+        .collect();
+    tids.sort_unstable();
+    tids
+}
+
+fn children_of(pid: i32, tids: &[i32], buffer: &mut Vec<u8>) -> Result<Vec<i32>> {
+    let mut all = Vec::new();
+    for tid in tids {
+        if proc::read_proc(format!("/proc/{pid}/task/{tid}/children").as_ref(), buffer).is_ok() {
+            all.extend(simple::children(buffer)?);
+        }
+    }
+    Ok(all)
+}
+
+/// Stops the tree below `root`, itself included; in the order of a depth-first walk, a parent before its children.
+/// `limit` of zero means no limit.
+pub fn freeze(root: i32, limit: Duration) -> Result<Vec<Frozen>> {
+    let began = Instant::now();
+    let limit = if limit.is_zero() { Duration::from_secs(3600) } else { limit };
+    let mut buffer = Vec::new();
+    let mut tree: BTreeMap<i32, Seized> = BTreeMap::new();
+    let Some(stat) = read_stat(root, &mut buffer).task(root)? else {
+        return Err(Error::Usage { what: format!("there is no process {root}") });
+    };
+    if stat.flags & 0x20_0000 != 0 {
+        return Err(Error::refused("a kernel thread", "name a process")).task(root);
+    }
+    tree.insert(root, Seized { parent: 0, held: Vec::new(), dead: None, children: Vec::new() });
+    let mut known: HashSet<i32> = HashSet::new();
+    loop {
+        let mut news = false;
+        let mut queue = vec![root];
+        let mut seen = HashSet::from([root]);
+        while let Some(pid) = queue.pop() {
+            let tids = threads_of(pid);
+            for &tid in &tids {
+                news |= seize(pid, tid, &mut tree, &mut known, &mut buffer)?;
+            }
+            let children = children_of(pid, &tids, &mut buffer).task(pid)?;
+            for &child in &children {
+                if seen.insert(child) {
+                    tree.entry(child).or_insert_with(|| {
+                        news = true;
+                        Seized { parent: pid, held: Vec::new(), dead: None, children: Vec::new() }
+                    });
+                    queue.push(child);
+                }
+            }
+            if let Some(seized) = tree.get_mut(&pid) {
+                if seized.children != children {
+                    seized.children = children;
+                    news = true;
+                }
+            }
+        }
+        // who is gone, or went to another parent, is no longer ours
+        tree.retain(|pid, _| seen.contains(pid));
+        if !news {
+            break;
+        }
+        if began.elapsed() > limit {
+            return Err(Error::Timeout { what: "the tree's coming to a standstill", seconds: limit.as_secs() });
+        }
+        for seized in tree.values() {
+            for held in &seized.held {
+                ptrace::wait_quietly(held.tid(), limit.saturating_sub(began.elapsed()))?;
+            }
+        }
+    }
+    let mut frozen = Vec::with_capacity(tree.len());
+    collect(root, &mut tree, &mut frozen, &mut buffer, limit)?;
+    Ok(frozen)
+}
+
+/// Seizes one thread, unless it is ours already or dead; true when that is news.
+fn seize(pid: i32, tid: i32, tree: &mut BTreeMap<i32, Seized>, known: &mut HashSet<i32>, buffer: &mut Vec<u8>) -> Result<bool> {
+    if known.contains(&tid) {
+        return Ok(false);
+    }
+    let Some(seized) = tree.get_mut(&pid) else { return Ok(false) };
+    match Held::seize(tid, 0) {
+        Ok(held) => {
+            known.insert(tid);
+            seized.held.push(held);
+            Ok(true)
+        }
+        Err(e) => {
+            let state = if tid == pid {
+                read_stat(pid, buffer).task(pid)?
+            } else {
+                match proc::read_proc(format!("/proc/{pid}/task/{tid}/stat").as_ref(), buffer) {
+                    Ok(()) => Some(proc::stat::parse(buffer).task(tid)?),
+                    Err(_) => None,
+                }
+            };
+            match state {
+                None => Ok(false),
+                Some(stat) if matches!(stat.state, TaskState::Zombie | TaskState::Dead) => {
+                    if tid == pid {
+                        let news = seized.dead.is_none();
+                        seized.dead = Some(Dead { exit_code: stat.exit_code });
+                        return Ok(news);
+                    }
+                    Ok(false)
+                }
+                Some(_) => {
+                    if e.errno() == libc::EPERM {
+                        if let Some(tracer) = tracer_of(tid) {
+                            return Err(Error::refused(format!("a task that process {tracer} traces"), "detach the debugger first")).task(tid);
+                        }
+                    }
+                    Err(e)
+                }
+            }
+        }
+    }
+}
+
+fn tracer_of(tid: i32) -> Option<i32> {
+    let mut buffer = Vec::new();
+    proc::read_proc(format!("/proc/{tid}/status").as_ref(), &mut buffer).ok()?;
+    proc::status::parse(&buffer).ok().map(|s| s.tracer_pid).filter(|&t| t != 0)
+}
+
+fn collect(pid: i32, tree: &mut BTreeMap<i32, Seized>, out: &mut Vec<Frozen>, buffer: &mut Vec<u8>, limit: Duration) -> Result<()> {
+    let mut stack = vec![pid];
+    while let Some(pid) = stack.pop() {
+        let Some(seized) = tree.remove(&pid) else { continue };
+        let stat = read_stat(pid, buffer).task(pid)?.ok_or(Error::Gone).task(pid)?;
+        if seized.dead.is_some() && !seized.held.is_empty() {
+            return Err(Error::refused(
+                "a process whose first thread has ended while others run",
+                "end the remaining threads, or keep the main thread alive in the program",
+            ))
+            .task(pid);
+        }
+        if seized.dead.is_some() && out.is_empty() {
+            return Err(Error::refused("a root task that is dead", "name a living process")).task(pid);
+        }
+        let mut threads = Vec::with_capacity(seized.held.len());
+        let mut held: Vec<Held> = seized.held;
+        held.sort_by_key(|h| (h.tid() != pid, h.tid()));
+        let mut gone = false;
+        for h in held {
+            let tid = h.tid();
+            match h.wait(limit) {
+                Ok(t) => threads.push(t),
+                // a thread that was on its way out when it was seized
+                Err(_) if tid != pid && !ptrace::exists(tid) => {}
+                Err(_) if !ptrace::exists(pid) => gone = true,
+                Err(e) => return Err(e),
+            }
+        }
+        let dead = if gone { Some(Dead { exit_code: stat.exit_code }) } else { seized.dead };
+        if dead.is_none() && threads.first().map(Stopped::tid) != Some(pid) {
+            return Err(Error::Gone).task(pid);
+        }
+        stack.extend(seized.children.iter().rev());
+        out.push(Frozen { pid, parent: seized.parent, threads, dead, stat });
+    }
+    Ok(())
+}

@@ -1,0 +1,121 @@
+//! The end of a restore: holding everyone by ptrace, taking the executor out, letting go; and waiting for the program.
+
+use std::collections::HashMap;
+
+use crate::error::{At, Error, Result};
+use crate::sys::{calls, ptrace};
+use crate::sys::ptrace::Stop;
+use crate::tracee::{ALL_SIGNALS, STOP_LIMIT};
+
+/// Threads that were seized and must be let go; while they are here they end with us.
+#[derive(Debug, Default)]
+pub struct Seized {
+    threads: HashMap<i32, bool>,
+}
+
+impl Seized {
+    /// Seizes a thread, which goes on running; with `filters`, its seccomp filters are held off.
+    pub fn seize(&mut self, tid: i32, filters: bool) -> Result<()> {
+        let suspend = if filters { ptrace::SUSPEND_SECCOMP } else { 0 };
+        ptrace::seize(tid, ptrace::EXITKILL | ptrace::SYSGOOD | suspend).task(tid)?;
+        self.threads.insert(tid, false);
+        Ok(())
+    }
+
+    /// Stops a seized thread.
+    pub fn stop(&mut self, tid: i32) -> Result<()> {
+        ptrace::interrupt(tid)?;
+        loop {
+            match ptrace::wait_stop(tid, STOP_LIMIT)? {
+                Stop::Trap | Stop::Group(_) => break,
+                Stop::Signal(signal) => return Err(Error::Usage { what: format!("the executor took signal {signal}") }),
+                Stop::Syscall => ptrace::cont(tid, 0)?,
+            }
+        }
+        self.threads.insert(tid, true);
+        Ok(())
+    }
+
+    /// Unmaps the arena, in a process whose threads are all stopped and, but for the leader, out of it. `call` is the address
+    /// of a system call instruction elsewhere.
+    pub fn remove_executor(&mut self, pid: i32, call: u64, arena: (u64, u64)) -> Result<()> {
+        let mut regs = ptrace::registers(pid)?;
+        regs.ip = call;
+        regs.ax = libc::SYS_munmap as u64;
+        regs.orig_ax = u64::MAX;
+        (regs.di, regs.si) = arena;
+        ptrace::set_signal_mask(pid, ALL_SIGNALS)?;
+        ptrace::set_registers(pid, &regs)?;
+        let mut stops = 0;
+        while stops < 2 {
+            ptrace::cont_to_syscall(pid)?;
+            match ptrace::wait_stop(pid, STOP_LIMIT)? {
+                Stop::Syscall => stops += 1,
+                Stop::Trap | Stop::Group(_) => {}
+                Stop::Signal(signal) => return Err(Error::Usage { what: format!("signal {signal} while the executor left") }),
+            }
+        }
+        let result = ptrace::registers(pid)?.ax as i64;
+        if result != 0 {
+            return Err(Error::Sys { call: "munmap", source: std::io::Error::from_raw_os_error((-result) as i32) });
+        }
+        Ok(())
+    }
+
+    /// Lets everyone go: first nobody is bound to us any more, then all run.
+    pub fn go(mut self) -> Result<()> {
+        let tids: Vec<i32> = self.threads.drain().map(|(tid, _)| tid).collect();
+        for &tid in &tids {
+            ptrace::set_options(tid, ptrace::SYSGOOD).or_else(|e| if e.errno() == libc::EINVAL { Ok(()) } else { Err(e) }).task(tid)?;
+        }
+        for tid in tids {
+            ptrace::detach(tid, 0).task(tid)?;
+        }
+        Ok(())
+    }
+}
+
+/// Session and process group of the engine.
+pub fn own_session_and_group() -> (i32, i32) {
+    let raw = |p: rustix::process::Pid| p.as_raw_nonzero().get();
+    (rustix::process::getsid(None).map_or(0, raw), raw(rustix::process::getpgrp()))
+}
+
+/// An error once the first task is gone.
+pub fn still_there(pid: i32, sibling: bool) -> Result<()> {
+    let _ = sibling;
+    if ptrace::exists(pid) { Ok(()) } else { Err(Error::Gone).task(pid) }
+}
+
+/// True if `pid` descends from `root`: nobody else's process is ever killed.
+pub fn is_descendant(pid: i32, root: i32) -> bool {
+    let mut at = pid;
+    let mut buffer = Vec::new();
+    for _ in 0..1 << 16 {
+        if at == root {
+            return true;
+        }
+        if at <= 1 || crate::proc::read_proc(format!("/proc/{at}/stat").as_ref(), &mut buffer).is_err() {
+            return false;
+        }
+        match crate::proc::stat::parse(&buffer) {
+            Ok(stat) => at = stat.ppid,
+            Err(_) => return false,
+        }
+    }
+    false
+}
+
+/// Waits for the restored program, whose parent we are; its exit code, or 128 + N for signal N.
+pub fn wait(pid: i32) -> Result<i32> {
+    loop {
+        if let Some((_, status)) = calls::wait_child(pid, libc::__WALL)? {
+            if libc::WIFEXITED(status) {
+                return Ok(libc::WEXITSTATUS(status));
+            }
+            if libc::WIFSIGNALED(status) {
+                return Ok(128 + libc::WTERMSIG(status));
+            }
+        }
+    }
+}

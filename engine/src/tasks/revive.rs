@@ -1,0 +1,580 @@
+//! The plan of each task and thread of a restore: everything that only the task itself can do, in the order in which it
+//! must be done.
+//!
+//! | stage | reached when | then the engine |
+//! |---|---|---|
+//! | 1 | every process exists, and private memory is filled | opens files that need living tasks (/proc/PID, pidfds) |
+//! | 2 | groups are joined, threads exist, files are in place | seals memfds, waits for zombies |
+//! | 3 | only what takes away power is left: seccomp, credentials | seizes all, holds filters off |
+//! | 4 | nothing is left | sets registers, unmaps the executor, lets go |
+
+use std::collections::HashMap;
+
+use standstill_images::proto::{FdinfoEntry, FsEntry, SaEntry, SeccompEntry, ThreadCoreEntry};
+use standstill_restorer::plan::{Code, Expect};
+
+use super::tree::{Alive, Kind, Node, Tree};
+use super::{core, creds, seccomp};
+use crate::error::{At, Error, Result};
+use crate::files::RestoreFiles;
+use crate::memory::rebuild::{Figures, Inherited, Numbers};
+use crate::memory::vdso::{self, Layout};
+use crate::plan::arena::{Arena, Slot};
+use crate::plan::{Arg, Plan};
+use crate::proc::status::Status;
+use crate::{signals, timers};
+
+/// Every process exists.
+pub const FORKED: usize = 1;
+/// Files are in place.
+pub const FILLED: usize = 2;
+/// Only seccomp and credentials are left.
+pub const BEFORE_CREDS: usize = 3;
+/// Nothing is left.
+pub const READY: usize = 4;
+
+/// The engine's own state, which tasks are born with.
+#[derive(Debug)]
+pub struct Birth {
+    /// Credentials.
+    pub status: Status,
+    /// Resource limits.
+    pub limits: Vec<crate::proc::limits::Limit>,
+    /// /proc/self/oom_score_adj.
+    pub oom_score_adj: i32,
+    /// /proc/self/loginuid.
+    pub loginuid: Option<u32>,
+    /// Our vdso: its pieces as the kernel maps them, and its bytes.
+    pub vdso: Vdso,
+    /// timens offsets are made by the root.
+    pub personality: u32,
+}
+
+/// The running kernel's vdso.
+#[derive(Debug, Clone)]
+pub struct Vdso {
+    /// As laid out in this process.
+    pub layout: Layout,
+    /// Each area: first address, length.
+    pub pieces: Vec<(u64, u64)>,
+    /// The code.
+    pub bytes: Vec<u8>,
+}
+
+/// Descriptors as numbers in the tasks, and what belongs to whom.
+#[derive(Debug)]
+pub struct Table<'a> {
+    /// Numbers from here on are ours until the end.
+    pub base: i32,
+    /// By file id.
+    pub files: HashMap<u32, i32>,
+    /// Files that are opened late: number in the engine, by id.
+    pub late: HashMap<u32, i32>,
+    /// A pidfd of the engine, to take late files with.
+    pub engine: i32,
+    /// Behind areas, and pages images.
+    pub numbers: Numbers,
+    /// Executables by file id.
+    pub exes: HashMap<u32, i32>,
+    /// Folders by file id.
+    pub folders: HashMap<u32, i32>,
+    /// Descriptor tables by id.
+    pub tables: HashMap<u32, Vec<FdinfoEntry>>,
+    /// cwd, root and umask by pid.
+    pub fs: HashMap<i32, FsEntry>,
+    /// File ids of folders that are the engine's own root: no chroot needed.
+    pub own_root: Vec<u32>,
+    /// The files themselves.
+    pub restore: &'a RestoreFiles<'a>,
+}
+
+/// All that plans are made from.
+#[derive(Debug)]
+pub struct Script<'a> {
+    /// Who there is.
+    pub tree: &'a Tree,
+    /// What tasks are born with.
+    pub birth: &'a Birth,
+    /// Descriptors.
+    pub table: &'a Table<'a>,
+    /// seccomp.img.
+    pub filters: &'a SeccompEntry,
+    /// Slots by node.
+    pub slots: Vec<Slot>,
+    /// Slots by thread id, group leaders left out.
+    pub threads: HashMap<i32, Slot>,
+    /// Where the vdso waits.
+    pub parked: Layout,
+}
+
+impl Script<'_> {
+    /// Writes all plans, but that of the root into `root` instead of the arena: it has a preamble to run first.
+    pub fn write(&self, arena: &mut Arena) -> Result<(Plan, Figures)> {
+        let mut figures = Figures::default();
+        let mut made: HashMap<usize, Inherited> = HashMap::new();
+        let mut root = None;
+        let mut seen_tables = HashMap::new();
+        let mut first_holder: HashMap<u32, (usize, i32)> = HashMap::new();
+        for (i, node, _) in self.tree.alive() {
+            for entry in self.entries(i)? {
+                first_holder.entry(entry.id).or_insert((i, entry.fd as i32));
+            }
+            seen_tables.entry(self.files_id(i)).or_insert(node.pid);
+        }
+        for i in 0..self.tree.nodes.len() {
+            let node = &self.tree.nodes[i];
+            let plan = match &node.kind {
+                Kind::Helper => self.helper(node),
+                Kind::Dead { status, comm } => self.dead(node, *status, comm)?,
+                Kind::Alive(alive) => {
+                    let inherited = node.parent.and_then(|p| made.get(&p));
+                    let owns_table = seen_tables.get(&self.files_id(i)) == Some(&node.pid);
+                    let (plan, areas) =
+                        self.process(i, node, alive, inherited, owns_table, &first_holder, arena, &mut figures).task(node.pid)?;
+                    made.insert(i, areas);
+                    for (tid, entry) in alive.threads.iter().skip(1) {
+                        let slot = *self.threads.get(tid).ok_or(Error::Gone)?;
+                        let mut plan = Plan::new();
+                        let (info, core) = core::parts(entry)?;
+                        self.thread(node, core, info.clear_tid_addr, *tid, false, &mut plan).task(*tid)?;
+                        arena.load(slot, *tid, plan)?;
+                    }
+                    plan
+                }
+            };
+            if i == 0 {
+                root = Some(plan);
+            } else {
+                arena.load(self.slots[i], node.pid, plan)?;
+            }
+        }
+        Ok((root.ok_or(Error::Gone)?, figures))
+    }
+
+    fn files_id(&self, i: usize) -> u32 {
+        match &self.tree.nodes[i].kind {
+            Kind::Alive(a) => a.ids.files_id,
+            Kind::Dead { .. } | Kind::Helper => 0,
+        }
+    }
+
+    fn entries(&self, i: usize) -> Result<&[FdinfoEntry]> {
+        Ok(self.table.tables.get(&self.files_id(i)).map_or(&[], Vec::as_slice))
+    }
+
+    /// A helper holds its place until everyone is in its group.
+    fn helper(&self, node: &Node) -> Plan {
+        let mut plan = Plan::new();
+        plan.call("own group", libc::SYS_setpgid, &[0.into(), 0.into()]);
+        stage(FORKED, &mut plan);
+        stage(FILLED, &mut plan);
+        let _ = node;
+        plan.op(Code::Exit, 0, &[0.into()], Expect::Any, [0; 2], "the helper's end");
+        plan
+    }
+
+    /// A zombie ends as it had ended.
+    fn dead(&self, node: &Node, status: i32, comm: &[u8]) -> Result<Plan> {
+        let mut plan = Plan::new();
+        self.join(node, &mut plan);
+        stage(FORKED, &mut plan);
+        if node.pgid != node.pid && node.pgid != 0 {
+            plan.call("process group", libc::SYS_setpgid, &[0.into(), node.pgid.into()]);
+        }
+        name(comm, &mut plan);
+        let signal = status & 0x7f;
+        if signal == 0 {
+            plan.op(Code::Exit, 0, &[(status >> 8 & 0xff).into()], Expect::Any, [0; 2], "a zombie's end");
+        } else {
+            // no core file, and no handler: a fresh task has the default action
+            let none = plan.words(&[0, 0]);
+            plan.call("no core file", libc::SYS_prlimit64, &[0.into(), 4.into(), none.into(), 0.into()]);
+            plan.call("no core file", libc::SYS_prctl, &[4.into(), 0.into()]);
+            let mask = plan.words(&[!(1u64 << (signal - 1))]);
+            plan.call("signal of a zombie", libc::SYS_kill, &[node.pid.into(), signal.into()]);
+            plan.call("a zombie's end", libc::SYS_rt_sigprocmask, &[2.into(), mask.into(), 0.into(), 8.into()]);
+        }
+        Ok(plan)
+    }
+
+    /// Session and own group; children that must be born before are the caller's.
+    fn join(&self, node: &Node, plan: &mut Plan) {
+        if node.sid == node.pid {
+            plan.call("session", libc::SYS_setsid, &[]);
+        } else if node.pgid == node.pid {
+            plan.call("own group", libc::SYS_setpgid, &[0.into(), 0.into()]);
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn process(
+        &self,
+        i: usize,
+        node: &Node,
+        alive: &Alive,
+        inherited: Option<&Inherited>,
+        owns_table: bool,
+        first_holder: &HashMap<u32, (usize, i32)>,
+        arena: &mut Arena,
+        figures: &mut Figures,
+    ) -> Result<(Plan, Inherited)> {
+        let mut plan = Plan::new();
+        let memory = &alive.memory;
+        let pid = u32::try_from(node.pid).unwrap_or(0);
+        let parent = node.parent.and_then(|p| match &self.tree.nodes[p].kind {
+            Kind::Alive(a) => Some(&a.memory),
+            Kind::Dead { .. } | Kind::Helper => None,
+        });
+        let empty = Inherited::default();
+        let found = parent.map(|m| (inherited.unwrap_or(&empty), m));
+        let shared_with_children = node.children.iter().any(|&c| match &self.tree.nodes[c].kind {
+            Kind::Alive(a) => memory.shares_with(&a.memory),
+            Kind::Dead { .. } | Kind::Helper => false,
+        });
+        let keep = arena.range();
+        // what a child is to share must be there when it is cloned; what it would find by chance must be known
+        let early = shared_with_children || (!node.children.is_empty() && inherited.is_some_and(|i| !i.is_empty()));
+        let mut areas = Inherited::default();
+        if early {
+            areas = memory.make_private(pid, found, keep, &self.table.numbers, &mut plan, figures)?;
+        }
+        for &c in node.children.iter().filter(|&&c| self.tree.before_session(i, c)) {
+            self.clone_child(node, alive, c, arena, &mut plan)?;
+        }
+        self.join(node, &mut plan);
+        for &c in node.children.iter().filter(|&&c| !self.tree.before_session(i, c)) {
+            self.clone_child(node, alive, c, arena, &mut plan)?;
+        }
+        let for_children = areas.clone();
+        if !early {
+            areas = memory.make_private(pid, found, keep, &self.table.numbers, &mut plan, figures)?;
+        }
+        memory.settle(&areas, &self.table.numbers, &mut plan)?;
+        stage(FORKED, &mut plan);
+        if node.pgid != node.pid && node.pgid != 0 {
+            plan.call("process group", libc::SYS_setpgid, &[0.into(), node.pgid.into()]);
+        }
+        for (tid, entry) in alive.threads.iter().skip(1) {
+            let slot = *self.threads.get(tid).ok_or(Error::Gone)?;
+            let (info, _) = core::parts(entry)?;
+            self.clone_thread(*tid, slot, info.clear_tid_addr, arena, &mut plan);
+        }
+        if owns_table {
+            self.descriptors(i, first_holder, &mut plan)?;
+        }
+        self.place_vdso(alive, &mut plan)?;
+        self.describe_memory(alive, &mut plan)?;
+        let (info, thread_core) = core::parts(&alive.threads[0].1)?;
+        let tc = alive.threads[0].1.tc.as_ref().ok_or_else(|| Error::lie("core", "a process without its part"))?;
+        let there: &[SaEntry] = &[];
+        stage(FILLED, &mut plan);
+        self.await_children(node, &mut plan);
+        // inherited actions are all default: nobody sets them before its children exist
+        signals::restore_actions(&tc.sigactions, there, &mut plan)?;
+        if let Some(t) = &tc.timers {
+            timers::restore_posix(t, &mut plan)?;
+        }
+        for bit in (0..32).filter(|b| tc.membarrier_registration_mask.unwrap_or(0) >> b & 1 == 1) {
+            plan.call("membarrier registration", libc::SYS_membarrier, &[(1u32 << bit).into(), 0.into(), 0.into()]);
+        }
+        self.write_self("/proc/self/oom_score_adj", tc.oom_score_adj.filter(|&v| v != self.birth.oom_score_adj), &mut plan);
+        let loginuid = tc.loginuid.filter(|&v| v != u32::MAX && Some(v) != self.birth.loginuid);
+        self.write_self("/proc/self/loginuid", loginuid, &mut plan);
+        self.folders(node, owns_table, &mut plan)?;
+        self.limits(tc.rlimits.as_ref().map_or(&[], |r| &r.rlimits), &mut plan);
+        if let Some(p) = personality_of(tc.personality).filter(|&p| p != self.birth.personality) {
+            plan.call("personality", libc::SYS_personality, &[p.into()]);
+        }
+        if tc.child_subreaper == Some(true) {
+            plan.call("subreaper", libc::SYS_prctl, &[36.into(), 1.into(), 0.into(), 0.into(), 0.into()]);
+        }
+        signals::restore_queue(tc.signals_s.as_ref(), node.pid, None, &mut plan)?;
+        self.thread_state(node, thread_core, info.clear_tid_addr, node.pid, &mut plan)?;
+        self.lose_power(thread_core, alive.memory.mm.dumpable, owns_table, &mut plan)?;
+        if let Some(t) = &tc.timers {
+            timers::arm(t, &mut plan)?;
+        }
+        stage(READY, &mut plan);
+        Ok((plan, for_children))
+    }
+
+    /// The plan of a thread that is not the leader.
+    fn thread(&self, node: &Node, core: &ThreadCoreEntry, tid_address: u64, tid: i32, leader: bool, plan: &mut Plan) -> Result<()> {
+        debug_assert!(!leader);
+        self.thread_state(node, core, tid_address, tid, plan)?;
+        self.lose_power(core, None, false, plan)?;
+        stage(READY, plan);
+        Ok(())
+    }
+
+    /// What every thread has of its own, and keeps its power for.
+    fn thread_state(&self, node: &Node, core: &ThreadCoreEntry, tid_address: u64, tid: i32, plan: &mut Plan) -> Result<()> {
+        plan.call("address for the thread's end", libc::SYS_set_tid_address, &[tid_address.into()]);
+        if let Some(comm) = &core.comm {
+            name(comm, plan);
+        }
+        signals::restore_stack(core.sas.as_ref(), plan);
+        if core.futex_rla != 0 {
+            plan.call("robust futexes", libc::SYS_set_robust_list, &[core.futex_rla.into(), core.futex_rla_len.into()]);
+        }
+        if let Some(r) = core.rseq_entry.as_ref().filter(|r| r.rseq_abi_pointer != 0 && r.rseq_abi_size != 0) {
+            let args = [r.rseq_abi_pointer.into(), r.rseq_abi_size.into(), 0.into(), r.signature.into()];
+            plan.call("restartable sequences", libc::SYS_rseq, &args);
+        }
+        let (policy, nice) = (core.sched_policy.unwrap_or(0), core.sched_nice.unwrap_or(0));
+        if policy != 0 {
+            let priority = plan.words(&[u64::from(core.sched_prio.unwrap_or(0))]);
+            plan.call("scheduling policy", libc::SYS_sched_setscheduler, &[0.into(), policy.into(), priority.into()]);
+        }
+        plan.call("nice value", libc::SYS_setpriority, &[0.into(), 0.into(), nice.into()]);
+        signals::restore_queue(core.signals_p.as_ref(), node.pid, Some(tid), plan)?;
+        Ok(())
+    }
+
+    /// seccomp and credentials: after this, little is allowed.
+    fn lose_power(&self, core: &ThreadCoreEntry, dumpable: Option<i32>, owns_table: bool, plan: &mut Plan) -> Result<()> {
+        const PR_SET_PDEATHSIG: i32 = 1;
+        const PR_SET_DUMPABLE: i32 = 4;
+        stage(BEFORE_CREDS, plan);
+        if owns_table {
+            // those that share the table are done with our descriptors, too, when they come to this stage
+            plan.call("our descriptors", libc::SYS_close_range, &[self.table.base.into(), u32::MAX.into(), 0.into()]);
+        }
+        seccomp::restore(core, self.filters, plan)?;
+        if let Some(c) = &core.creds {
+            creds::restore(c, &self.birth.status, plan)?;
+        }
+        match dumpable {
+            Some(d @ (0 | 1)) => {
+                plan.call("dumpable", libc::SYS_prctl, &[PR_SET_DUMPABLE.into(), d.into()]);
+            }
+            // 2 cannot be set, it comes from changing credentials; 0 is as strict
+            Some(_) => {
+                let now = plan.ask("dumpable", libc::SYS_prctl, &[3.into()]);
+                let _ = now;
+            }
+            None => {}
+        }
+        if let Some(signal) = core.pdeath_sig {
+            plan.call("parent's death signal", libc::SYS_prctl, &[PR_SET_PDEATHSIG.into(), signal.into()]);
+        }
+        Ok(())
+    }
+
+    fn clone_child(&self, node: &Node, alive: &Alive, c: usize, arena: &Arena, plan: &mut Plan) -> Result<()> {
+        let child = &self.tree.nodes[c];
+        let mut flags = 0u64;
+        if let Kind::Alive(a) = &child.kind {
+            if a.ids.files_id == alive.ids.files_id {
+                flags |= libc::CLONE_FILES as u64;
+            }
+            if a.ids.fs_id == alive.ids.fs_id {
+                flags |= libc::CLONE_FS as u64;
+            }
+        }
+        let slot = self.slots[c];
+        let args = clone_args(flags, libc::SIGCHLD as u64, child.pid, arena.stack(slot), 0, plan);
+        let control = arena.control(slot);
+        plan.op(Code::Clone, 0, &[args.into(), 88.into(), control.into()], Expect::Exact, [child.pid.into(), 0], format!("child {}", child.pid));
+        let _ = node;
+        Ok(())
+    }
+
+    fn clone_thread(&self, tid: i32, slot: Slot, tid_address: u64, arena: &Arena, plan: &mut Plan) {
+        let flags = (libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_FILES | libc::CLONE_SIGHAND | libc::CLONE_THREAD | libc::CLONE_SYSVSEM) as u64;
+        let _ = tid_address;
+        let args = clone_args(flags, 0, tid, arena.stack(slot), 0, plan);
+        let control = arena.control(slot);
+        plan.op(Code::Clone, 0, &[args.into(), 88.into(), control.into()], Expect::Exact, [tid.into(), 0], format!("thread {tid}"));
+    }
+
+    /// Puts every descriptor at its number, then lets the kinds do what needs all of them.
+    fn descriptors(&self, i: usize, first_holder: &HashMap<u32, (usize, i32)>, plan: &mut Plan) -> Result<()> {
+        let entries = self.entries(i)?;
+        let mut holder = Vec::new();
+        for e in entries {
+            let fd = i32::try_from(e.fd).ok().filter(|&f| f >= 0 && f < self.table.base).ok_or_else(|| Error::lie("fdinfo", format!("descriptor {}", e.fd)))?;
+            let cloexec = if e.flags & 1 != 0 { libc::O_CLOEXEC } else { 0 };
+            match (self.table.files.get(&e.id), self.table.late.get(&e.id)) {
+                (Some(&ours), _) => {
+                    plan.call_exact("descriptor", libc::SYS_dup3, &[ours.into(), fd.into(), cloexec.into()], fd.into());
+                }
+                (None, Some(&number)) => {
+                    let got = plan.call("late descriptor", libc::SYS_pidfd_getfd, &[self.table.engine.into(), number.into(), 0.into()]);
+                    // the number that it got may be the one that it is to have
+                    let up = self.table.base + (1 << 16);
+                    let high = plan.call("late descriptor", libc::SYS_fcntl, &[Arg::Result(got.0), libc::F_DUPFD_CLOEXEC.into(), up.into()]);
+                    plan.call("late descriptor", libc::SYS_close, &[Arg::Result(got.0)]);
+                    plan.call_exact("late descriptor", libc::SYS_dup3, &[Arg::Result(high.0), fd.into(), cloexec.into()], fd.into());
+                }
+                (None, None) => return Err(Error::lie("fdinfo", format!("descriptor {fd} is of file {:#x}, which is missing", e.id))),
+            }
+            if first_holder.get(&e.id) == Some(&(i, fd)) {
+                holder.push((e.id, fd));
+            }
+        }
+        for (id, fd) in holder {
+            self.table.restore.in_task(id, fd, plan)?;
+        }
+        Ok(())
+    }
+
+    /// Children that ended are waited for without reaping, helpers are reaped, and the signals of both are swallowed.
+    fn await_children(&self, node: &Node, plan: &mut Plan) {
+        const P_PID: i32 = 1;
+        const WEXITED_WNOWAIT: u32 = 4 | 0x0100_0000;
+        let mut any = false;
+        for &c in &node.children {
+            let child = &self.tree.nodes[c];
+            match child.kind {
+                Kind::Dead { .. } => {
+                    let args = [P_PID.into(), child.pid.into(), 0.into(), WEXITED_WNOWAIT.into(), 0.into()];
+                    plan.call("the end of a zombie", libc::SYS_waitid, &args);
+                    any = true;
+                }
+                Kind::Helper => {
+                    plan.op(Code::Reap, 0, &[child.pid.into(), 0.into()], Expect::NonNegative, [0; 2], "the end of a helper");
+                    any = true;
+                }
+                Kind::Alive(_) => {}
+            }
+        }
+        if any {
+            let set = plan.words(&[1 << (libc::SIGCHLD - 1)]);
+            let at_once = plan.words(&[0, 0]);
+            plan.ask("signal of a child", libc::SYS_rt_sigtimedwait, &[set.into(), 0.into(), at_once.into(), 8.into()]);
+        }
+    }
+
+    fn place_vdso(&self, alive: &Alive, plan: &mut Plan) -> Result<()> {
+        let wanted = alive.memory.vdso();
+        if wanted.vdso == 0 {
+            return Ok(());
+        }
+        let ours = &self.birth.vdso;
+        let old = alive.memory.vdso_bytes()?;
+        let shift = |at: u64| at - ours.layout.start() + self.parked.start();
+        let same_vvar = wanted.vvar == 0 || wanted.vvar_end - wanted.vvar == ours.layout.vvar_end - ours.layout.vvar;
+        let same_place = wanted.vvar == 0 || wanted.vdso.wrapping_sub(wanted.vvar) == ours.layout.vdso.wrapping_sub(ours.layout.vvar);
+        if old == ours.bytes && same_vvar && same_place {
+            for &(start, len) in &ours.pieces {
+                let to = wanted.vdso.wrapping_add(start).wrapping_sub(ours.layout.vdso);
+                const MAYMOVE_FIXED: u32 = 3;
+                let args = [shift(start).into(), len.into(), len.into(), MAYMOVE_FIXED.into(), to.into()];
+                plan.call_exact("vdso", libc::SYS_mremap, &args, to as i64);
+            }
+            return Ok(());
+        }
+        let code = vdso::redirect(&old, &ours.bytes, self.parked.vdso)?;
+        let data = plan.bytes(&code);
+        let len = (code.len() as u64).next_multiple_of(4096);
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+        plan.call("old vdso", libc::SYS_mmap, &[wanted.vdso.into(), len.into(), 3.into(), flags.into(), (-1).into(), 0.into()]);
+        plan.op(Code::Copy, 0, &[wanted.vdso.into(), data.into(), code.len().into()], Expect::Any, [0; 2], "old vdso");
+        plan.call("old vdso", libc::SYS_mprotect, &[wanted.vdso.into(), len.into(), 5.into()]);
+        Ok(())
+    }
+
+    /// prctl(PR_SET_MM_MAP): the numbers in /proc/PID/stat, the auxiliary vector, the executable.
+    fn describe_memory(&self, alive: &Alive, plan: &mut Plan) -> Result<()> {
+        const PR_SET_MM: i32 = 35;
+        const PR_SET_MM_MAP: i32 = 14;
+        const PR_SET_THP_DISABLE: i32 = 41;
+        let mm = &alive.memory.mm;
+        let mut auxv = mm.mm_saved_auxv.clone();
+        // an odd end, or none at all: CRIU cuts the vector at 44 words
+        auxv.truncate(auxv.len() & !1);
+        if auxv.len() < 2 || auxv[auxv.len() - 2] != 0 {
+            auxv.extend([0, 0]);
+        }
+        // the kernel keeps 44 words or more, as its version has it; what does not fit ends where CRIU ends it
+        if auxv.len() > 48 {
+            auxv.truncate(46);
+            auxv.extend([0, 0]);
+        }
+        let vector = plan.words(&auxv);
+        let exe = *self.table.exes.get(&mm.exe_file_id).ok_or_else(|| Error::lie("mm", format!("executable {:#x} is missing", mm.exe_file_id)))?;
+        let words = [
+            mm.mm_start_code, mm.mm_end_code, mm.mm_start_data, mm.mm_end_data, mm.mm_start_brk, mm.mm_brk, mm.mm_start_stack,
+            mm.mm_arg_start, mm.mm_arg_end, mm.mm_env_start, mm.mm_env_end, 0, (auxv.len() * 8) as u64 | (exe as u64) << 32,
+        ];
+        let map = plan.words(&words);
+        plan.pointer(map, 88, vector);
+        plan.call("memory map", libc::SYS_prctl, &[PR_SET_MM.into(), PR_SET_MM_MAP.into(), map.into(), 104.into(), 0.into()]);
+        if mm.thp_disabled == Some(true) {
+            plan.call("huge pages", libc::SYS_prctl, &[PR_SET_THP_DISABLE.into(), 1.into(), 0.into(), 0.into(), 0.into()]);
+        }
+        Ok(())
+    }
+
+    fn write_self(&self, path: &str, value: Option<impl ToString>, plan: &mut Plan) {
+        let Some(value) = value else { return };
+        let at = plan.string(path.as_bytes());
+        let text = plan.bytes(value.to_string().as_bytes());
+        let fd = plan.call(path.to_owned(), libc::SYS_openat, &[libc::AT_FDCWD.into(), at.into(), libc::O_WRONLY.into(), 0.into()]);
+        plan.call(path.to_owned(), libc::SYS_write, &[Arg::Result(fd.0), text.into(), text.len.into()]);
+        plan.call(path.to_owned(), libc::SYS_close, &[Arg::Result(fd.0)]);
+    }
+
+    /// Root, then working folder, then umask; a task that shares them with its parent leaves them alone.
+    fn folders(&self, node: &Node, owns_table: bool, plan: &mut Plan) -> Result<()> {
+        let _ = owns_table;
+        let fs_id = |n: &Node| match &n.kind {
+            Kind::Alive(a) => Some(a.ids.fs_id),
+            Kind::Dead { .. } | Kind::Helper => None,
+        };
+        if node.parent.is_some_and(|p| fs_id(&self.tree.nodes[p]) == fs_id(node)) {
+            return Ok(());
+        }
+        let Some(fs) = self.table.fs.get(&node.pid) else { return Ok(()) };
+        let folder = |id: u32| self.table.folders.get(&id).copied().ok_or_else(|| Error::lie("fs", format!("folder {id:#x} is missing")));
+        if !self.table.own_root.contains(&fs.root_id) {
+            plan.call("root folder", libc::SYS_fchdir, &[folder(fs.root_id)?.into()]);
+            let here = plan.string(b".");
+            plan.call("root folder", libc::SYS_chroot, &[here.into()]);
+        }
+        plan.call("working folder", libc::SYS_fchdir, &[folder(fs.cwd_id)?.into()]);
+        if let Some(umask) = fs.umask {
+            plan.call("umask", libc::SYS_umask, &[umask.into()]);
+        }
+        Ok(())
+    }
+
+    fn limits(&self, limits: &[standstill_images::proto::RlimitEntry], plan: &mut Plan) {
+        for (n, l) in limits.iter().enumerate().take(16) {
+            if self.birth.limits.get(n).is_some_and(|b| (b.current, b.maximum) == (l.cur, l.max)) && n != 7 {
+                continue;
+            }
+            let data = plan.words(&[l.cur, l.max]);
+            // without CAP_SYS_RESOURCE a limit above ours cannot be had; CRIU goes on then, too
+            plan.call_or("resource limit", libc::SYS_prlimit64, &[0.into(), n.into(), data.into(), 0.into()], [libc::EPERM, libc::EPERM]);
+        }
+    }
+}
+
+/// What a CRIU image says of the personality: CRIU reads the kernel's hexadecimal digits as decimal ones.
+fn personality_of(raw: u32) -> Option<u32> {
+    if raw & 0xff <= 0x10 {
+        return Some(raw);
+    }
+    u32::from_str_radix(&raw.to_string(), 16).ok()
+}
+
+fn name(comm: &[u8], plan: &mut Plan) {
+    const PR_SET_NAME: i32 = 15;
+    let text = plan.string(comm.get(..15).unwrap_or(comm));
+    plan.call("name", libc::SYS_prctl, &[PR_SET_NAME.into(), text.into()]);
+}
+
+fn stage(n: usize, plan: &mut Plan) {
+    plan.op(Code::Stage, 0, &[n.into()], Expect::NonNegative, [0; 2], "stage");
+}
+
+/// struct clone_args (clone3(2)).
+fn clone_args(flags: u64, exit_signal: u64, pid: i32, stack: (u64, u64), tid_address: u64, plan: &mut Plan) -> crate::plan::Data {
+    let pids = plan.bytes(&pid.to_le_bytes());
+    let words = [flags, 0, tid_address, 0, exit_signal, stack.0, stack.1, 0, 0, 1, 0];
+    let args = plan.words(&words);
+    plan.pointer(args, 64, pids);
+    args
+}

@@ -1,0 +1,224 @@
+//! The tree of a restore: who makes whom, in which session and group (`pstree.img`, setsid(2), setpgid(2)).
+//!
+//! A session can only be inherited or begun, so a task whose session is that of its parent's former life must be made
+//! before its parent calls setsid; [`Tree`] says for each child whether it is. A process group needs a living leader to be
+//! joined: where the leader is gone, a helper plays it and ends before the program runs.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use standstill_images::proto::{CoreEntry, PstreeEntry, TaskKobjIdsEntry};
+use standstill_images::{ImageKind, Images};
+
+use super::core;
+use crate::error::{At, Error, Result};
+use crate::memory::rebuild::Memory;
+
+/// One process of the tree, or a helper.
+#[derive(Debug)]
+pub struct Node {
+    /// Its pid.
+    pub pid: i32,
+    /// Index of its parent; `None` for the root.
+    pub parent: Option<usize>,
+    /// Its children, in the order of the image.
+    pub children: Vec<usize>,
+    /// Process group.
+    pub pgid: i32,
+    /// Session.
+    pub sid: i32,
+    /// The session that it must be born in, if it is not any.
+    pub born_sid: Option<i32>,
+    /// What it is.
+    pub kind: Kind,
+}
+
+/// What a node is.
+#[derive(Debug)]
+pub enum Kind {
+    /// Runs, or is stopped by job control.
+    Alive(Box<Alive>),
+    /// Ended, and not waited for: its wait status.
+    Dead {
+        /// Wait status.
+        status: i32,
+        /// Name.
+        comm: Vec<u8>,
+    },
+    /// Ours, for the time of the restore.
+    Helper,
+}
+
+/// A task that will run.
+#[derive(Debug)]
+pub struct Alive {
+    /// Threads, the leader first: id and image.
+    pub threads: Vec<(i32, CoreEntry)>,
+    /// Ids of shared objects.
+    pub ids: TaskKobjIdsEntry,
+    /// Memory.
+    pub memory: Memory,
+}
+
+/// The tree; parents come before their children.
+#[derive(Debug)]
+pub struct Tree {
+    /// All nodes; the root is the first.
+    pub nodes: Vec<Node>,
+}
+
+impl Tree {
+    /// Reads and checks `pstree.img` and what belongs to each task. With `job` (`--shell-job`), the session and group of the
+    /// root are those given: our own.
+    pub fn read(images: &Images, job: Option<(i32, i32)>) -> Result<Tree> {
+        let entries: Vec<PstreeEntry> = images.read_entries(ImageKind::Pstree, ())?;
+        let lie = |what: String| Error::lie("pstree.img", what);
+        let mut tree = Tree { nodes: Vec::with_capacity(entries.len()) };
+        let mut index: BTreeMap<i32, usize> = BTreeMap::new();
+        let mut taken: BTreeSet<i32> = BTreeSet::new();
+        for e in &entries {
+            let pid = id(e.pid).filter(|&p| p > 0).ok_or_else(|| lie(format!("process id {}", e.pid)))?;
+            let parent = match index.get(&(e.ppid as i32)) {
+                Some(&p) if e.ppid != 0 => Some(p),
+                None if e.ppid == 0 && tree.nodes.is_empty() => None,
+                _ if e.ppid == 0 => return Err(lie(format!("a second root, {pid}"))),
+                _ => return Err(lie(format!("task {pid} comes before its parent {}", e.ppid))),
+            };
+            let kind = read_task(images, e, pid, &mut taken).task(pid)?;
+            if index.insert(pid, tree.nodes.len()).is_some() {
+                return Err(lie(format!("task {pid} is there twice")));
+            }
+            if let Some(p) = parent {
+                let at = tree.nodes.len();
+                if !matches!(tree.nodes[p].kind, Kind::Alive(_)) {
+                    return Err(lie(format!("task {pid} has a dead parent")));
+                }
+                tree.nodes[p].children.push(at);
+            }
+            let (pgid, sid) = (id(e.pgid).unwrap_or(0), id(e.sid).unwrap_or(0));
+            tree.nodes.push(Node { pid, parent, children: Vec::new(), pgid, sid, born_sid: None, kind });
+        }
+        if tree.nodes.is_empty() {
+            return Err(lie("no tasks".into()));
+        }
+        tree.join_job(job)?;
+        tree.add_helpers(&taken)?;
+        tree.born()?;
+        Ok(tree)
+    }
+
+    /// The root.
+    pub fn root(&self) -> &Node {
+        &self.nodes[0]
+    }
+
+    /// All processes that run plans until the end, with their index.
+    pub fn alive(&self) -> impl Iterator<Item = (usize, &Node, &Alive)> {
+        self.nodes.iter().enumerate().filter_map(|(i, n)| match &n.kind {
+            Kind::Alive(a) => Some((i, n, &**a)),
+            Kind::Dead { .. } | Kind::Helper => None,
+        })
+    }
+
+    /// A root that did not lead its session goes into ours, and all that were with it.
+    fn join_job(&mut self, job: Option<(i32, i32)>) -> Result<()> {
+        let (root, sid, pgid) = (self.root().pid, self.root().sid, self.root().pgid);
+        if sid == root {
+            return Ok(());
+        }
+        let Some((our_sid, our_pgid)) = job else {
+            return Err(Error::Usage { what: format!("The root process {root} is not a session leader. Consider using --shell-job option") });
+        };
+        for node in &mut self.nodes {
+            if node.sid == sid {
+                node.sid = our_sid;
+            }
+            if node.pgid == pgid && pgid != root {
+                node.pgid = our_pgid;
+            }
+        }
+        Ok(())
+    }
+
+    /// Helpers for groups, and sessions, whose leader is gone.
+    fn add_helpers(&mut self, taken: &BTreeSet<i32>) -> Result<()> {
+        let leaders: BTreeSet<i32> = self.nodes.iter().map(|n| n.pid).collect();
+        let ours = self.root().sid != self.root().pid;
+        let (job_sid, job_pgid) = (self.root().sid, self.root().pgid);
+        let mut made = BTreeSet::new();
+        for i in 0..self.nodes.len() {
+            let (pgid, sid) = (self.nodes[i].pgid, self.nodes[i].sid);
+            if pgid == 0 || leaders.contains(&pgid) || !made.insert(pgid) || (ours && pgid == job_pgid) {
+                continue;
+            }
+            if taken.contains(&pgid) {
+                return Err(Error::lie("pstree.img", format!("group {pgid} has the id of a thread")));
+            }
+            if pgid == sid && sid != job_sid {
+                return Err(Error::refused(format!("a session ({sid}) whose leader has ended"), "keep the session leader alive"))
+                    .task(self.nodes[i].pid);
+            }
+            // the helper is made by the parent of the first member, in whose session it then is
+            let parent = self.nodes[i].parent.filter(|&p| self.nodes[p].sid == sid).unwrap_or(0);
+            let at = self.nodes.len();
+            self.nodes[parent].children.push(at);
+            self.nodes.push(Node { pid: pgid, parent: Some(parent), children: Vec::new(), pgid, sid, born_sid: None, kind: Kind::Helper });
+        }
+        Ok(())
+    }
+
+    /// Finds out who must be born in which session, children before parents.
+    fn born(&mut self) -> Result<()> {
+        for i in (0..self.nodes.len()).rev() {
+            for c in self.nodes[i].children.clone() {
+                let child = &self.nodes[c];
+                let need = if child.sid == child.pid { child.born_sid } else { Some(child.sid) };
+                let (child_pid, node) = (child.pid, &self.nodes[i]);
+                let Some(need) = need.filter(|&s| s != node.sid && s != 0) else { continue };
+                let possible = node.sid == node.pid && node.born_sid.is_none_or(|b| b == need);
+                if !possible {
+                    return Err(Error::refused(
+                        format!("a task in session {need}, which its parent {} was never in,", node.pid),
+                        "its session's leader must be an ancestor of it",
+                    ))
+                    .task(child_pid);
+                }
+                self.nodes[i].born_sid = Some(need);
+            }
+        }
+        Ok(())
+    }
+
+    /// True if child `c` of node `i` must be made before `i` begins its own session.
+    pub fn before_session(&self, i: usize, c: usize) -> bool {
+        let (node, child) = (&self.nodes[i], &self.nodes[c]);
+        let need = if child.sid == child.pid { child.born_sid } else { Some(child.sid) };
+        node.sid == node.pid && need.is_some_and(|s| s != node.sid && s != 0)
+    }
+}
+
+fn id(raw: u32) -> Option<i32> {
+    i32::try_from(raw).ok().filter(|&p| p <= 1 << 22)
+}
+
+fn read_task(images: &Images, e: &PstreeEntry, pid: i32, taken: &mut BTreeSet<i32>) -> Result<Kind> {
+    let leader: CoreEntry = images.read_one(ImageKind::Core, e.pid)?;
+    let tc = leader.tc.as_ref().ok_or_else(|| Error::lie("core", "a process without its part"))?;
+    match tc.task_state {
+        core::DEAD | 6 => return Ok(Kind::Dead { status: tc.exit_code as i32, comm: tc.comm.clone() }),
+        core::ALIVE | core::STOPPED => {}
+        other => return Err(Error::lie("core", format!("task state {other}"))),
+    }
+    if e.threads.first() != Some(&e.pid) {
+        return Err(Error::lie("pstree.img", format!("task {pid} does not lead its threads")));
+    }
+    let mut threads = Vec::with_capacity(e.threads.len());
+    for &tid in &e.threads {
+        let t = id(tid).filter(|&t| t > 0 && taken.insert(t)).ok_or_else(|| Error::lie("pstree.img", format!("thread id {tid}")))?;
+        let entry = if t == pid { leader.clone() } else { images.read_one(ImageKind::Core, tid)? };
+        core::parts(&entry).task(t)?;
+        threads.push((t, entry));
+    }
+    let ids: TaskKobjIdsEntry = images.read_one(ImageKind::Ids, e.pid)?;
+    let memory = Memory::read(images, e.pid)?;
+    Ok(Kind::Alive(Box::new(Alive { threads, ids, memory })))
+}

@@ -1,0 +1,492 @@
+//! A process with the executor in it.
+//!
+//! Nothing of the program is overwritten. The first system calls run from a [trampoline](standstill_restorer::arch) in the
+//! zero tail of [vdso]; they map the executor's area, shared anonymous memory that the engine then opens through
+//! `/proc/PID/map_files`. The area has the blob and, for each thread, machine code that leads back, a control, a stack and
+//! room for one plan.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use standstill_restorer::arch::{self, Registers, STUB_SIZE};
+use standstill_restorer::plan::Control;
+
+use super::{Stopped, ALL_SIGNALS, STOP_LIMIT};
+use crate::error::{At, Call, Error, Place, Result};
+use crate::plan::Plan;
+use crate::sys::futex::{self, RobustList};
+use crate::sys::memory::{self, bytes_of, Shared};
+use crate::sys::ptrace::{self, Stop};
+
+/// The executor.
+pub const BLOB: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/executor.bin"));
+/// The name that a leaked area carries, where the kernel can name shared memory.
+pub const AREA_NAME: &str = "standstill";
+
+const PAGE: usize = 4096;
+const STACK: usize = 4096;
+/// Room for a plan in the group leader, and in every other thread.
+const LEADER_ROOM: usize = 128 << 10;
+const THREAD_ROOM: usize = 8 << 10;
+/// How long a plan of questions may take.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
+/// Where things lie in the executor's area.
+#[derive(Debug, Clone, Copy)]
+pub struct Area {
+    /// Address in the task.
+    pub address: u64,
+    /// Bytes of code.
+    pub code: usize,
+    /// Bytes in all.
+    pub len: usize,
+    xsave: usize,
+}
+
+impl Area {
+    fn of(threads: usize, xsave: usize) -> Area {
+        let code = (BLOB.len().next_multiple_of(64) + threads * STUB_SIZE).next_multiple_of(PAGE);
+        let mut area = Area { address: 0, code, len: 0, xsave: xsave.next_multiple_of(64) };
+        area.len = area.slot(threads).next_multiple_of(PAGE);
+        area
+    }
+    fn stub(&self, thread: usize) -> usize {
+        BLOB.len().next_multiple_of(64) + thread * STUB_SIZE
+    }
+    /// The owner word is the first thing in the data, the slots follow.
+    fn slot(&self, thread: usize) -> usize {
+        let first = self.code + 64;
+        let size = |room: usize| (size_of::<Control>().next_multiple_of(64) + self.xsave + STACK + room).next_multiple_of(64);
+        if thread == 0 { first } else { first + size(LEADER_ROOM) + (thread - 1) * size(THREAD_ROOM) }
+    }
+    fn xsave(&self, thread: usize) -> usize {
+        self.slot(thread) + size_of::<Control>().next_multiple_of(64)
+    }
+    fn stack_top(&self, thread: usize) -> usize {
+        self.xsave(thread) + self.xsave + STACK
+    }
+    fn room(&self, thread: usize) -> (usize, usize) {
+        (self.stack_top(thread), if thread == 0 { LEADER_ROOM } else { THREAD_ROOM })
+    }
+}
+
+/// A plan that was asked in one thread, and where its parts lie.
+#[derive(Debug)]
+pub struct Question {
+    plan: Plan,
+    data: usize,
+    results: usize,
+}
+
+/// What a thread answered.
+#[derive(Debug, Default)]
+pub struct Answers {
+    /// A word an operation.
+    pub results: Vec<i64>,
+    /// The plan's data, with what the kernel wrote there.
+    pub data: Vec<u8>,
+}
+
+impl Answers {
+    /// A structure of `len` bytes that an operation filled.
+    pub fn bytes(&self, at: crate::plan::Data) -> &[u8] {
+        let from = usize::try_from(at.offset).unwrap_or(usize::MAX);
+        self.data.get(from..from.saturating_add(at.len)).unwrap_or_default()
+    }
+    /// The `n`th 32-bit word at `at`.
+    pub fn u32(&self, at: crate::plan::Data, n: usize) -> u32 {
+        self.bytes(at).get(n * 4..n * 4 + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes)
+    }
+    /// The `n`th 64-bit word at `at`.
+    pub fn u64(&self, at: crate::plan::Data, n: usize) -> u64 {
+        self.bytes(at).get(n * 8..n * 8 + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes)
+    }
+    /// The result of an operation.
+    pub fn result(&self, at: crate::plan::At) -> i64 {
+        self.results.get(at.0 as usize).copied().unwrap_or(-i64::from(libc::ENOSYS))
+    }
+}
+
+/// A stopped process whose threads run the executor.
+#[derive(Debug)]
+pub struct Infected<'a> {
+    threads: Vec<Stopped>,
+    area: Area,
+    shared: Option<Shared>,
+    robust: &'a RobustList,
+    memory: File,
+    /// Trampoline in the vdso: address, and the bytes that were there (all zero).
+    tail: u64,
+    running: bool,
+    asked: Vec<Question>,
+    cured: bool,
+}
+
+impl<'a> Infected<'a> {
+    /// Puts the executor into a stopped process; `threads` are all of its threads, the group leader first.
+    ///
+    /// `vdso` is where its [vdso] lies and what is in it.
+    pub fn infect(threads: Vec<Stopped>, vdso: (u64, &[u8]), robust: &'a RobustList) -> Result<Infected<'a>> {
+        let Some(leader) = threads.first() else { return Err(Error::Gone) };
+        let pid = leader.tid();
+        let xsave = threads.iter().map(|t| t.xstate.len()).max().unwrap_or(0).max(4096);
+        let memory = memory::open_memory(pid).task(pid)?;
+        let tail = tail_of(vdso.1).map(|offset| vdso.0 + offset as u64).ok_or_else(|| {
+            Error::refused("a task without [vdso]", "boot with vdso=1 and do not unmap it in the program")
+        }).task(pid)?;
+        let mut infected = Infected {
+            area: Area::of(threads.len(), xsave),
+            threads,
+            shared: None,
+            robust,
+            memory,
+            tail,
+            running: false,
+            asked: Vec::new(),
+            cured: false,
+        };
+        infected.enter().task(pid)?;
+        Ok(infected)
+    }
+
+    /// The group leader's id.
+    pub fn pid(&self) -> i32 {
+        self.threads.first().map_or(0, Stopped::tid)
+    }
+
+    /// The threads, leader first.
+    pub fn threads(&self) -> &[Stopped] {
+        &self.threads
+    }
+
+    /// Where the executor is, so that a dump leaves it out.
+    pub fn area(&self) -> Area {
+        self.area
+    }
+
+    fn enter(&mut self) -> Result<()> {
+        let leader = &self.threads[0];
+        let stub = arch::trampoline(self.tail, &leader.registers_for_healing(), leader.mask);
+        memory::write_at(&self.memory, self.tail, &stub)?;
+        let shared = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let address = self.remote(libc::SYS_mmap, [0, self.area.len as u64, 5, shared as u64, u64::MAX, 0], "mmap")?;
+        self.area.address = address;
+        let (code, len) = (self.area.code as u64, self.area.len as u64);
+        self.remote(libc::SYS_mprotect, [address + code, len - code, 3, 0, 0, 0], "mprotect")?;
+        let pid = self.threads[0].tid();
+        let path = format!("/proc/{pid}/map_files/{address:x}-{:x}", address + code);
+        let file = File::options().read(true).write(true).open(&path).call("open").at(Place::Path(path.into()))?;
+        let shared = Shared::map(file.as_fd(), 0, self.area.len)?;
+        shared.write(0, BLOB);
+        self.robust.own(&shared, self.area.code);
+        for (i, thread) in self.threads.iter().enumerate() {
+            let at = self.area.stub(i);
+            shared.write(at, &arch::way_back(address + at as u64, &thread.registers_for_healing(), thread.mask));
+            let control = Control {
+                turn: 0.into(),
+                done: 0.into(),
+                orphan: 0,
+                reserved: 0,
+                owner: address + self.area.code as u64,
+                ops: 0,
+                count: 0,
+                results: 0,
+                base: 0,
+                failed: 0.into(),
+                at: 0.into(),
+                failure: 0.into(),
+                xsave: address + self.area.xsave(i) as u64,
+                way_back: address + at as u64,
+                arena: 0,
+            };
+            write_control(&shared, self.area.slot(i), &control);
+        }
+        self.shared = Some(shared);
+        Ok(())
+    }
+
+    /// One system call of the stopped group leader, from the trampoline.
+    fn remote(&self, nr: i64, args: [u64; 6], call: &'static str) -> Result<u64> {
+        let leader = &self.threads[0];
+        let tid = leader.tid();
+        let mut regs = leader.registers;
+        regs.ip = self.tail;
+        regs.ax = nr as u64;
+        regs.orig_ax = u64::MAX;
+        regs.flags &= !0x100;
+        [regs.di, regs.si, regs.dx, regs.r10, regs.r8, regs.r9] = args;
+        ptrace::set_registers(tid, &regs)?;
+        ptrace::set_signal_mask(tid, ALL_SIGNALS)?;
+        let mut stops = 0;
+        while stops < 2 {
+            ptrace::cont_to_syscall(tid)?;
+            match ptrace::wait_stop(tid, STOP_LIMIT)? {
+                Stop::Syscall => stops += 1,
+                // SIGSTOP cannot be blocked: DETACH of a task in a stopped group stops it again, so nothing is lost
+                Stop::Signal(_) | Stop::Group(_) | Stop::Trap => {}
+            }
+        }
+        let result = ptrace::registers(tid)?.ax;
+        let error = result as i64;
+        if (-4095..0).contains(&error) {
+            return Err(Error::Sys { call, source: std::io::Error::from_raw_os_error(i32::try_from(-error).unwrap_or(libc::EPROTO)) });
+        }
+        Ok(result)
+    }
+
+    fn shared(&self) -> Result<&Shared> {
+        self.shared.as_ref().ok_or(Error::Gone)
+    }
+
+    /// Starts one plan in each thread (in the order of [`Infected::threads`]); they run side by side.
+    pub fn start(&mut self, plans: Vec<Plan>) -> Result<()> {
+        let address = self.area.address;
+        for (i, plan) in plans.into_iter().enumerate().take(self.threads.len()) {
+            plan.check()?;
+            let (room, size) = self.area.room(i);
+            let ops = plan.ops_bytes();
+            let results = ops.len().next_multiple_of(64);
+            let data = (results + plan.len() * 8).next_multiple_of(64);
+            if data + plan.data_len() > size {
+                return Err(Error::Usage { what: format!("a plan of {} operations does not fit", plan.len()) });
+            }
+            let shared = self.shared()?;
+            shared.write(room, &ops);
+            shared.write(room + data, plan.data());
+            let slot = self.area.slot(i);
+            let turn = shared.at::<Control>(slot).turn.load(Ordering::Relaxed);
+            let at = |offset: usize| (address + (room + offset) as u64).to_le_bytes();
+            shared.write(slot + std::mem::offset_of!(Control, ops), &at(0));
+            shared.write(slot + std::mem::offset_of!(Control, count), &(plan.len() as u64).to_le_bytes());
+            shared.write(slot + std::mem::offset_of!(Control, results), &at(results));
+            shared.write(slot + std::mem::offset_of!(Control, base), &at(data));
+            shared.at::<Control>(slot).failed.store(0, Ordering::Relaxed);
+            shared.at::<Control>(slot).turn.store(turn + 1, Ordering::Release);
+            let question = Question { plan, data: room + data, results: room + results };
+            if self.running {
+                futex::wake(&self.shared()?.at::<Control>(slot).turn);
+            } else {
+                self.run_thread(i)?;
+            }
+            match self.asked.get_mut(i) {
+                Some(q) => *q = question,
+                None => self.asked.push(question),
+            }
+        }
+        self.running = true;
+        Ok(())
+    }
+
+    fn run_thread(&self, i: usize) -> Result<()> {
+        let thread = &self.threads[i];
+        let mut regs: Registers = thread.registers;
+        regs.ip = self.area.address;
+        regs.orig_ax = u64::MAX;
+        regs.di = self.area.address + self.area.slot(i) as u64;
+        regs.sp = self.area.address + self.area.stack_top(i) as u64;
+        regs.flags &= !0x500;
+        ptrace::set_registers(thread.tid(), &regs).task(thread.tid())?;
+        ptrace::set_signal_mask(thread.tid(), ALL_SIGNALS).task(thread.tid())?;
+        ptrace::cont(thread.tid(), 0).task(thread.tid())
+    }
+
+    /// Waits for the answers of all plans that were started.
+    pub fn finish(&mut self) -> Result<Vec<Answers>> {
+        let mut all = Vec::with_capacity(self.asked.len());
+        for i in 0..self.asked.len() {
+            let tid = self.threads[i].tid();
+            self.await_thread(i).task(tid)?;
+            let shared = self.shared()?;
+            let control: &Control = shared.at(self.area.slot(i));
+            let question = &self.asked[i];
+            let failed = control.failed.load(Ordering::Acquire);
+            if failed != 0 {
+                return Err(question.plan.error(failed as usize - 1, control.failure.load(Ordering::Relaxed) as i64)).task(tid);
+            }
+            let mut answers = Answers { results: Vec::new(), data: vec![0; question.plan.data_len()] };
+            shared.read(question.data, &mut answers.data);
+            let mut words = vec![0u8; question.plan.len() * 8];
+            shared.read(question.results, &mut words);
+            answers.results = words.chunks_exact(8).filter_map(|b| b.try_into().ok()).map(i64::from_le_bytes).collect();
+            all.push(answers);
+        }
+        Ok(all)
+    }
+
+    fn await_thread(&mut self, i: usize) -> Result<()> {
+        let tid = self.threads[i].tid();
+        let began = Instant::now();
+        loop {
+            let control: &Control = self.shared()?.at(self.area.slot(i));
+            let (turn, done) = (control.turn.load(Ordering::Relaxed), control.done.load(Ordering::Acquire));
+            if done == turn {
+                return Ok(());
+            }
+            futex::wait(&control.done, done, Duration::from_millis(2));
+            if control.done.load(Ordering::Acquire) == turn {
+                return Ok(());
+            }
+            match ptrace::stopped(tid)? {
+                None if !ptrace::exists(tid) => return Err(Error::Gone),
+                None => {}
+                Some(Stop::Signal(libc::SIGSTOP)) => {
+                    self.threads[i].owe(libc::SIGSTOP);
+                    ptrace::cont(tid, 0)?;
+                }
+                Some(Stop::Signal(signal)) if [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGTRAP, libc::SIGSYS].contains(&signal) => {
+                    let at = ptrace::registers(tid)?.ip;
+                    return Err(Error::Usage { what: format!("the executor took signal {signal} at {at:#x}") });
+                }
+                Some(_) => ptrace::cont(tid, 0)?,
+            }
+            if began.elapsed() > ANSWER_LIMIT {
+                return Err(Error::Timeout { what: "the answer of a task", seconds: ANSWER_LIMIT.as_secs() });
+            }
+        }
+    }
+
+    /// Removes the executor; the threads are as they were found, and stopped.
+    pub fn cure(mut self) -> Result<Vec<Stopped>> {
+        self.remove()?;
+        Ok(std::mem::take(&mut self.threads))
+    }
+
+    /// Binds all threads to end with us (PTRACE_O_EXITKILL); they are stopped after that.
+    pub fn bind(&mut self) -> Result<()> {
+        if self.running {
+            self.halt()?;
+        }
+        for thread in &self.threads {
+            ptrace::set_options(thread.tid(), ptrace::EXITKILL).task(thread.tid())?;
+        }
+        Ok(())
+    }
+
+    /// Gives up a process that was killed.
+    pub fn forget(mut self) {
+        self.cured = true;
+        if let Some(shared) = &self.shared {
+            self.robust.release(shared, self.area.code);
+        }
+        std::mem::take(&mut self.threads).into_iter().for_each(Stopped::forget);
+    }
+
+    /// Stops all threads, which run the executor.
+    fn halt(&mut self) -> Result<()> {
+        for thread in &self.threads {
+            ptrace::interrupt(thread.tid()).task(thread.tid())?;
+        }
+        for i in 0..self.threads.len() {
+            let tid = self.threads[i].tid();
+            loop {
+                match ptrace::wait_stop(tid, STOP_LIMIT).task(tid)? {
+                    Stop::Trap | Stop::Group(_) => break,
+                    Stop::Signal(signal) => {
+                        if signal == libc::SIGSTOP {
+                            self.threads[i].owe(signal);
+                        }
+                        ptrace::cont(tid, 0).task(tid)?;
+                    }
+                    Stop::Syscall => ptrace::cont(tid, 0).task(tid)?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self) -> Result<()> {
+        if std::mem::replace(&mut self.cured, true) {
+            return Ok(());
+        }
+        if self.running {
+            self.halt()?;
+        }
+        // everyone back to where it was, the leader last: it unmaps the area, which nobody may be in then
+        for thread in self.threads.iter().skip(1).filter(|_| self.running) {
+            self.put_back(thread)?;
+        }
+        let pid = self.pid();
+        if self.area.address != 0 {
+            self.remote(libc::SYS_munmap, [self.area.address, self.area.len as u64, 0, 0, 0, 0], "munmap").task(pid)?;
+        }
+        self.put_back(&self.threads[0])?;
+        memory::write_at(&self.memory, self.tail, &[0; STUB_SIZE]).task(pid)?;
+        if let Some(shared) = self.shared.take() {
+            self.robust.release(&shared, self.area.code);
+        }
+        Ok(())
+    }
+
+    fn put_back(&self, thread: &Stopped) -> Result<()> {
+        let tid = thread.tid();
+        if self.running {
+            ptrace::set_xstate(tid, &thread.xstate).task(tid)?;
+        }
+        ptrace::set_signal_mask(tid, thread.mask).task(tid)?;
+        ptrace::set_registers(tid, &thread.registers).task(tid)
+    }
+}
+
+impl Drop for Infected<'_> {
+    fn drop(&mut self) {
+        if let Err(e) = self.remove() {
+            if e.errno() != libc::ESRCH {
+                tracing::error!("removing the executor from task {}: {e}", self.pid());
+            }
+        }
+    }
+}
+
+/// Writes a control into shared memory.
+pub fn write_control(shared: &Shared, offset: usize, control: &Control) {
+    let words = [
+        (std::mem::offset_of!(Control, orphan), u64::from(control.orphan)),
+        (std::mem::offset_of!(Control, owner), control.owner),
+        (std::mem::offset_of!(Control, ops), control.ops),
+        (std::mem::offset_of!(Control, count), control.count),
+        (std::mem::offset_of!(Control, results), control.results),
+        (std::mem::offset_of!(Control, base), control.base),
+        (std::mem::offset_of!(Control, xsave), control.xsave),
+        (std::mem::offset_of!(Control, way_back), control.way_back),
+        (std::mem::offset_of!(Control, arena), control.arena),
+    ];
+    for (at, word) in words {
+        shared.write(offset + at, bytes_of(&word));
+    }
+    let turns: &Control = shared.at(offset);
+    turns.turn.store(control.turn.load(Ordering::Relaxed), Ordering::Release);
+}
+
+/// Where the zero tail of a vdso begins that is long enough for the trampoline.
+fn tail_of(vdso: &[u8]) -> Option<usize> {
+    let used = vdso.iter().rposition(|&b| b != 0)? + 1;
+    let start = (used + 32).next_multiple_of(16);
+    (start + STUB_SIZE <= vdso.len()).then_some(start)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_do_not_overlap() {
+        let area = Area::of(5, 2700);
+        for i in 0..4 {
+            let (room, size) = area.room(i);
+            assert!(room + size <= area.slot(i + 1));
+            assert_eq!(area.xsave(i) % 64, 0);
+        }
+        assert!(area.stub(4) + STUB_SIZE <= area.code);
+        assert!(area.slot(5) <= area.len);
+    }
+
+    #[test]
+    fn a_full_vdso_has_no_tail() {
+        assert_eq!(tail_of(&[1; 8192]), None);
+        let mut vdso = vec![0; 8192];
+        vdso[5000] = 1;
+        assert_eq!(tail_of(&vdso), Some(5040));
+    }
+}

@@ -1,0 +1,209 @@
+//! A thread that was seized and stopped.
+
+use std::time::Duration;
+
+use standstill_restorer::arch::Registers;
+
+use crate::error::{At, Error, Result};
+use crate::sys::ptrace::{self, Rseq, Stop};
+
+/// A stopped thread; it goes on when this is dropped.
+#[derive(Debug)]
+pub struct Stopped {
+    tid: i32,
+    /// General registers as found; a call that only our stop interrupted is wound back.
+    pub registers: Registers,
+    /// Blocked signals as found.
+    pub mask: u64,
+    /// The job control signal that had stopped it before we came.
+    pub group_stop: Option<i32>,
+    /// Extended state, in XSAVE's standard format.
+    pub xstate: Vec<u8>,
+    /// Its restartable sequences.
+    pub rseq: Rseq,
+    /// Signals that wait for this thread, raw.
+    pub pending: Vec<[u8; 128]>,
+    /// Signals that wait for its process, raw; the group leader's alone.
+    pub shared_pending: Vec<[u8; 128]>,
+    /// Its tracer let go (or it was killed): nothing to do when dropped.
+    released: bool,
+    /// A signal that only its stop tells of (SIGSTOP meant for a task that runs the executor).
+    owed: i32,
+}
+
+const EINTR: i64 = -(libc::EINTR as i64);
+const ERESTART_RESTARTBLOCK: i64 = -516;
+const ERESTARTNOINTR: i64 = -513;
+const ERESTARTSYS: i64 = -512;
+const ERESTARTNOHAND: i64 = -514;
+
+/// A seized thread whose stop was asked for and not yet seen.
+#[derive(Debug)]
+pub struct Held {
+    tid: i32,
+    done: bool,
+}
+
+impl Held {
+    /// Seizes a thread and asks it to stop. It does not end with its tracer.
+    pub fn seize(tid: i32, options: usize) -> Result<Held> {
+        ptrace::seize(tid, ptrace::SYSGOOD | options).task(tid)?;
+        let held = Held { tid, done: false };
+        ptrace::interrupt(tid).task(tid)?;
+        Ok(held)
+    }
+
+    /// The thread's id.
+    pub fn tid(&self) -> i32 {
+        self.tid
+    }
+
+    /// Waits for the stop; signals that come first are passed on.
+    pub fn wait(mut self, limit: Duration) -> Result<Stopped> {
+        let tid = self.tid;
+        let group_stop = loop {
+            match ptrace::wait_stop(tid, limit).task(tid)? {
+                Stop::Trap => break None,
+                Stop::Group(signal) => break Some(signal),
+                Stop::Signal(signal) => ptrace::cont(tid, signal).task(tid)?,
+                Stop::Syscall => ptrace::cont(tid, 0).task(tid)?,
+            }
+        };
+        self.done = true;
+        let mut stopped = Stopped {
+            tid,
+            registers: Registers::default(),
+            mask: 0,
+            group_stop,
+            xstate: Vec::new(),
+            rseq: Rseq::default(),
+            pending: Vec::new(),
+            shared_pending: Vec::new(),
+            released: false,
+            owed: 0,
+        };
+        stopped.registers = ptrace::registers(tid).task(tid)?;
+        if stopped.registers.cs != 0x33 {
+            return Err(Error::refused(
+                "a 32-bit task",
+                "Standstill carries 64-bit x86 tasks only; run a 64-bit build of the program",
+            ))
+            .task(tid);
+        }
+        stopped.mask = ptrace::signal_mask(tid).task(tid)?;
+        stopped.xstate = ptrace::xstate(tid).task(tid)?;
+        stopped.rseq = ptrace::rseq(tid).task(tid)?;
+        Ok(stopped)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if !self.done && ptrace::wait_stop(self.tid, super::STOP_LIMIT).is_ok() {
+            let signal = match ptrace::stopped(self.tid) {
+                Ok(Some(Stop::Signal(signal))) => signal,
+                _ => 0,
+            };
+            let _ = ptrace::detach(self.tid, signal);
+        }
+    }
+}
+
+impl Stopped {
+    /// The thread's id.
+    pub fn tid(&self) -> i32 {
+        self.tid
+    }
+
+    /// Winds back a wait that returned EINTR only because of our stop, so that the program never hears of it.
+    /// `deliverable`: a signal is pending that the thread does not block; then EINTR is the truth.
+    pub fn wind_back_wait(&mut self, deliverable: bool) {
+        let r = &mut self.registers;
+        let waits = matches!(
+            i64::try_from(r.orig_ax).unwrap_or(-1),
+            libc::SYS_epoll_wait
+                | libc::SYS_epoll_pwait
+                | libc::SYS_epoll_pwait2
+                | libc::SYS_rt_sigtimedwait
+                | libc::SYS_io_getevents
+                | libc::SYS_io_uring_enter
+                | libc::SYS_semtimedop
+                | libc::SYS_semop
+        );
+        if r.ax as i64 == EINTR && waits && !deliverable {
+            r.ax = r.orig_ax;
+            r.ip = r.ip.wrapping_sub(2);
+            r.orig_ax = u64::MAX;
+        }
+    }
+
+    /// If the thread is inside a restartable sequence, moves it to the sequence's abort handler, as the kernel would have
+    /// done at this preemption. `critical` is the `struct rseq_cs` that the thread's rseq area points to.
+    pub fn abort_sequence(&mut self, start: u64, length: u64, abort: u64) {
+        if self.registers.ip.wrapping_sub(start) < length {
+            self.registers.ip = abort;
+        }
+    }
+
+    /// Registers for the image: a call to restart is wound back, one that only the kernel's memory could resume
+    /// (ERESTART_RESTARTBLOCK) ends with EINTR, as CRIU has it.
+    pub fn registers_for_image(&self) -> Registers {
+        let mut r = self.registers;
+        if r.orig_ax as i64 >= 0 {
+            match r.ax as i64 {
+                ERESTARTNOHAND | ERESTARTSYS | ERESTARTNOINTR => {
+                    r.ax = r.orig_ax;
+                    r.ip = r.ip.wrapping_sub(2);
+                }
+                ERESTART_RESTARTBLOCK => r.ax = EINTR as u64,
+                _ => {}
+            }
+        }
+        r
+    }
+
+    /// Registers for a program whose engine is dead and that returns without the kernel's help: every restart is made
+    /// by the code itself, with restart_syscall(2) where the kernel still remembers the rest.
+    pub fn registers_for_healing(&self) -> Registers {
+        let mut r = self.registers_for_image();
+        if self.registers.orig_ax as i64 >= 0 && self.registers.ax as i64 == ERESTART_RESTARTBLOCK {
+            r.ax = libc::SYS_restart_syscall as u64;
+            r.ip = self.registers.ip.wrapping_sub(2);
+        }
+        r
+    }
+
+    /// A signal to pass on when the thread is let go.
+    pub fn owe(&mut self, signal: i32) {
+        self.owed = signal;
+    }
+
+    /// Lets the thread go with registers as found.
+    pub fn release(mut self) -> Result<()> {
+        self.let_go()
+    }
+
+    /// The thread was killed or is somebody else's to let go.
+    pub fn forget(mut self) {
+        self.released = true;
+    }
+
+    fn let_go(&mut self) -> Result<()> {
+        if std::mem::replace(&mut self.released, true) {
+            return Ok(());
+        }
+        // only what changed needs to be put back: a thread that was not infected differs by a wound-back wait at most
+        ptrace::set_registers(self.tid, &self.registers).task(self.tid)?;
+        ptrace::detach(self.tid, self.owed).task(self.tid)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        if let Err(e) = self.let_go() {
+            if !matches!(e.errno(), libc::ESRCH) {
+                tracing::error!("letting go: {e}");
+            }
+        }
+    }
+}

@@ -1,0 +1,380 @@
+//! The executor: the only code of Standstill that runs inside a task.
+//!
+//! Built by the engine's build script into one flat, position-independent piece without data, relocations or heap.
+//! Entered with the address of a [`plan::Control`] (System V calling convention, own stack), it waits for turns and runs
+//! plans. When its engine is gone it restores the floating point state that it found and takes the way back, or exits.
+#![no_std]
+#![no_main]
+
+#[path = "plan.rs"]
+#[allow(dead_code)]
+mod plan;
+
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use plan::{Arena, Code, Control, Expect, Kind, Op};
+
+const WRITE: usize = 1;
+const PREAD64: usize = 17;
+const RECVMSG: usize = 47;
+const EXIT_GROUP: usize = 231;
+const WAIT4: usize = 61;
+const DUP3: usize = 292;
+const CLOSE: usize = 3;
+const FUTEX: usize = 202;
+const TIMER_CREATE: usize = 222;
+const TIMER_DELETE: usize = 226;
+const FUTEX_WAIT: usize = 0;
+const FUTEX_WAKE: usize = 1;
+const EINTR: i64 = -4;
+const EAGAIN: i64 = -11;
+const ENODATA: i64 = -61;
+const EPROTO: i64 = -71;
+const ECANCELED: i64 = -125;
+
+core::arch::global_asm!(
+    ".section .text.entry,\"ax\",@progbits",
+    ".globl entry",
+    "entry:",
+    // rdi = control; keep the extended state of an interrupted program
+    "mov rbx, rdi",
+    "mov r12, [rbx + 72]", // xsave
+    "test r12, r12",
+    "jz 2f",
+    "mov eax, -1",
+    "mov edx, -1",
+    "xsave64 [r12]",
+    "2:",
+    "cld",
+    "and rsp, -16",
+    "mov rdi, rbx",
+    "call {work}",
+    // the engine is gone: back into the program
+    "mov r12, [rbx + 72]",
+    "test r12, r12",
+    "jz 3f",
+    "mov eax, -1",
+    "mov edx, -1",
+    "xrstor64 [r12]",
+    "3:",
+    "jmp qword ptr [rbx + 80]", // way_back
+    work = sym work,
+);
+const _: () = assert!(core::mem::offset_of!(Control, xsave) == 72 && core::mem::offset_of!(Control, way_back) == 80);
+
+#[inline(always)]
+unsafe fn syscall(nr: usize, a: [usize; 6]) -> i64 {
+    let r: i64;
+    // SAFETY: what a system call does to the task is what the plan asks for.
+    unsafe {
+        core::arch::asm!("syscall", inlateout("rax") nr as i64 => r, in("rdi") a[0], in("rsi") a[1], in("rdx") a[2],
+            in("r10") a[3], in("r8") a[4], in("r9") a[5], lateout("rcx") _, lateout("r11") _, options(nostack));
+    }
+    r
+}
+
+/// clone3: the child takes its stack from the clone_args and goes on with its own control.
+#[inline(always)]
+unsafe fn clone(args: usize, size: usize, control: usize) -> i64 {
+    let r: i64;
+    // SAFETY: the child has a stack of its own and never returns into this frame.
+    unsafe {
+        core::arch::asm!(
+            "syscall", "test rax, rax", "jnz 2f",
+            "xor ebp, ebp", "mov rdi, r12", "and rsp, -16", "call {start}", "ud2", "2:",
+            start = sym start, inlateout("rax") 435i64 => r, in("rdi") args, in("rsi") size, in("r12") control,
+            lateout("rcx") _, lateout("r11") _);
+    }
+    r
+}
+
+/// A cloned task begins here.
+unsafe extern "C" fn start(control: *const Control) -> ! {
+    // SAFETY: the engine gave this address to this task alone.
+    unsafe {
+        work(control);
+        loop {
+            syscall(EXIT_GROUP, [1, 0, 0, 0, 0, 0]);
+        }
+    }
+}
+
+unsafe fn alive(c: &Control) -> bool {
+    // SAFETY: the engine keeps the owner mapped beside the control.
+    unsafe { (*(c.owner as *const plan::Owner)).word.load(Relaxed) & plan::OWNER_DIED == 0 }
+}
+
+unsafe fn wait_while(word: &core::sync::atomic::AtomicU32, value: u32) {
+    let patience: [i64; 2] = [0, plan::PATIENCE_NS];
+    // SAFETY: both addresses live for the length of the call.
+    unsafe {
+        syscall(FUTEX, [word as *const _ as usize, FUTEX_WAIT, value as usize, patience.as_ptr() as usize, 0, 0]);
+    }
+}
+
+unsafe fn wake(word: &core::sync::atomic::AtomicU32) {
+    // SAFETY: a wake touches no memory.
+    unsafe {
+        syscall(FUTEX, [word as *const _ as usize, FUTEX_WAKE, i32::MAX as usize, 0, 0, 0]);
+    }
+}
+
+/// Takes turns until the engine is gone.
+unsafe extern "C" fn work(control: *const Control) {
+    // SAFETY: the engine keeps the control mapped for as long as the executor is in the task.
+    unsafe {
+        let c = &*control;
+        let mut last = 0;
+        loop {
+            let turn = c.turn.load(Acquire);
+            if turn == last {
+                if !alive(c) {
+                    break;
+                }
+                wait_while(&c.turn, turn);
+                continue;
+            }
+            last = turn;
+            run(c);
+            c.done.store(turn, Release);
+            wake(&c.done);
+            if c.arena != 0 && c.failed.load(Relaxed) != 0 {
+                break;
+            }
+        }
+        if c.orphan != 0 {
+            syscall(EXIT_GROUP, [1, 0, 0, 0, 0, 0]);
+        }
+    }
+}
+
+unsafe fn run(c: &Control) {
+    // SAFETY: ops, results and count describe memory that the engine wrote for this control.
+    unsafe {
+        let mut i = 0usize;
+        while i < c.count as usize {
+            if !alive(c) {
+                return;
+            }
+            c.at.store(i as u32, Relaxed);
+            let op = &*(c.ops as *const Op).add(i);
+            let r = step(c, op);
+            *(c.results as *mut i64).add(i) = r;
+            let good = match op.expect {
+                e if e == Expect::NonNegative as u8 => r >= 0 || r < -4095,
+                e if e == Expect::Exact as u8 => r == op.want[0],
+                e if e == Expect::Tolerate as u8 => r >= 0 || r < -4095 || r == op.want[0] || r == op.want[1],
+                _ => true,
+            };
+            if !good {
+                c.failure.store(r as u64, Relaxed);
+                c.failed.store(i as u32 + 1, Release);
+                if c.arena != 0 {
+                    let arena = &*(c.arena as *const Arena);
+                    arena.failed.store(1, SeqCst);
+                    arena.news.fetch_add(1, SeqCst);
+                    wake(&arena.news);
+                    wake(&arena.go);
+                }
+                return;
+            }
+            i += 1;
+        }
+    }
+}
+
+unsafe fn operand(c: &Control, op: &Op, n: usize) -> usize {
+    let v = op.args[n];
+    (if op.kinds[n] == Kind::PlanAddr as u8 {
+        c.base.wrapping_add(v)
+    } else if op.kinds[n] == Kind::Slot as u8 {
+        // SAFETY: the engine checked the index against the plan's length.
+        unsafe { *(c.results as *const u64).add(v as usize) }
+    } else {
+        v
+    }) as usize
+}
+
+unsafe fn step(c: &Control, op: &Op) -> i64 {
+    // SAFETY: addresses in operands are the engine's business; the kernel checks those of system calls.
+    unsafe {
+        let a = [operand(c, op, 0), operand(c, op, 1), operand(c, op, 2), operand(c, op, 3), operand(c, op, 4), operand(c, op, 5)];
+        match op.code {
+            x if x == Code::Syscall as u32 => syscall(op.nr as usize, a),
+            x if x == Code::ReadFull as u32 => transfer(PREAD64, a),
+            x if x == Code::WriteFull as u32 => transfer(WRITE, [a[1], a[0], a[2], 0, 0, 0]),
+            x if x == Code::Copy as u32 => {
+                copy(a[0], a[1], a[2]);
+                0
+            }
+            x if x == Code::Store as u32 => {
+                (a[0] as *mut u64).write_unaligned(a[1] as u64);
+                0
+            }
+            x if x == Code::Clone as u32 => clone(a[0], a[1], a[2]),
+            x if x == Code::Stage as u32 => stage(c, a[0]),
+            x if x == Code::ReceiveFds as u32 => receive(a[0], a[1], a[2]),
+            x if x == Code::TimerCreate as u32 => timer(a[0], a[1], a[2] as i32),
+            x if x == Code::Reap as u32 => {
+                let mut status = 0i32;
+                let r = loop {
+                    let r = syscall(WAIT4, [a[0], &mut status as *mut i32 as usize, 0x4000_0000, 0, 0, 0]);
+                    if r != EINTR {
+                        break r;
+                    }
+                };
+                if r < 0 { r } else if status as usize == a[1] { 0 } else { EPROTO }
+            }
+            x if x == Code::Park as u32 => {
+                let never = core::sync::atomic::AtomicU32::new(0);
+                while alive(c) {
+                    if c.arena != 0 && (*(c.arena as *const Arena)).failed.load(Relaxed) != 0 {
+                        return ECANCELED;
+                    }
+                    wait_while(&never, 0);
+                }
+                ECANCELED
+            }
+            x if x == Code::Exit as u32 => loop {
+                syscall(EXIT_GROUP, [a[0], 0, 0, 0, 0, 0]);
+            },
+            _ => EPROTO,
+        }
+    }
+}
+
+unsafe fn transfer(nr: usize, mut a: [usize; 6]) -> i64 {
+    let whole = a[2] as i64;
+    while a[2] > 0 {
+        // SAFETY: as every system call of a plan.
+        let n = unsafe { syscall(nr, a) };
+        if n == EINTR {
+            continue;
+        }
+        if n <= 0 {
+            return if n == 0 { ENODATA } else { n };
+        }
+        a[1] += n as usize;
+        a[2] -= n as usize;
+        a[3] += n as usize;
+    }
+    whole
+}
+
+unsafe fn stage(c: &Control, n: usize) -> i64 {
+    if c.arena == 0 || n >= plan::STAGES {
+        return EPROTO;
+    }
+    // SAFETY: the engine keeps the arena mapped in every task.
+    unsafe {
+        let arena = &*(c.arena as *const Arena);
+        arena.arrived[n].fetch_add(1, SeqCst);
+        arena.news.fetch_add(1, SeqCst);
+        wake(&arena.news);
+        loop {
+            let go = arena.go.load(Acquire);
+            if arena.failed.load(Relaxed) != 0 {
+                return ECANCELED;
+            }
+            if go as usize >= n {
+                return 0;
+            }
+            if !alive(c) {
+                return ECANCELED;
+            }
+            wait_while(&arena.go, go);
+        }
+    }
+}
+
+#[repr(C)]
+struct Message {
+    name: usize,
+    namelen: usize,
+    iov: usize,
+    iovlen: usize,
+    control: usize,
+    controllen: usize,
+    flags: usize,
+}
+
+/// Receives descriptors, at most 64 a message, and moves them to `to`, `to + 1`, …
+unsafe fn receive(socket: usize, to: usize, count: usize) -> i64 {
+    // SAFETY: all buffers are on this stack, and sized as the message says.
+    unsafe {
+        let mut got = 0usize;
+        while got < count {
+            let mut byte = [0u8; 8];
+            let iov = [byte.as_mut_ptr() as usize, 1usize];
+            let mut room = core::mem::MaybeUninit::<[u64; 2 + 32]>::uninit();
+            let mut m = Message { name: 0, namelen: 0, iov: iov.as_ptr() as usize, iovlen: 1,
+                control: room.as_mut_ptr() as usize, controllen: 16 + 4 * 64, flags: 0 };
+            let r = syscall(RECVMSG, [socket, &mut m as *mut Message as usize, 0, 0, 0, 0]);
+            if r == EINTR {
+                continue;
+            }
+            if r <= 0 {
+                return if r == 0 { ENODATA } else { r };
+            }
+            let len = *(room.as_ptr() as *const u64) as usize;
+            if len < 20 || len > 16 + 4 * 64 || m.flags & 8 != 0 {
+                return EPROTO;
+            }
+            let fds = (len - 16) / 4;
+            let first = (room.as_ptr() as *const i32).add(4);
+            let mut i = 0;
+            while i < fds {
+                let fd = *first.add(i) as usize;
+                let target = to + got;
+                if fd != target {
+                    let r = syscall(DUP3, [fd, target, 0, 0, 0, 0]);
+                    if r < 0 {
+                        return r;
+                    }
+                    syscall(CLOSE, [fd, 0, 0, 0, 0, 0]);
+                }
+                got += 1;
+                i += 1;
+            }
+        }
+        got as i64
+    }
+}
+
+unsafe fn timer(clock: usize, event: usize, wanted: i32) -> i64 {
+    // SAFETY: `id` lives across the call, `event` is the plan's.
+    unsafe {
+        let mut id = wanted;
+        loop {
+            let r = syscall(TIMER_CREATE, [clock, event, &mut id as *mut i32 as usize, 0, 0, 0]);
+            if r == EAGAIN {
+                continue;
+            }
+            if r < 0 {
+                return r;
+            }
+            if id == wanted {
+                return 0;
+            }
+            syscall(TIMER_DELETE, [id as usize, 0, 0, 0, 0, 0]);
+            if id > wanted {
+                return EPROTO;
+            }
+        }
+    }
+}
+
+/// Copies without calling a `memcpy`: the blob has nothing to link with.
+unsafe fn copy(to: usize, from: usize, n: usize) {
+    // SAFETY: the plan names memory that is mapped in this task.
+    unsafe {
+        core::arch::asm!("rep movsb", inout("rcx") n => _, inout("rdi") to => _, inout("rsi") from => _, options(nostack, preserves_flags));
+    }
+}
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    loop {
+        // SAFETY: exit_group takes no memory.
+        unsafe { syscall(EXIT_GROUP, [134, 0, 0, 0, 0, 0]) };
+    }
+}

@@ -1,0 +1,157 @@
+//! The layout of plans: what engine and executor both see in the memory that they share.
+//!
+//! Everything is `repr(C)`, its size is asserted, and addresses are plain numbers of the *task's* address space.
+
+use core::sync::atomic::{AtomicU32, AtomicU64};
+
+/// What an operation does.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Code {
+    /// The system call `nr` with six operands.
+    Syscall = 0,
+    /// `preadv`-like: fill `args[1]..+args[2]` from descriptor `args[0]` at offset `args[3]`, whole or fail with -ENODATA.
+    ReadFull = 1,
+    /// Copy `args[2]` bytes from `args[1]` to `args[0]`.
+    Copy = 2,
+    /// `clone3` with the `clone_args` at `args[0]` of size `args[1]`; the child goes on with the control at `args[2]`.
+    Clone = 3,
+    /// Announce stage `args[0]` in the [`Arena`] at `args[1]`, and wait until the engine lets it go on.
+    Stage = 4,
+    /// Receive `args[2]` descriptors from the socket `args[0]` and move them to numbers from `args[1]` on.
+    ReceiveFds = 5,
+    /// Make POSIX timers with clock `args[0]` and event `args[1]`, and delete them, until one has the id `args[2]`.
+    TimerCreate = 6,
+    /// Wait for as long as the engine lives; ends by ptrace only.
+    Park = 7,
+    /// Store the 64-bit word `args[1]` at `args[0]`.
+    Store = 8,
+    /// Wait (`wait4`) for the child `args[0]` and expect that its status is `args[1]`.
+    Reap = 9,
+    /// `args[2]` bytes at `args[0]` to the terminal, pipe or socket `args[1]`, whole or fail.
+    WriteFull = 10,
+    /// Unblock nothing: jump to the raw state at `args[0]`; used by a task that leaves without the engine.
+    Exit = 11,
+}
+
+/// How an operand is read.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The value itself.
+    Imm = 0,
+    /// An offset from the base of the shared memory.
+    PlanAddr = 1,
+    /// The result of the operation with this index, in the same plan.
+    Slot = 2,
+}
+
+/// Which results let the plan go on.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// Any result.
+    Any = 0,
+    /// A result that is no error.
+    NonNegative = 1,
+    /// `want[0]` alone.
+    Exact = 2,
+    /// `want[0]`, `want[1]`, or a result that is no error.
+    Tolerate = 3,
+}
+
+/// One operation.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Op {
+    /// A [`Code`].
+    pub code: u32,
+    /// The system call's number, for [`Code::Syscall`].
+    pub nr: u32,
+    /// How each operand is read: [`Kind`].
+    pub kinds: [u8; 6],
+    /// An [`Expect`].
+    pub expect: u8,
+    /// Zero.
+    pub reserved: u8,
+    /// The operands.
+    pub args: [u64; 6],
+    /// What [`Expect`] compares with.
+    pub want: [i64; 2],
+}
+const _: () = assert!(core::mem::size_of::<Op>() == 80);
+
+/// The state of one task or thread that runs plans.
+#[repr(C)]
+pub struct Control {
+    /// The engine counts it up to start the plan; the executor waits for that.
+    pub turn: AtomicU32,
+    /// The last turn that the executor ended.
+    pub done: AtomicU32,
+    /// What a task does whose engine is gone: 0 return to its program, 1 exit.
+    pub orphan: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// Address of the [`Owner`] that tells whether the engine lives.
+    pub owner: u64,
+    /// First operation of the plan.
+    pub ops: u64,
+    /// Number of operations.
+    pub count: u64,
+    /// Results, a word an operation.
+    pub results: u64,
+    /// What [`Kind::PlanAddr`] counts from.
+    pub base: u64,
+    /// Index of the operation that failed, plus one; 0 when none did.
+    pub failed: AtomicU32,
+    /// Index of the operation that is being run.
+    pub at: AtomicU32,
+    /// The result of the failed operation.
+    pub failure: AtomicU64,
+    /// Where the registers of the interrupted program are kept (XSAVE area, 64-aligned); 0 for none.
+    pub xsave: u64,
+    /// Machine code that returns to the interrupted program.
+    pub way_back: u64,
+    /// Where stages are counted: address of the [`Arena`].
+    pub arena: u64,
+}
+const _: () = assert!(core::mem::size_of::<Control>() == 96);
+
+/// A robust futex that the engine's thread owns: the kernel sets [`OWNER_DIED`] in its word when that thread is gone
+/// (set_robust_list(2)). One serves all threads that share the memory.
+#[repr(C)]
+pub struct Owner {
+    /// The futex word: the engine thread's id.
+    pub word: AtomicU32,
+    /// Zero.
+    pub reserved: u32,
+    /// The robust list's node, in the engine's addresses.
+    pub next: AtomicU64,
+}
+const _: () = assert!(core::mem::size_of::<Owner>() == 16);
+/// Offset of [`Owner::word`] from [`Owner::next`], as the kernel's robust list wants it.
+pub const WORD_FROM_NODE: i64 = -8;
+
+/// Number of stages that a restore can have.
+pub const STAGES: usize = 16;
+
+/// What all tasks of a restore share.
+#[repr(C)]
+pub struct Arena {
+    /// How many tasks reached each stage.
+    pub arrived: [AtomicU32; STAGES],
+    /// Stages up to this one may be left.
+    pub go: AtomicU32,
+    /// Not zero once any task failed: everyone exits.
+    pub failed: AtomicU32,
+    /// Counted up at every arrival and failure; the engine waits on it.
+    pub news: AtomicU32,
+    /// Zero.
+    pub reserved: u32,
+}
+const _: () = assert!(core::mem::size_of::<Arena>() == 80);
+
+/// FUTEX_OWNER_DIED: the kernel sets it in [`Owner::word`] when the engine's thread is gone (futex(2)).
+pub const OWNER_DIED: u32 = 0x4000_0000;
+/// How long the executor sleeps before it looks at [`Owner::word`] again, in nanoseconds.
+pub const PATIENCE_NS: i64 = 20_000_000;

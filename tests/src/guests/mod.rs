@@ -1,0 +1,194 @@
+//! The programs under test: one file a resource, with the name of its file in the engine.
+//!
+//! A guest that needs an option, or that CRIU cannot carry, says so in [`ALL`], with the reason.
+
+#[macro_use]
+pub mod support;
+
+mod clocks;
+mod creds;
+mod cwd;
+mod epoll;
+mod eventfd;
+mod fifo;
+mod files;
+mod inet;
+mod limits;
+mod membarrier;
+mod memfd;
+mod memory;
+mod personality;
+mod pipes;
+mod proc_self;
+mod refused;
+mod registers;
+mod robust;
+mod rseq;
+mod seccomp;
+mod signalfd;
+mod signals;
+mod storm;
+mod threads;
+mod timerfd;
+mod timers;
+mod tree;
+mod unix;
+mod waits;
+
+use std::path::PathBuf;
+
+/// Whether CRIU 4 can carry a guest too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Criu {
+    /// It can.
+    Carries,
+    /// It can where it has CAP_SYS_RESOURCE, for this reason.
+    WithSysResource(&'static str),
+    /// It cannot, for this reason.
+    Cannot(&'static str),
+    /// It cannot dump it, for this reason, but restores our images of it.
+    RestoresOnly(&'static str),
+}
+
+/// A program that builds up state and checks it.
+#[derive(Debug, Clone, Copy)]
+pub struct Guest {
+    /// Its name, and that of its tests.
+    pub name: &'static str,
+    /// What it does, from its beginning to its last check.
+    pub run: fn(),
+    /// What a dump of it needs besides the usual options.
+    pub dump: &'static [&'static str],
+    /// What a restore of it needs.
+    pub restore: &'static [&'static str],
+    /// What CRIU can do with it.
+    pub criu: Criu,
+    /// It cannot be carried at all; the refusal names these.
+    pub refused: &'static [&'static str],
+    /// How many dumps in a row it is to survive when it is left running.
+    pub dumps: u32,
+}
+
+const fn guest(name: &'static str, run: fn()) -> Guest {
+    Guest { name, run, dump: &[], restore: &[], criu: Criu::Carries, refused: &[], dumps: 2 }
+}
+
+impl Guest {
+    const fn dump(self, dump: &'static [&'static str]) -> Guest {
+        Guest { dump, ..self }
+    }
+    const fn criu(self, criu: Criu) -> Guest {
+        Guest { criu, ..self }
+    }
+    const fn refused(self, refused: &'static [&'static str]) -> Guest {
+        Guest { refused, ..self }
+    }
+    const fn dumps(self, dumps: u32) -> Guest {
+        Guest { dumps, ..self }
+    }
+}
+
+const OTHER_USER: &str = "CRIU 4.2 dumps tasks of other users only with CAP_SYS_RESOURCE";
+
+/// All guests.
+pub const ALL: &[Guest] = &[
+    guest("clocks", clocks::clocks),
+    guest("creds", creds::creds).criu(Criu::WithSysResource(OTHER_USER)),
+    guest("creds_bits", creds::bits),
+    guest("creds_threads", creds::threads).criu(Criu::WithSysResource(OTHER_USER)),
+    guest("cwd", cwd::cwd),
+    guest("cwd_deleted", cwd::deleted),
+    guest("cwd_root", cwd::root),
+    guest("cwd_shared", cwd::shared),
+    guest("epoll", epoll::epoll),
+    guest("eventfd", eventfd::eventfd),
+    guest("eventfd_semaphore", eventfd::semaphore).criu(Criu::Cannot("CRIU 4.2 loses EFD_SEMAPHORE")),
+    guest("fifo", fifo::fifo),
+    guest("files_append", files::append),
+    guest("files_deleted", files::deleted),
+    guest("files_dirs", files::dirs),
+    guest("files_many", files::many),
+    guest("files_offsets", files::offsets),
+    guest("files_owner", files::owner),
+    guest("files_path_only", files::path_only),
+    guest("files_shared", files::shared),
+    guest("files_table", files::table),
+    guest("inet_listening", inet::listening),
+    guest("inet_udp", inet::udp),
+    guest("limits", limits::limits),
+    guest("limits_sched", limits::sched),
+    guest("membarrier", membarrier::membarrier),
+    guest("memfd", memfd::memfd),
+    guest("memfd_sealed", memfd::sealed),
+    guest("memory_advice", memory::advice),
+    guest("memory_brk", memory::brk),
+    guest("memory_cow", memory::cow),
+    guest("memory_file", memory::file),
+    guest("memory_file_deleted", memory::file_deleted),
+    guest("memory_layout", memory::layout),
+    guest("memory_private", memory::private),
+    guest("memory_shared", memory::shared),
+    guest("memory_sparse", memory::sparse),
+    guest("memory_stack", memory::stack),
+    guest("personality", personality::personality),
+    guest("personality_names", personality::names),
+    guest("pipes", pipes::pipes),
+    guest("pipes_full", pipes::full),
+    guest("pipes_halves", pipes::halves),
+    guest("pipes_packets", pipes::packets),
+    guest("proc_self", proc_self::proc_self),
+    guest("registers", registers::registers),
+    guest("registers_base", registers::base),
+    guest("robust", robust::robust),
+    guest("rseq", rseq::rseq),
+    guest("seccomp_child", seccomp::child),
+    guest("seccomp_filters", seccomp::filters),
+    guest("seccomp_strict", seccomp::strict),
+    guest("seccomp_threads", seccomp::threads),
+    guest("signalfd", signalfd::signalfd),
+    guest("signals_actions", signals::actions),
+    guest("signals_handler", signals::handler),
+    guest("signals_pending", signals::pending),
+    guest("signals_stack", signals::stack),
+    guest("storm", storm::storm).dumps(20),
+    guest("threads", threads::threads),
+    guest("threads_500", threads::many),
+    guest("timerfd", timerfd::timerfd),
+    guest("timers_interval", timers::interval),
+    guest("timers_posix", timers::posix),
+    guest("tree", tree::tree),
+    guest("tree_100", tree::hundred),
+    guest("tree_orphans", tree::orphans),
+    guest("tree_sessions", tree::sessions),
+    guest("tree_stopped", tree::stopped),
+    guest("tree_zombies", tree::zombies),
+    guest("unix_dgram", unix::dgram),
+    guest("unix_listening", unix::listening),
+    guest("unix_pairs", unix::pairs),
+    guest("waits", waits::waits).dumps(4),
+    guest("waits_alarm", waits::alarm).dumps(20).criu(Criu::Cannot("CRIU 4.2 hangs a read that an alarm was to end")),
+    guest("waits_sockets", waits::sockets).dumps(4),
+    guest("refused_big_ghost", refused::big_ghost).dump(&["--ghost-limit", "4096"]).refused(&["ghost-limit"]),
+    guest("refused_io_uring", refused::io_uring).refused(&["io_uring"]),
+    guest("refused_lock", refused::lock).refused(&["--file-locks"]),
+    guest("refused_outside_pipe", refused::outside_socket).refused(&["socket"]),
+    guest("refused_perf", refused::perf).refused(&["perf_event"]),
+    guest("refused_traced", refused::traced).refused(&["traces"]),
+];
+
+/// The guest of this name.
+pub fn find(name: &str) -> Option<&'static Guest> {
+    ALL.iter().find(|g| g.name == name)
+}
+
+/// Runs one guest, in this process; it never comes back.
+pub fn main(name: &str, folder: PathBuf) -> ! {
+    let Some(guest) = find(name) else {
+        eprintln!("there is no guest {name}");
+        std::process::exit(2);
+    };
+    std::panic::set_hook(Box::new(|panic| support::fail(panic)));
+    support::begin(folder);
+    (guest.run)();
+    support::succeed()
+}
