@@ -15,7 +15,7 @@ use standstill_images::proto::{
 use standstill_images::{FolderStore, ImageKind, Images};
 
 use crate::error::{At, Error, Place, Result};
-use crate::files::DumpFiles;
+use crate::files::{memfd, DumpFiles};
 use crate::memory::{self, drain};
 use crate::options::{FinalState, Options};
 use crate::plan::Plan;
@@ -36,6 +36,8 @@ pub struct DumpReport {
     pub total: Duration,
     /// Pages of memory written.
     pub pages: u64,
+    /// Pages of shared memory written.
+    pub shared_pages: u64,
     /// Processes dumped.
     pub tasks: usize,
 }
@@ -183,6 +185,10 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
         pages.fetch_add(drain.pages, Ordering::Relaxed);
         drain.write(images, *pid, *pages_id, vdso.map(|(at, bytes)| (*at, bytes.as_slice())))
     })?;
+    let shared = AtomicU64::new(0);
+    memfd::jobs(&mut files).par_iter().try_for_each(|job| {
+        job.run(images).map(|bytes| drop(shared.fetch_add(bytes / memory::PAGE, Ordering::Relaxed)))
+    })?;
     phases.mark("memory");
     files.finish()?;
     images.write_entries(ImageKind::Pstree, (), written.pstree)?;
@@ -196,14 +202,18 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
 
     let alive: Vec<i32> = infected.iter().map(Infected::pid).collect();
     match opts.final_state {
-        FinalState::Kill => finish::kill(infected)?,
+        FinalState::Kill => {
+            files.tasks_end();
+            finish::kill(infected)?;
+        }
         state @ (FinalState::Run | FinalState::Stop) => {
             files.tasks_go_on()?;
             finish::let_go(infected, state == FinalState::Stop)?;
         }
     }
     phases.mark("ending");
-    let report = DumpReport { frozen: frozen_at.elapsed(), total: phases.total(), pages: pages.into_inner(), tasks: alive.len() };
+    let (pages, shared_pages) = (pages.into_inner(), shared.into_inner());
+    let report = DumpReport { frozen: frozen_at.elapsed(), total: phases.total(), pages, shared_pages, tasks: alive.len() };
     crate::stats::write_dump(opts, &phases, &report, scanned)?;
     Ok(report)
 }

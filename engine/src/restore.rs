@@ -13,8 +13,8 @@ use standstill_images::{FolderStore, ImageKind, Images};
 use standstill_restorer::plan::{Code, Expect};
 
 use crate::error::{At, Call, Error, Place, Result};
-use crate::files::{memfd, regular, RestoreFiles};
-use crate::memory::rebuild::{unmap_all_but, Numbers};
+use crate::files::{inotify, memfd, regular, tty, RestoreFiles};
+use crate::memory::rebuild::{unmap_all_but, Figures, Numbers};
 use crate::memory::vdso::Layout;
 use crate::options::{FinalState, Options};
 use crate::plan::arena::{Arena, Slot};
@@ -98,16 +98,50 @@ fn restore(opts: &Options, images: &Images) -> Result<RestoreReport> {
     phases.mark("reading");
 
     let mut files = RestoreFiles::read(opts, images)?;
-    let result = build(opts, images, &tree, &birth, &filters, clocks, &mut files, &mut phases);
-    // ghosts and links are taken away again, however it ended
+    let tree = tree.with_dead(&files.regular.dead_pids);
+    let robust = RobustList::new()?;
+    let result = build(opts, images, &tree, &birth, &filters, clocks, &mut files, &robust, &mut phases);
+    // ghosts and links are taken away again, however it ended; and nobody's pipe may have another end with us
     let cleaned = files.clean(result.is_ok());
-    let report = result?;
+    drop(files);
+    let poised = result?;
     cleaned?;
+    let report = poised.go(opts, &mut phases)?;
     Ok(report)
 }
 
+/// A tree that is whole and held: all that is left is to let it go.
+struct Poised<'a> {
+    nursery: Nursery,
+    held: release::Seized,
+    arena: Arena,
+    robust: &'a RobustList,
+    stops: Vec<(i32, i32)>,
+    figures: Figures,
+}
+
+impl Poised<'_> {
+    fn go(mut self, opts: &Options, phases: &mut Phases) -> Result<RestoreReport> {
+        let pid = self.nursery.root;
+        if let Some(path) = &opts.pidfile {
+            write_pidfile(opts, path, pid)?;
+        }
+        for &(pid, signal) in &self.stops {
+            calls::kill(pid, signal).task(pid)?;
+        }
+        self.nursery.finished = true;
+        self.held.go()?;
+        self.arena.release(self.robust);
+        phases.mark("going");
+        let report = RestoreReport { pid, total: phases.total(), exit_code: None };
+        let f = self.figures;
+        crate::stats::write_restore(opts, phases.of("forking"), report.total, f.pages, f.compared, f.shared)?;
+        Ok(report)
+    }
+}
+
 #[allow(clippy::too_many_arguments)]
-fn build(
+fn build<'r>(
     opts: &Options,
     images: &Images,
     tree: &Tree,
@@ -115,9 +149,9 @@ fn build(
     filters: &SeccompEntry,
     clocks: Option<TimensEntry>,
     files: &mut RestoreFiles<'_>,
+    robust: &'r RobustList,
     phases: &mut Phases,
-) -> Result<RestoreReport> {
-    let robust = RobustList::new()?;
+) -> Result<Poised<'r>> {
     let (mut transfer, mut draft) = open_files(opts, images, tree, files)?;
     // a placeholder holds the number of each file that can be opened only when the tasks exist
     let placeholder = File::open("/dev/null").call("open(/dev/null)")?;
@@ -132,7 +166,7 @@ fn build(
     let count = tree.nodes.len() + tree.alive().map(|(_, _, a)| a.threads.len()).sum::<usize>();
     let len = arena_size(tree, &draft.tables, count);
     let start = free_address(tree, birth, Arena::span(len))?;
-    let mut arena = Arena::new(Arena::base_in(start), len, &robust)?;
+    let mut arena = Arena::new(Arena::base_in(start), len, robust)?;
     let mut slots: Vec<Slot> = Vec::with_capacity(tree.nodes.len());
     let mut threads = HashMap::new();
     for node in &tree.nodes {
@@ -155,6 +189,7 @@ fn build(
             pages: draft.pages.iter().map(|(&k, &i)| (k, base + i as i32)).collect(),
         },
         exes: draft.exes.iter().map(|(&id, &i)| (id, base + i as i32)).collect(),
+        terminals: draft.terminals.iter().map(|(&pid, &(i, group))| (pid, (base + i as i32, group))).collect(),
         folders: draft.folders.iter().map(|(&id, &i)| (id, base + i as i32)).collect(),
         tables: draft.tables,
         fs: draft.fs,
@@ -181,7 +216,8 @@ fn build(
     let sibling = opts.restore_sibling && opts.restore_detach;
     let root = tree.root().pid;
     let mut nursery = Nursery { root: 0, sibling, pids: tree.nodes.iter().map(|n| n.pid).collect(), finished: false };
-    // the preamble waits for its turn, so the slot has no plan yet when the task enters
+    // an empty plan first: when it is done, the task is out of its exec, whose end clone3 does not wait for
+    arena.load(slots[0], root, Plan::new())?;
     let pid = spawn::spawn(&spawn::Spawn {
         pid: root,
         load_at: arena.load_at(),
@@ -197,6 +233,7 @@ fn build(
     nursery.root = pid;
     drop(theirs);
     let alive = || release::still_there(pid, sibling);
+    arena.finish(slots[0], STAGE_LIMIT, alive).task(pid)?;
     let preamble = preamble(&arena, birth, parked, base, transfer.list.len(), clocks.as_ref(), pid)?;
     arena.load(slots[0], pid, preamble)?;
     send(&ours, &transfer.list, &alive)?;
@@ -232,22 +269,10 @@ fn build(
         held.remove_executor(node.pid, call, (at, len)).task(node.pid)?;
         set_leader(a).task(node.pid)?;
     }
-    if let Some(path) = &opts.pidfile {
-        write_pidfile(opts, path, pid)?;
-    }
-    let stopped = tree.alive().map(|(_, n, a)| (n.pid, stop_signal(a, opts))).collect::<Vec<_>>();
-    for (pid, signal) in stopped {
-        if let Some(signal) = signal {
-            calls::kill(pid, signal).task(pid)?;
-        }
-    }
-    nursery.finished = true;
-    held.go()?;
-    arena.release(&robust);
-    phases.mark("going");
-    let report = RestoreReport { pid, total: phases.total(), exit_code: None };
-    crate::stats::write_restore(opts, phases.of("forking"), report.total, figures.pages, figures.compared, figures.shared)?;
-    Ok(report)
+    inotify::settle(files)?;
+    let stops = tree.alive().filter_map(|(_, n, a)| Some((n.pid, stop_signal(a, opts)?))).collect();
+    phases.mark("registers");
+    Ok(Poised { nursery, held, arena, robust, stops, figures })
 }
 
 fn filters_come_by_sync(a: &Alive) -> bool {
@@ -360,6 +385,7 @@ struct Draft {
     pages: HashMap<(u32, usize), usize>,
     exes: HashMap<u32, usize>,
     folders: HashMap<u32, usize>,
+    terminals: HashMap<i32, (usize, u32)>,
     tables: HashMap<u32, Vec<FdinfoEntry>>,
     fs: HashMap<i32, FsEntry>,
     own_root: Vec<u32>,
@@ -393,6 +419,11 @@ fn open_files(opts: &Options, images: &Images, tree: &Tree, files: &mut RestoreF
             let fd = files.open(id)?;
             let at = transfer.add_copy(fd)?;
             draft.files.insert(id, at);
+        }
+    }
+    for node in tree.nodes.iter().filter(|n| n.sid == n.pid) {
+        if let Some(c) = tty::controlling(u32::try_from(node.pid).unwrap_or(0), files)? {
+            draft.terminals.insert(node.pid, (transfer.add(c.terminal), c.foreground));
         }
     }
     let here = rustix::fs::stat("/").call("stat(/)")?;

@@ -55,8 +55,16 @@ pub fn write_dump(opts: &Options, phases: &Phases, report: &DumpReport, scanned:
         memdump_time: micros(phases.of("memory")),
         memwrite_time: micros(phases.of("memory")),
         pages_scanned: scanned,
+        pages_skipped_parent: 0,
         pages_written: report.pages,
-        ..Default::default()
+        irmap_resolve: None,
+        pages_lazy: 0,
+        // CRIU counts its own machinery here; ours has none
+        page_pipes: Some(0),
+        page_pipe_bufs: Some(0),
+        shpages_scanned: Some(report.shared_pages),
+        shpages_skipped_parent: Some(0),
+        shpages_written: Some(report.shared_pages),
     };
     write(opts, ImageKind::StatsDump, StatsEntry { dump: Some(dump), restore: None })
 }

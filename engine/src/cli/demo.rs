@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::options::Options;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use tracing::error;
 
@@ -54,17 +54,15 @@ struct Stage {
     folder: PathBuf,
     keep: bool,
     began: Instant,
-    /// The sample program, as long as it is a child of ours.
-    child: Option<Child>,
     pid: i32,
 }
 
 impl Drop for Stage {
     fn drop(&mut self) {
         if self.lives() {
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid), nix::sys::signal::SIGKILL);
+            let _ = self.signal(nix::sys::signal::SIGKILL);
         }
-        self.reap();
+        let _ = self.reap();
         if !self.keep {
             let _ = std::fs::remove_dir_all(&self.folder);
         }
@@ -79,8 +77,10 @@ impl Stage {
         let folder = std::env::temp_dir().join(format!("standstill-demo-{}", std::process::id()));
         let mut builder = std::fs::DirBuilder::new();
         builder.mode(0o700).create(&folder).map_err(io("mkdir"))?;
+        // who ends is ours to wait for, also if its parent has ended before it: until then its id is in use
+        nix::sys::prctl::set_child_subreaper(true).map_err(|e| io("prctl(PR_SET_CHILD_SUBREAPER)")(e.into()))?;
         // from here on the folder is removed whatever happens
-        let mut stage = Stage { folder, keep, began, child: None, pid: 0 };
+        let mut stage = Stage { folder, keep, began, pid: 0 };
         builder.create(stage.images()).map_err(io("mkdir"))?;
         let child = Command::new(std::env::current_exe().map_err(io("readlink(/proc/self/exe)"))?)
             .args(["demo", "--guest"])
@@ -92,7 +92,6 @@ impl Stage {
             .spawn()
             .map_err(io("execve"))?;
         stage.pid = i32::try_from(child.id()).map_err(|_| Error::Gone)?;
-        stage.child = Some(child);
         Ok(stage)
     }
 
@@ -115,7 +114,7 @@ impl Stage {
         self.tell("2 dump", &format!("{size} in {} after {}", images.display(), human_time(took)));
         self.tell("", &format!("it stood still for {}; then its processes were killed", human_time(report.frozen)));
 
-        self.reap();
+        self.reap()?;
         if self.lives() {
             return failed(format!("process {pid} is still there after the dump"));
         }
@@ -137,11 +136,10 @@ impl Stage {
 
         let after = self.counts_to(last.counter + STEPS)?;
         self.tell("5 check", &format!("its counter was {}, is {}: it went on where it stood", last.counter, after.counter));
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGTERM).map_err(|e| io("kill")(e.into()))?;
-        let end = self.wait_for("the end of the sample program", |s| s.verdict != guest::RUNS)?;
+        self.signal(nix::sys::signal::SIGTERM)?;
+        let end = self.wait_for("the sample program's verdict", |s| s.verdict != guest::RUNS)?;
         self.tell("", "it looked at all of its memory, threads, pipes and its child: ok");
-        self.wait_until("the end of process", |stage| Ok((!stage.lives()).then_some(())))?;
-        self.reap();
+        self.reap()?;
 
         let (folder, kept) = (self.folder.display(), if self.keep { "kept" } else { "removed" });
         print(&format!("\nIt works: {} steps counted, none lost. {folder} is {kept}.\n", end.counter));
@@ -170,13 +168,20 @@ impl Stage {
         crate::proc::stat::parse(&stat).is_ok_and(|s| !matches!(s.state, Zombie | Dead))
     }
 
-    /// Waits for the program if it is a child of ours that has ended. A dump that killed it may have done so already.
-    fn reap(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            let _ = child.wait();
-        } else if self.pid > 0 && !self.lives() {
-            let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(self.pid), None);
-        }
+    fn signal(&self, signal: nix::sys::signal::Signal) -> Result<()> {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid), signal).map_err(|e| io("kill")(e.into()))
+    }
+
+    /// Waits for the ends of all processes of the program. A dump that killed them may have waited for some already.
+    fn reap(&self) -> Result<()> {
+        use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
+        self.wait_until("the end of the sample program", |_| loop {
+            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::StillAlive) => return Ok(None),
+                Ok(_) => {}
+                Err(_) => return Ok(Some(())),
+            }
+        })
     }
 
     fn state(&self) -> Result<guest::State> {

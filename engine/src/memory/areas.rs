@@ -138,6 +138,10 @@ fn file_area(pid: i32, area: &Vma, files: &mut DumpFiles<'_>, e: &mut VmaEntry) 
     let kind = FileType::from_raw_mode(stat.st_mode);
     let id = if in_memory && kind == FileType::RegularFile {
         e.status |= status::MEMFD;
+        // what was mapped when a seal forbade writing must not be writable later
+        if area.shared && !area.vm_flags.contains(VmFlags::MAY_WRITE) {
+            e.fdflags = Some(libc::O_RDONLY as u32);
+        }
         let file: OwnedFd = File::open(&link).call("open(/proc/PID/map_files)")?.into();
         memfd::mapped(files, file, &target, &stat)?
     } else {

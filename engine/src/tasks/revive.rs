@@ -76,6 +76,8 @@ pub struct Table<'a> {
     pub numbers: Numbers,
     /// Executables by file id.
     pub exes: HashMap<u32, i32>,
+    /// The terminal that a session leader takes, and its foreground group, by pid.
+    pub terminals: HashMap<i32, (i32, u32)>,
     /// Folders by file id.
     pub folders: HashMap<u32, i32>,
     /// Descriptor tables by id.
@@ -165,10 +167,11 @@ impl Script<'_> {
     /// A helper holds its place until everyone is in its group.
     fn helper(&self, node: &Node) -> Plan {
         let mut plan = Plan::new();
-        plan.call("own group", libc::SYS_setpgid, &[0.into(), 0.into()]);
+        if node.pgid == node.pid {
+            plan.call("own group", libc::SYS_setpgid, &[0.into(), 0.into()]);
+        }
         stage(FORKED, &mut plan);
         stage(FILLED, &mut plan);
-        let _ = node;
         plan.op(Code::Exit, 0, &[0.into()], Expect::Any, [0; 2], "the helper's end");
         plan
     }
@@ -269,6 +272,9 @@ impl Script<'_> {
         let there: &[SaEntry] = &[];
         stage(FILLED, &mut plan);
         self.await_children(node, &mut plan);
+        if let Some(&(fd, group)) = self.table.terminals.get(&node.pid) {
+            crate::files::tty::take_control(fd, group, &mut plan);
+        }
         // inherited actions are all default: nobody sets them before its children exist
         signals::restore_actions(&tc.sigactions, there, &mut plan)?;
         if let Some(t) = &tc.timers {
@@ -401,8 +407,8 @@ impl Script<'_> {
                 }
                 (None, Some(&number)) => {
                     let got = plan.call("late descriptor", libc::SYS_pidfd_getfd, &[self.table.engine.into(), number.into(), 0.into()]);
-                    // the number that it got may be the one that it is to have
-                    let up = self.table.base + (1 << 16);
+                    // the number that it got may be one that another is to have
+                    let up = self.table.base;
                     let high = plan.call("late descriptor", libc::SYS_fcntl, &[Arg::Result(got.0), libc::F_DUPFD_CLOEXEC.into(), up.into()]);
                     plan.call("late descriptor", libc::SYS_close, &[Arg::Result(got.0)]);
                     plan.call_exact("late descriptor", libc::SYS_dup3, &[Arg::Result(high.0), fd.into(), cloexec.into()], fd.into());

@@ -106,6 +106,20 @@ impl Tree {
         Ok(tree)
     }
 
+    /// Adds helpers for tasks that were dead already, and whose folders in /proc someone has open.
+    #[must_use]
+    pub fn with_dead(mut self, pids: &BTreeSet<i32>) -> Tree {
+        for &pid in pids {
+            if self.nodes.iter().all(|n| n.pid != pid) {
+                let at = self.nodes.len();
+                let (pgid, sid) = (self.nodes[0].pgid, self.nodes[0].sid);
+                self.nodes[0].children.push(at);
+                self.nodes.push(Node { pid, parent: Some(0), children: Vec::new(), pgid, sid, born_sid: None, kind: Kind::Helper });
+            }
+        }
+        self
+    }
+
     /// The root.
     pub fn root(&self) -> &Node {
         &self.nodes[0]

@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd as _;
 use super::support::{self, *};
 
 /// Private memory with rights of every kind, one page of them with content and no rights at all.
-pub fn private() {
+pub(super) fn private() {
     const SIZE: usize = 4 << 20;
     let area = map(0, SIZE, RW, PRIVATE);
     fill(area, SIZE, 1);
@@ -32,7 +32,7 @@ pub fn private() {
     check!(filled(area, SIZE, 1));
     check!((0..SIZE).all(|i| unsafe { untouched.add(i).read_volatile() } == 0));
     check!((0..SIZE / 2).all(|i| unsafe { given_back.add(i).read_volatile() } == 0));
-    check!((SIZE / 2..SIZE).all(|i| unsafe { given_back.add(i).read_volatile() } != 0 || i % 4096 != 1));
+    check!((SIZE / 2..SIZE).all(|i| unsafe { given_back.add(i).read_volatile() } == pattern(i, 2)));
     check!((0..SIZE).all(|i| unsafe { read.add(i).read_volatile() } == 0));
     check!(filled(moved, 8192, 3));
 }
@@ -48,7 +48,7 @@ fn frames(area: *const u8, pages: usize) -> Vec<u64> {
 }
 
 /// Pages that parent and child wrote after a fork are their own; all others are still one page of memory for both.
-pub fn cow() {
+pub(super) fn cow() {
     const PAGES: usize = 256;
     let shared = Shared::new();
     let area = map(0, PAGES * 4096, RW, PRIVATE);
@@ -64,7 +64,7 @@ pub fn cow() {
         shared.set(0, 3);
         shared.wait(0, 4);
         check_eq!(unsafe { area.add(3 * 4096).read_volatile() }, 33);
-        write(3, pattern_at(3));
+        write(3, pattern(3 * 4096, 9));
         check!(filled(area, PAGES * 4096, 9));
         0
     });
@@ -78,21 +78,14 @@ pub fn cow() {
     check!(same >= PAGES - 2);
     check!(own[3] != shared.get(11) && own[5] != shared.get(13));
     check_eq!(unsafe { area.add(5 * 4096).read_volatile() }, 55);
-    write(5, pattern_at(5));
+    write(5, pattern(5 * 4096, 9));
     check!(filled(area, PAGES * 4096, 9));
     shared.set(0, 4);
     check_eq!(wait(child), 0);
 }
 
-/// What `fill(area, …, 9)` puts at the beginning of a page.
-fn pattern_at(page: usize) -> u8 {
-    let mut bytes = vec![0u8; (page + 1) * 4096];
-    fill(bytes.as_mut_ptr(), bytes.len(), 9);
-    bytes[page * 4096]
-}
-
 /// Memory that processes share: one of them has a part of it only, another has it twice, one has fewer rights.
-pub fn shared() {
+pub(super) fn shared() {
     const SIZE: usize = 1 << 20;
     let control = Shared::new();
     let area = map(0, SIZE, RW, SHARED);
@@ -139,7 +132,7 @@ pub fn shared() {
 }
 
 /// Areas of files: private with changes, shared for writing, shared for reading, from the middle, past the end.
-pub fn file() {
+pub(super) fn file() {
     let bytes: Vec<u8> = (0..40960u32).map(|i| (i / 7) as u8).collect();
     did(std::fs::write("mapped", &bytes));
     let both = did(std::fs::File::options().read(true).write(true).open("mapped"));
@@ -167,7 +160,7 @@ pub fn file() {
 }
 
 /// A file that has no name any more, and lives in memory areas only.
-pub fn file_deleted() {
+pub(super) fn file_deleted() {
     did(std::fs::write("gone", [77u8; 12288]));
     let file = did(std::fs::File::options().read(true).write(true).open("gone"));
     let shared = map_file(0, 12288, RW, libc::MAP_SHARED, file.as_raw_fd(), 0);
@@ -184,7 +177,7 @@ pub fn file_deleted() {
 }
 
 /// Guard pages, a stack that grows, areas at both ends of the address space, neighbours, and code.
-pub fn layout() {
+pub(super) fn layout() {
     let guard = map(0, 1 << 20, libc::PROT_NONE, PRIVATE);
     let grows = map(0x1_2345_0000, 32768, RW, PRIVATE | libc::MAP_GROWSDOWN);
     fill(grows, 32768, 4);
@@ -217,7 +210,7 @@ pub fn layout() {
 }
 
 /// Locks and advice.
-pub fn advice() {
+pub(super) fn advice() {
     const SIZE: usize = 65536;
     let new = |advice: i32, seed: u8| {
         let area = map(0, SIZE, RW, PRIVATE);
@@ -260,7 +253,7 @@ pub fn advice() {
 }
 
 /// The heap keeps its end, and can still grow.
-pub fn brk() {
+pub(super) fn brk() {
     let at = unsafe { libc::sbrk(1 << 20) }.cast::<u8>();
     check!(at as isize != -1);
     fill(at, 1 << 20, 12);
@@ -273,7 +266,7 @@ pub fn brk() {
 }
 
 /// A terabyte of addresses with little in it; what was never touched takes no memory afterwards either.
-pub fn sparse() {
+pub(super) fn sparse() {
     const SIZE: usize = 1 << 40;
     let area = map(0, SIZE, RW, PRIVATE | libc::MAP_NORESERVE);
     let places = [0, 4096 * 3, 1 << 20, 1 << 30, (1 << 35) + 8192, SIZE - 4096];
@@ -294,7 +287,7 @@ pub fn sparse() {
 }
 
 /// A deep stack, in use.
-pub fn stack() {
+pub(super) fn stack() {
     fn deeper(depth: u64) -> u64 {
         let mut frame = [depth; 512];
         std::hint::black_box(&mut frame);

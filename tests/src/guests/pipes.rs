@@ -24,7 +24,7 @@ pub(super) fn read(fd: i32) -> Result<Vec<u8>, i32> {
 }
 
 /// Pipes with data, between processes, with ends that have copies and flags.
-pub fn pipes() {
+pub(super) fn pipes() {
     let data = pipe(libc::O_NONBLOCK);
     write(data.1, b"in the pipe");
     let empty = pipe(libc::O_CLOEXEC);
@@ -61,7 +61,7 @@ pub fn pipes() {
 }
 
 /// A pipe of another size, full to the last byte.
-pub fn full() {
+pub(super) fn full() {
     let (out, into) = pipe(libc::O_NONBLOCK);
     let size = unsafe { sys(libc::fcntl(into, libc::F_SETPIPE_SZ, 256 << 10)) };
     let bytes: Vec<u8> = (0..size).map(|i| (i / 11) as u8).collect();
@@ -81,7 +81,7 @@ pub fn full() {
 }
 
 /// Pipes of which one end is closed, with and without data.
-pub fn halves() {
+pub(super) fn halves() {
     let (out, into) = pipe(0);
     write(into, b"last words");
     unsafe { libc::close(into) };
@@ -99,7 +99,7 @@ pub fn halves() {
 }
 
 /// A pipe in packet mode stays one.
-pub fn packets() {
+pub(super) fn packets() {
     let (out, into) = pipe(libc::O_DIRECT | libc::O_NONBLOCK);
     ready();
     check!(unsafe { libc::fcntl(into, libc::F_GETFL) } & libc::O_DIRECT != 0);

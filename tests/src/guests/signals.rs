@@ -60,7 +60,7 @@ fn all_actions() -> Vec<[u64; 4]> {
 }
 
 /// Handlers with flags and masks of every kind, ignored signals, blocked signals.
-pub fn actions() {
+pub(super) fn actions() {
     let (min, plain) = (libc::SIGRTMIN(), count as extern "C" fn(i32) as usize);
     let with_info = take as extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) as usize;
     act(libc::SIGUSR1, plain, libc::SA_RESTART, &[libc::SIGUSR2, libc::SIGTERM]);
@@ -87,7 +87,7 @@ pub fn actions() {
 }
 
 /// Signals in the queues of the process and of a thread, with their values, codes and order.
-pub fn pending() {
+pub(super) fn pending() {
     let min = libc::SIGRTMIN();
     let all = [min + 1, min + 2, libc::SIGUSR1];
     let with_info = take as extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) as usize;
@@ -133,7 +133,7 @@ pub fn pending() {
 }
 
 /// Alternate stacks, one a thread, and one that is in use.
-pub fn stack() {
+pub(super) fn stack() {
     const SIZE: usize = 65536;
     act(libc::SIGUSR1, count as extern "C" fn(i32) as usize, libc::SA_ONSTACK, &[]);
     let shared = Shared::new();
@@ -166,7 +166,7 @@ pub fn stack() {
 }
 
 /// The checkpoint comes while a handler runs, on its own stack; it returns to where it was, with the mask of before.
-pub fn handler() {
+pub(super) fn handler() {
     const SIZE: usize = 1 << 20;
     let at = map(0, SIZE, RW, PRIVATE);
     let stack = libc::stack_t { ss_sp: at.cast(), ss_flags: 0, ss_size: SIZE };

@@ -117,7 +117,6 @@ macro_rules! check_eq {
         }
     };
 }
-pub(crate) use {check, check_eq};
 
 /// The result of a call that cannot fail in this guest.
 #[track_caller]
@@ -263,7 +262,8 @@ pub fn filled(area: *const u8, size: usize, seed: u8) -> bool {
     (0..size).all(|i| unsafe { area.add(i).read_volatile() } == pattern(i, seed))
 }
 
-fn pattern(i: usize, seed: u8) -> u8 {
+/// The byte that [`fill`] puts at a place.
+pub fn pattern(i: usize, seed: u8) -> u8 {
     (i.wrapping_mul(31) ^ (i >> 12).wrapping_mul(7)) as u8 ^ seed
 }
 

@@ -10,7 +10,7 @@ use super::support::*;
 thread_local! { static MARK: Cell<u64> = const { Cell::new(0) }; }
 
 /// Eight threads that work all the time.
-pub fn threads() {
+pub(super) fn threads() {
     let stop = Arc::new(AtomicBool::new(false));
     let turns: Arc<Vec<AtomicU64>> = Arc::new((0..8).map(|_| AtomicU64::new(0)).collect());
     let mut all = Vec::new();
@@ -58,7 +58,7 @@ pub fn threads() {
 }
 
 /// Five hundred threads that wait.
-pub fn many() {
+pub(super) fn many() {
     let gate = Arc::new((Mutex::new((0u32, false)), Condvar::new()));
     let mut all = Vec::new();
     for _ in 0..500 {

@@ -16,9 +16,9 @@ fn time(seconds: i64, micros: i64) -> libc::timeval {
 }
 
 /// setitimer(2): two far away, one that ticks all the time.
-pub fn interval() {
+pub(super) fn interval() {
     act(libc::SIGALRM, tick as extern "C" fn(i32) as usize, libc::SA_RESTART, &[]);
-    let set = |which, value, interval| {
+    let set = |which: i32, value, interval| {
         let new = libc::itimerval { it_interval: interval, it_value: value };
         let null = std::ptr::null_mut::<libc::itimerval>();
         sys(unsafe { libc::syscall(libc::SYS_setitimer, which, &raw const new, null) });
@@ -71,7 +71,7 @@ fn gettime(id: i32) -> (i64, i64) {
 }
 
 /// timer_create(2): ids with gaps, clocks, notices of every kind, armed and not.
-pub fn posix() {
+pub(super) fn posix() {
     const S: i64 = 1_000_000_000;
     let min = libc::SIGRTMIN();
     act(min, tick as extern "C" fn(i32) as usize, libc::SA_RESTART, &[]);

@@ -22,7 +22,7 @@ fn all_well(children: &[i32]) {
 }
 
 /// Three children with two children each.
-pub fn tree() {
+pub(super) fn tree() {
     let shared = Shared::new();
     let child = || {
         let below: Vec<i32> = (0..2)
@@ -47,7 +47,7 @@ pub fn tree() {
 }
 
 /// A hundred processes: fifty one below the other, each with one more child.
-pub fn hundred() {
+pub(super) fn hundred() {
     fn down(depth: u32, shared: Shared) -> Vec<i32> {
         if depth == 0 {
             return Vec::new();
@@ -73,7 +73,7 @@ pub fn hundred() {
 }
 
 /// Groups and sessions: leaders, members, a group that a sibling leads.
-pub fn sessions() {
+pub(super) fn sessions() {
     let shared = Shared::new();
     let group = |g: i32| unsafe { sys(libc::setpgid(0, g)) };
     let leader = fork(|| {
@@ -109,7 +109,7 @@ pub fn sessions() {
 }
 
 /// Processes whose parent is gone; one whose session's leader is gone, one whose group's leader is gone.
-pub fn orphans() {
+pub(super) fn orphans() {
     let shared = Shared::new();
     unsafe { sys(libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)) };
     let me = std::process::id() as i32;
@@ -150,7 +150,7 @@ pub fn orphans() {
 }
 
 /// A child that stands still stays so, one that went on again goes on.
-pub fn stopped() {
+pub(super) fn stopped() {
     let shared = Shared::new();
     let stand_still = fork(|| {
         shared.add(0);
@@ -191,7 +191,7 @@ fn state(pid: i32) -> char {
 }
 
 /// Children that ended and that nobody has waited for.
-pub fn zombies() {
+pub(super) fn zombies() {
     let shared = Shared::new();
     let well = fork(|| 0);
     let seven = fork(|| 7);

@@ -1,0 +1,180 @@
+//! Processes, as the one who watches them sees them.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::process::{Command, Stdio};
+use std::sync::Once;
+use std::time::{Duration, Instant};
+
+/// From now on processes whose parent ends become our children, so that their ends can be seen, and their ids are free
+/// when we have seen them.
+pub fn adopt() {
+    static ONCE: Once = Once::new();
+    // SAFETY: changes a flag of this process.
+    ONCE.call_once(|| {
+        let r = unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
+        assert_eq!(r, 0, "PR_SET_CHILD_SUBREAPER");
+    });
+}
+
+/// Whether there is a process of this id, be it a zombie.
+pub fn exists(pid: i32) -> bool {
+    fs::metadata(format!("/proc/{pid}")).is_ok()
+}
+
+/// The letter of a process's state, if there is one.
+pub fn state(pid: i32) -> Option<char> {
+    let text = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    let text = String::from_utf8_lossy(&text).into_owned();
+    text.rsplit(')').next()?.trim().chars().next()
+}
+
+/// Whether a process can still run.
+pub fn alive(pid: i32) -> bool {
+    !matches!(state(pid), None | Some('Z' | 'X'))
+}
+
+/// A process, its children, their children, …
+pub fn tree(pid: i32) -> Vec<i32> {
+    let mut all = vec![pid];
+    let mut n = 0;
+    while n < all.len() {
+        for child in children(all[n]) {
+            if !all.contains(&child) {
+                all.push(child);
+            }
+        }
+        n += 1;
+    }
+    all
+}
+
+/// The children of all threads of a process.
+pub fn children(pid: i32) -> Vec<i32> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let texts = threads.filter_map(|t| fs::read_to_string(t.path().join("children")).ok());
+    texts.flat_map(|t| t.split_whitespace().filter_map(|w| w.parse().ok()).collect::<Vec<i32>>()).collect()
+}
+
+/// The ids of all threads of a process.
+pub fn threads(pid: i32) -> Vec<i32> {
+    let entries = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    entries.filter_map(|e| e.file_name().to_str()?.parse().ok()).collect()
+}
+
+/// Takes the status of a child that ended.
+pub fn reap(pid: i32) -> Option<i32> {
+    let mut status = 0;
+    // SAFETY: `status` is a place for one int.
+    let r = unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG | libc::__WALL) };
+    (r == pid).then_some(status)
+}
+
+/// Waits until none of these processes is there; the status of the first, if it was our child.
+///
+/// # Errors
+/// Those that are still there.
+pub fn wait_gone(pids: &[i32], limit: Duration) -> Result<Option<i32>, Vec<i32>> {
+    let began = Instant::now();
+    let mut first = None;
+    loop {
+        for (n, &pid) in pids.iter().enumerate() {
+            if let Some(status) = reap(pid) {
+                if n == 0 {
+                    first = Some(status);
+                }
+            }
+        }
+        let left: Vec<i32> = pids.iter().copied().filter(|&p| exists(p)).collect();
+        if left.is_empty() {
+            return Ok(first);
+        }
+        if began.elapsed() > limit {
+            return Err(left);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Sends a signal; whether there was somebody to get it.
+pub fn signal(pid: i32, signal: i32) -> bool {
+    // SAFETY: no memory is involved.
+    pid > 1 && unsafe { libc::kill(pid, signal) } == 0
+}
+
+/// Ends processes, and waits until they are gone.
+pub fn end(pids: &[i32]) {
+    for &pid in pids {
+        signal(pid, libc::SIGKILL);
+    }
+    let _ = wait_gone(pids, Duration::from_secs(10));
+}
+
+/// What a program said, and how it ended.
+#[derive(Debug)]
+pub struct Output {
+    /// Its exit code, or the signal that ended it, as a shell has it (128 + signal); `None` after the time limit.
+    pub code: Option<i32>,
+    /// Standard output and standard error.
+    pub text: String,
+}
+
+/// Runs a program. What it prints goes through a file, which nobody it leaves behind can keep us waiting with.
+///
+/// # Errors
+/// If it cannot be started.
+pub fn run(command: &mut Command, limit: Duration) -> io::Result<Output> {
+    let path = scratch("output");
+    let file = fs::File::create(&path)?;
+    let mut child = command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file).spawn()?;
+    let began = Instant::now();
+    let code = loop {
+        if let Some(status) = child.try_wait()? {
+            use std::os::unix::process::ExitStatusExt as _;
+            break status.code().or(status.signal().map(|s| 128 + s));
+        }
+        if began.elapsed() > limit {
+            child.kill()?;
+            child.wait()?;
+            break None;
+        }
+        std::thread::sleep(Duration::from_micros(500));
+    };
+    let text = String::from_utf8_lossy(&fs::read(&path)?).into_owned();
+    fs::remove_file(&path)?;
+    Ok(Output { code, text })
+}
+
+/// A path that nobody else uses.
+pub fn scratch(what: &str) -> std::path::PathBuf {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let n = NEXT.fetch_add(1, Ordering::Relaxed);
+    std::env::temp_dir().join(format!("standstill-{}-{n}-{what}", std::process::id()))
+}
+
+/// Our children now, to see later who has been left behind.
+pub fn own_children() -> HashSet<i32> {
+    children(std::process::id().try_into().unwrap_or(0)).into_iter().collect()
+}
+
+/// What each thread of a process is doing, for a report.
+pub fn describe(pid: i32) -> String {
+    let mut text = String::new();
+    for tid in threads(pid) {
+        let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/task/{tid}/{name}")).unwrap_or_default();
+        let status = read("status");
+        let facts: Vec<&str> = status
+            .lines()
+            .filter(|l| ["Name", "State", "TracerPid", "SigPnd", "ShdPnd", "SigBlk"].iter().any(|n| l.starts_with(n)))
+            .collect();
+        text.push_str(&format!(
+            "  {tid}: {} | {} | {}\n",
+            facts.join(", ").replace('\t', " "),
+            read("wchan").trim(),
+            read("syscall").trim()
+        ));
+    }
+    text
+}

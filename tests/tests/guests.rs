@@ -1,0 +1,146 @@
+//! Every guest: left running, restored, restored twice, from us to CRIU, from CRIU to us; or refused.
+
+use standstill_tests::{guests, run};
+
+macro_rules! guests {
+    ($($name:ident)*) => {
+        $(
+            mod $name {
+                #[test]
+                fn running() {
+                    crate::run::running(stringify!($name));
+                }
+                #[test]
+                fn restored() {
+                    crate::run::restored(stringify!($name));
+                }
+                #[test]
+                fn twice() {
+                    crate::run::twice(stringify!($name));
+                }
+                #[test]
+                fn to_criu() {
+                    crate::run::to_criu(stringify!($name));
+                }
+                #[test]
+                fn from_criu() {
+                    crate::run::from_criu(stringify!($name));
+                }
+            }
+        )*
+        const CARRIED: &[&str] = &[$(stringify!($name)),*];
+    };
+}
+
+macro_rules! refused {
+    ($($name:ident)*) => {
+        $(
+            #[test]
+            fn $name() {
+                run::refused(stringify!($name));
+            }
+        )*
+        const REFUSED: &[&str] = &[$(stringify!($name)),*];
+    };
+}
+
+guests! {
+    clocks
+    creds
+    creds_bits
+    creds_threads
+    cwd
+    cwd_deleted
+    cwd_root
+    cwd_shared
+    epoll
+    eventfd
+    eventfd_semaphore
+    fifo
+    files_append
+    files_deleted
+    files_dirs
+    files_many
+    files_offsets
+    files_owner
+    files_path_only
+    files_shared
+    files_table
+    inet_listening
+    inet_udp
+    limits
+    limits_sched
+    membarrier
+    memfd
+    memfd_sealed
+    memory_advice
+    memory_brk
+    memory_cow
+    memory_file
+    memory_file_deleted
+    memory_layout
+    memory_private
+    memory_shared
+    memory_sparse
+    memory_stack
+    personality
+    personality_names
+    pipes
+    pipes_full
+    pipes_halves
+    pipes_packets
+    proc_self
+    registers
+    registers_base
+    robust
+    rseq
+    seccomp_child
+    seccomp_filters
+    seccomp_strict
+    seccomp_threads
+    signalfd
+    signals_actions
+    signals_handler
+    signals_pending
+    signals_stack
+    storm
+    threads
+    threads_500
+    timerfd
+    timers_interval
+    timers_posix
+    tree
+    tree_100
+    tree_orphans
+    tree_sessions
+    tree_stopped
+    tree_zombies
+    unix_dgram
+    unix_listening
+    unix_pairs
+    waits
+    waits_alarm
+    waits_sockets
+}
+
+refused! {
+    refused_big_ghost
+    refused_io_uring
+    refused_lock
+    refused_outside_pipe
+    refused_perf
+    refused_traced
+}
+
+/// A guest without a test would test nothing.
+#[test]
+fn every_guest_has_its_tests() {
+    let mut listed: Vec<&str> = CARRIED.iter().chain(REFUSED).copied().collect();
+    let mut all: Vec<&str> = guests::ALL.iter().map(|g| g.name).collect();
+    listed.sort_unstable();
+    all.sort_unstable();
+    assert_eq!(listed, all);
+    for guest in guests::ALL {
+        assert_eq!(guest.refused.is_empty(), CARRIED.contains(&guest.name), "{}", guest.name);
+    }
+}
