@@ -17,7 +17,7 @@ use standstill_images::{FolderStore, ImageKind, Images};
 use crate::error::{At, Error, Place, Result};
 use crate::files::{memfd, DumpFiles};
 use crate::memory::{self, drain};
-use crate::options::{FinalState, Options};
+use crate::options::{FinalState, Options, Persona};
 use crate::plan::Plan;
 use crate::proc::maps::VmaName;
 use crate::stats::Phases;
@@ -95,7 +95,7 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
         heads.push((f.pid, f.parent, f.dead, f.stat));
         threads.push(f.threads);
     }
-    suspend_seccomp_and_settle(&mut threads)?;
+    suspend_seccomp_and_settle(opts, &mut threads)?;
     let mut tasks = read(&heads, &threads)?;
     check_session(opts, &tasks)?;
     let mut numbers = ids::Ids::new()?;
@@ -110,8 +110,9 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     let mut asked = Vec::with_capacity(tasks.len());
     for (task, stopped) in tasks.iter().zip(threads) {
         let Kind::Alive(alive) = &task.kind else { continue };
-        let vdso = alive.vdso.as_ref().map_or((0, &[][..]), |(at, bytes)| (*at, bytes.as_slice()));
-        let mut host = Infected::infect(stopped, vdso, &robust)?;
+        let other = if alive.vdso.is_some() { Vec::new() } else { code_ends(&alive.facts) };
+        let codes: Vec<(u64, &[u8])> = alive.vdso.iter().chain(&other).map(|(at, bytes)| (*at, bytes.as_slice())).collect();
+        let mut host = Infected::infect(stopped, &codes, &robust)?;
         let mut plans = Vec::with_capacity(host.threads().len());
         let mut in_task = None;
         let mut in_threads = Vec::new();
@@ -205,6 +206,7 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
         FinalState::Kill => {
             files.tasks_end();
             finish::kill(infected)?;
+            files.inet.tasks_are_gone();
         }
         state @ (FinalState::Run | FinalState::Stop) => {
             files.tasks_go_on()?;
@@ -226,7 +228,7 @@ struct Written {
 }
 
 /// Filters are held off while the executor runs; waits that only our stop ended are wound back.
-fn suspend_seccomp_and_settle(threads: &mut [Vec<Stopped>]) -> Result<()> {
+fn suspend_seccomp_and_settle(opts: &Options, threads: &mut [Vec<Stopped>]) -> Result<()> {
     let mut buffer = Vec::new();
     for thread in threads.iter_mut().flatten() {
         let tid = thread.tid();
@@ -234,6 +236,10 @@ fn suspend_seccomp_and_settle(threads: &mut [Vec<Stopped>]) -> Result<()> {
         let status = crate::proc::status::parse(&buffer).task(tid)?;
         if status.seccomp.unwrap_or(0) != 0 {
             ptrace::set_options(tid, ptrace::SYSGOOD | ptrace::SUSPEND_SECCOMP).task(tid)?;
+        }
+        let trap = 1u64 << (libc::SIGTRAP - 1);
+        if opts.personality == Persona::Criu && (status.sig_pending | status.shared_pending) & trap != 0 {
+            return Err(Error::Usage { what: format!("Can't dump the {tid} thread with a pending SIGTRAP.") });
         }
         if status.sig_pending != 0 {
             thread.pending = ptrace::pending_signals(tid, false).task(tid)?;
@@ -309,6 +315,17 @@ fn read_vdso(facts: &Facts) -> Result<Option<(u64, Vec<u8>)>> {
         return Err(Error::Gone);
     }
     Ok(Some((area.start, bytes)))
+}
+
+/// The last page of each piece of code that is mapped from a file: linkers fill them up with zeros.
+fn code_ends(facts: &Facts) -> Vec<(u64, Vec<u8>)> {
+    let code = facts.areas.iter().filter(|a| a.exec && a.read && !a.shared && matches!(a.name(), VmaName::File(_)));
+    code.filter_map(|a| {
+        let mut page = vec![0; memory::PAGE as usize];
+        let at = a.end - memory::PAGE;
+        (remote::read_remote(facts.pid, at, &mut page).ok()? == page.len()).then_some((at, page))
+    })
+    .collect()
 }
 
 /// A tree whose root does not lead its session belongs to a shell's job.

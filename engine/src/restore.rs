@@ -245,11 +245,11 @@ fn build<'r>(
     open_late(files, &late)?;
     arena.go(FORKED);
     arena.gather(FILLED, STAGE_LIMIT, alive)?;
-    drop(late);
     phases.mark("filling");
     memfd::seal(files)?;
     arena.go(FILLED);
     arena.gather(BEFORE_CREDS, STAGE_LIMIT, alive)?;
+    drop(late);
     let mut held = release::Seized::default();
     for (_, _, a) in tree.alive() {
         for (tid, entry) in &a.threads {
@@ -261,14 +261,12 @@ fn build<'r>(
     arena.gather(READY, STAGE_LIMIT, alive)?;
     phases.mark("settling");
 
-    let (at, len) = arena.mapping();
     for (_, node, a) in tree.alive() {
         set_registers(&mut held, a).task(node.pid)?;
-        let wanted = a.memory.vdso();
-        let call = syscall_address(a, birth, parked, wanted)?;
-        held.remove_executor(node.pid, call, (at, len)).task(node.pid)?;
+        held.remove_executor(node.pid, arena.syscall_address()?, arena.leftovers(keeps_parked(a, birth)?)).task(node.pid)?;
         set_leader(a).task(node.pid)?;
     }
+    crate::sockets::inet::repair_ends(files)?;
     inotify::settle(files)?;
     let stops = tree.alive().filter_map(|(_, n, a)| Some((n.pid, stop_signal(a, opts)?))).collect();
     phases.mark("registers");
@@ -448,7 +446,12 @@ fn open_files(opts: &Options, images: &Images, tree: &Tree, files: &mut RestoreF
         }
         if let Some(fs) = draft.fs.get(&node.pid) {
             for id in [fs.cwd_id, fs.root_id] {
-                if !draft.folders.contains_key(&id) {
+                if draft.late_ids.contains(&id) {
+                    continue;
+                }
+                if files.opens_late(id)? {
+                    draft.late_ids.push(id);
+                } else if !draft.folders.contains_key(&id) {
                     let fd = regular::folder(files, id).at(Place::File(id)).task(node.pid)?;
                     let stat = rustix::fs::fstat(&fd).call("fstat")?;
                     if (stat.st_dev, stat.st_ino) == (here.st_dev, here.st_ino) && opts.root.is_none() {
@@ -614,15 +617,9 @@ fn set_leader(a: &Alive) -> Result<()> {
     ptrace::set_registers(*tid, &registers::from_entry(&info.gpregs)?)
 }
 
-/// True if the kernel's vdso went to where the task had it.
-fn moved(a: &Alive, birth: &Birth) -> Result<bool> {
-    Ok(a.memory.vdso().vdso != 0 && a.memory.vdso_bytes()? == birth.vdso.bytes)
-}
-
-/// An address in the task at which there is a system call instruction.
-fn syscall_address(a: &Alive, birth: &Birth, parked: Layout, wanted: Layout) -> Result<u64> {
-    let offset = crate::memory::vdso::syscall_instruction(&birth.vdso.bytes).ok_or(Error::Gone)?;
-    Ok(if moved(a, birth)? { wanted.vdso + offset } else { parked.vdso + offset })
+/// True if the running kernel's vdso stays where it was parked, because the task's old one jumps into it.
+fn keeps_parked(a: &Alive, birth: &Birth) -> Result<bool> {
+    Ok(a.memory.vdso().vdso != 0 && a.memory.vdso_bytes()? != birth.vdso.bytes)
 }
 
 fn stop_signal(a: &Alive, opts: &Options) -> Option<i32> {
@@ -632,7 +629,8 @@ fn stop_signal(a: &Alive, opts: &Options) -> Option<i32> {
         let known = [libc::SIGSTOP, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU].contains(&signal);
         return Some(if known { signal } else { libc::SIGSTOP });
     }
-    (opts.final_state == FinalState::Stop).then_some(libc::SIGSTOP)
+    let waits = crate::signals::stops(tc.signals_s.as_ref());
+    (waits || opts.final_state == FinalState::Stop).then_some(libc::SIGSTOP)
 }
 
 /// The root's pid, for the caller; the file must not exist.

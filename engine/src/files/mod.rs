@@ -28,6 +28,7 @@ pub mod ghost;
 pub mod inotify;
 pub mod memfd;
 mod paths;
+pub mod nsfile;
 pub mod pidfd;
 pub mod pipe;
 pub mod regular;
@@ -238,9 +239,7 @@ impl<'a> DumpFiles<'a> {
                 b"anon_inode:bpf-map" | b"anon_inode:bpf-prog" | b"anon_inode:bpf_link" => {
                     Err(d.refused("a BPF object", "close it before the dump"))
                 }
-                link if link.ends_with(b"]") && link.windows(2).any(|w| w == b":[") => {
-                    Err(d.refused("a namespace file", "close it before the dump"))
-                }
+                link if nsfile::kind_of(link).is_some() => nsfile::dump(d, id, self),
                 _ => Err(d.refused("a descriptor of an unknown kind", "close it before the dump")),
             },
         }
@@ -377,10 +376,10 @@ impl<'a> RestoreFiles<'a> {
             FdTypes::Tty => tty::open(entry.tty.as_ref().ok_or_else(missing)?, self),
             FdTypes::Unixsk => sockets::unix::open(entry.usk.as_ref().ok_or_else(missing)?, self),
             FdTypes::Inetsk => sockets::inet::open(entry.isk.as_ref().ok_or_else(missing)?, self),
+            FdTypes::Ns => nsfile::open(entry.nsf.as_ref().ok_or_else(missing)?, self),
             kind @ (FdTypes::Und
             | FdTypes::Packetsk
             | FdTypes::Netlinksk
-            | FdTypes::Ns
             | FdTypes::Tunf
             | FdTypes::Ext
             | FdTypes::Fanotify

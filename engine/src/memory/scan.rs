@@ -23,30 +23,33 @@ pub struct Pagemap {
     file: File,
     regions: Vec<u8>,
     old_kernel: bool,
+    knows_guards: bool,
 }
 
 impl Pagemap {
     /// Opens /proc/PID/pagemap.
     pub fn open(pid: i32) -> Result<Pagemap> {
         let file = File::open(format!("/proc/{pid}/pagemap")).call("open(/proc/PID/pagemap)")?;
-        Ok(Pagemap { file, regions: vec![0; BATCH * 24], old_kernel: false })
+        let mut map = Pagemap { file, regions: vec![0; BATCH * 24], old_kernel: false, knows_guards: true };
+        map.knows_guards = map.scan(0, PAGE, [0, GUARD, 0], |_, _| {}).is_ok();
+        Ok(map)
     }
 
     /// Ranges of private pages with content: (first address, bytes). The zero page, and pages of the file behind the
     /// area, are no content.
     pub fn content(&mut self, start: u64, end: u64, take: impl FnMut(u64, u64)) -> Result<()> {
-        self.scan(start, end, [PFNZERO | FILE, PFNZERO | FILE, PRESENT | SWAPPED], take)
+        // a kernel that does not know guard pages by name (before 6.15) has none that count as swapped
+        let guard = if self.knows_guards { GUARD } else { 0 };
+        let nothing = PFNZERO | FILE | guard;
+        self.scan(start, end, [nothing, nothing, PRESENT | SWAPPED], take)
     }
 
     /// Ranges that MADV_GUARD_INSTALL made inaccessible; none on kernels that do not tell (before 6.15).
     pub fn guards(&mut self, start: u64, end: u64, take: impl FnMut(u64, u64)) -> Result<()> {
-        if self.old_kernel {
+        if self.old_kernel || !self.knows_guards {
             return Ok(());
         }
-        match self.scan(start, end, [0, GUARD, 0], take) {
-            Err(e) if e.errno() == libc::EINVAL => Ok(()),
-            other => other,
-        }
+        self.scan(start, end, [0, GUARD, 0], take)
     }
 
     fn scan(&mut self, start: u64, end: u64, [inverted, mask, any]: [u64; 3], mut take: impl FnMut(u64, u64)) -> Result<()> {

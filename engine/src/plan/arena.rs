@@ -73,9 +73,17 @@ impl Arena {
         (self.base, self.parking() + PARKING)
     }
 
-    /// Address and length of the arena's own mapping.
-    pub fn mapping(&self) -> (u64, u64) {
-        (self.base, (self.len as u64).next_multiple_of(PAGE))
+    /// What is to be unmapped at the end: address and length; `parked` leaves the parking.
+    pub fn leftovers(&self, parked: bool) -> (u64, u64) {
+        let end = if parked { self.parking() } else { self.parking() + PARKING };
+        (self.base, end - self.base)
+    }
+
+    /// Address of a system call instruction in the executor: good for the call that unmaps it, too, since the engine
+    /// stops the task behind it.
+    pub fn syscall_address(&self) -> Result<u64> {
+        let at = BLOB.windows(2).position(|w| w == [0x0f, 0x05]).ok_or(Error::Gone)?;
+        Ok(self.base + at as u64)
     }
 
     /// Where the vdso waits.

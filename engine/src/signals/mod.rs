@@ -78,6 +78,10 @@ pub fn restore_queue(queue: Option<&SignalQueueEntry>, pid: i32, thread: Option<
             return Err(Error::lie("core", format!("a pending signal of {} bytes instead of 128", info.siginfo.len())));
         }
         let signal = i32::from_le_bytes([info.siginfo[0], info.siginfo[1], info.siginfo[2], info.siginfo[3]]);
+        // these act at once, whatever is blocked: the engine sends SIGSTOP when all is done (`stops`)
+        if signal == SIGSTOP as i32 || signal == SIGKILL as i32 {
+            continue;
+        }
         let data = plan.bytes(&info.siginfo);
         match thread {
             None => plan.call("pending signal", libc::SYS_rt_sigqueueinfo, &[pid.into(), signal.into(), data.into()]),
@@ -87,6 +91,11 @@ pub fn restore_queue(queue: Option<&SignalQueueEntry>, pid: i32, thread: Option<
         };
     }
     Ok(())
+}
+
+/// True if a SIGSTOP waits in a queue: the task is about to stop.
+pub fn stops(queue: Option<&SignalQueueEntry>) -> bool {
+    queue.iter().flat_map(|q| &q.signals).any(|s| s.siginfo.get(..4) == Some(&SIGSTOP.to_le_bytes()))
 }
 
 /// Asks for the alternate stack of the thread that runs the plan.

@@ -37,7 +37,7 @@ impl Seized {
     }
 
     /// Unmaps the arena, in a process whose threads are all stopped and, but for the leader, out of it. `call` is the address
-    /// of a system call instruction elsewhere.
+    /// of a system call instruction.
     pub fn remove_executor(&mut self, pid: i32, call: u64, arena: (u64, u64)) -> Result<()> {
         let mut regs = ptrace::registers(pid)?;
         regs.ip = call;

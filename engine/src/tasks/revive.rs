@@ -269,6 +269,10 @@ impl Script<'_> {
         self.describe_memory(alive, &mut plan)?;
         let (info, thread_core) = core::parts(&alive.threads[0].1)?;
         let tc = alive.threads[0].1.tc.as_ref().ok_or_else(|| Error::lie("core", "a process without its part"))?;
+        self.write_self("/proc/self/oom_score_adj", tc.oom_score_adj.filter(|&v| v != self.birth.oom_score_adj), &mut plan);
+        let loginuid = tc.loginuid.filter(|&v| v != u32::MAX && Some(v) != self.birth.loginuid);
+        self.write_self("/proc/self/loginuid", loginuid, &mut plan);
+        self.folders(node, owns_table, &mut plan)?;
         let there: &[SaEntry] = &[];
         stage(FILLED, &mut plan);
         self.await_children(node, &mut plan);
@@ -283,10 +287,6 @@ impl Script<'_> {
         for bit in (0..32).filter(|b| tc.membarrier_registration_mask.unwrap_or(0) >> b & 1 == 1) {
             plan.call("membarrier registration", libc::SYS_membarrier, &[(1u32 << bit).into(), 0.into(), 0.into()]);
         }
-        self.write_self("/proc/self/oom_score_adj", tc.oom_score_adj.filter(|&v| v != self.birth.oom_score_adj), &mut plan);
-        let loginuid = tc.loginuid.filter(|&v| v != u32::MAX && Some(v) != self.birth.loginuid);
-        self.write_self("/proc/self/loginuid", loginuid, &mut plan);
-        self.folders(node, owns_table, &mut plan)?;
         self.limits(tc.rlimits.as_ref().map_or(&[], |r| &r.rlimits), &mut plan);
         if let Some(p) = personality_of(tc.personality).filter(|&p| p != self.birth.personality) {
             plan.call("personality", libc::SYS_personality, &[p.into()]);
@@ -533,13 +533,28 @@ impl Script<'_> {
             return Ok(());
         }
         let Some(fs) = self.table.fs.get(&node.pid) else { return Ok(()) };
-        let folder = |id: u32| self.table.folders.get(&id).copied().ok_or_else(|| Error::lie("fs", format!("folder {id:#x} is missing")));
+        let folder = |id: u32, plan: &mut Plan| -> Result<Arg> {
+            if let Some(&number) = self.table.late.get(&id) {
+                let got = plan.call("late folder", libc::SYS_pidfd_getfd, &[self.table.engine.into(), number.into(), 0.into()]);
+                return Ok(Arg::Result(got.0));
+            }
+            let fd = self.table.folders.get(&id).copied();
+            fd.map(Arg::from).ok_or_else(|| Error::lie("fs", format!("folder {id:#x} is missing")))
+        };
+        let enter = |at: Arg, what: &'static str, plan: &mut Plan| {
+            plan.call(what, libc::SYS_fchdir, &[at]);
+            if matches!(at, Arg::Result(_)) {
+                plan.call(what, libc::SYS_close, &[at]);
+            }
+        };
         if !self.table.own_root.contains(&fs.root_id) {
-            plan.call("root folder", libc::SYS_fchdir, &[folder(fs.root_id)?.into()]);
+            let at = folder(fs.root_id, plan)?;
+            enter(at, "root folder", plan);
             let here = plan.string(b".");
             plan.call("root folder", libc::SYS_chroot, &[here.into()]);
         }
-        plan.call("working folder", libc::SYS_fchdir, &[folder(fs.cwd_id)?.into()]);
+        let at = folder(fs.cwd_id, plan)?;
+        enter(at, "working folder", plan);
         if let Some(umask) = fs.umask {
             plan.call("umask", libc::SYS_umask, &[umask.into()]);
         }

@@ -127,15 +127,18 @@ pub struct Infected<'a> {
 impl<'a> Infected<'a> {
     /// Puts the executor into a stopped process; `threads` are all of its threads, the group leader first.
     ///
-    /// `vdso` is where its [vdso] lies and what is in it.
-    pub fn infect(threads: Vec<Stopped>, vdso: (u64, &[u8]), robust: &'a RobustList) -> Result<Infected<'a>> {
+    /// `codes` are places where it has code, with what is there: [vdso] first, then others; the first that ends in enough
+    /// zeros is used for the trampoline.
+    pub fn infect(threads: Vec<Stopped>, codes: &[(u64, &[u8])], robust: &'a RobustList) -> Result<Infected<'a>> {
         let Some(leader) = threads.first() else { return Err(Error::Gone) };
         let pid = leader.tid();
         let xsave = threads.iter().map(|t| t.xstate.len()).max().unwrap_or(0).max(4096);
         let memory = memory::open_memory(pid).task(pid)?;
-        let tail = tail_of(vdso.1).map(|offset| vdso.0 + offset as u64).ok_or_else(|| {
-            Error::refused("a task without [vdso]", "boot with vdso=1 and do not unmap it in the program")
-        }).task(pid)?;
+        let tail = codes
+            .iter()
+            .find_map(|(at, bytes)| tail_of(bytes).map(|offset| at + offset as u64))
+            .ok_or_else(|| Error::refused("a task without [vdso] and without room in its code", "boot with vdso=1 and do not unmap it in the program"))
+            .task(pid)?;
         let mut infected = Infected {
             area: Area::of(threads.len(), xsave),
             threads,
@@ -204,7 +207,8 @@ impl<'a> Infected<'a> {
             write_control(&shared, self.area.slot(i), &control);
         }
         self.shared = Some(shared);
-        Ok(())
+        // from here on the way back lies in the area; the tail is as it was until the executor leaves
+        memory::write_at(&self.memory, self.tail, &[0; STUB_SIZE])
     }
 
     /// One system call of the stopped group leader, from the trampoline.
@@ -409,6 +413,9 @@ impl<'a> Infected<'a> {
         }
         let pid = self.pid();
         if self.area.address != 0 {
+            let leader = &self.threads[0];
+            let stub = arch::trampoline(self.tail, &leader.registers_for_healing(), leader.mask);
+            memory::write_at(&self.memory, self.tail, &stub).task(pid)?;
             self.remote(libc::SYS_munmap, [self.area.address, self.area.len as u64, 0, 0, 0, 0], "munmap").task(pid)?;
         }
         self.put_back(&self.threads[0])?;

@@ -8,7 +8,8 @@ fn cwd() -> std::path::PathBuf {
 
 fn umask() -> u32 {
     let mask = unsafe { libc::umask(0) };
-    unsafe { libc::umask(mask) }
+    unsafe { libc::umask(mask) };
+    mask
 }
 
 /// A folder of its own, and another one in a child.

@@ -5,7 +5,11 @@ use super::support::*;
 /// Every limit that can be lowered without trouble.
 pub(super) fn limits() {
     let set = |what: libc::__rlimit_resource_t, soft: u64, hard: u64| {
-        let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
+        // nobody may raise one without a capability
+        let mut now = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        unsafe { sys(libc::getrlimit(what, &raw mut now)) };
+        let hard = hard.min(now.rlim_max);
+        let limit = libc::rlimit { rlim_cur: soft.min(hard), rlim_max: hard };
         unsafe { sys(libc::setrlimit(what, &raw const limit)) };
     };
     set(libc::RLIMIT_CORE, 0, 1 << 20);
@@ -13,7 +17,7 @@ pub(super) fn limits() {
     set(libc::RLIMIT_FSIZE, 1 << 30, 1 << 31);
     set(libc::RLIMIT_STACK, 4 << 20, 64 << 20);
     set(libc::RLIMIT_MSGQUEUE, 1000, 2000);
-    set(libc::RLIMIT_NICE, 1, 2);
+    set(libc::RLIMIT_SIGPENDING, 500, 600);
     set(libc::RLIMIT_RTTIME, 1 << 40, libc::RLIM_INFINITY);
     did(std::fs::write("/proc/self/oom_score_adj", "77"));
     let before = (proc_self("limits"), proc_self("oom_score_adj"));

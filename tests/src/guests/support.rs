@@ -8,6 +8,34 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+/// Ends the guest unless this holds.
+macro_rules! check {
+    ($c:expr) => {
+        if !$c {
+            let errno = std::io::Error::last_os_error();
+            $crate::guests::support::fail(format_args!("{}:{}: {} ({errno})", file!(), line!(), stringify!($c)))
+        }
+    };
+}
+
+/// Ends the guest unless these are equal.
+macro_rules! check_eq {
+    ($a:expr, $b:expr) => {
+        match (&$a, &$b) {
+            (a, b) => {
+                if a != b {
+                    $crate::guests::support::fail(format_args!(
+                        "{}:{}: {} is {a:?}, not {b:?}",
+                        file!(),
+                        line!(),
+                        stringify!($a)
+                    ))
+                }
+            }
+        }
+    };
+}
+
 /// What was done to the guest while it waited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum How {
@@ -88,34 +116,6 @@ fn conclude(word: &str, code: i32) -> ! {
     }
     let _ = std::fs::remove_file(&new);
     unsafe { libc::_exit(code) }
-}
-
-/// Ends the guest unless this holds.
-macro_rules! check {
-    ($c:expr) => {
-        if !$c {
-            let errno = std::io::Error::last_os_error();
-            $crate::guests::support::fail(format_args!("{}:{}: {} ({errno})", file!(), line!(), stringify!($c)))
-        }
-    };
-}
-
-/// Ends the guest unless these are equal.
-macro_rules! check_eq {
-    ($a:expr, $b:expr) => {
-        match (&$a, &$b) {
-            (a, b) => {
-                if a != b {
-                    $crate::guests::support::fail(format_args!(
-                        "{}:{}: {} is {a:?}, not {b:?}",
-                        file!(),
-                        line!(),
-                        stringify!($a)
-                    ))
-                }
-            }
-        }
-    };
 }
 
 /// The result of a call that cannot fail in this guest.
