@@ -40,7 +40,10 @@ impl Guest {
     /// By its name.
     pub(crate) fn from_name(name: &str) -> Result<Guest> {
         let all = || Guest::ALL.map(Guest::name).join(", ");
-        Guest::ALL.into_iter().find(|g| g.name() == name).with_context(|| format!("no case {name}; there are: {}", all()))
+        Guest::ALL
+            .into_iter()
+            .find(|g| g.name() == name)
+            .with_context(|| format!("no case {name}; there are: {}", all()))
     }
 
     /// Memory that it fills.

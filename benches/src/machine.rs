@@ -31,10 +31,12 @@ impl Drop for Dir {
 /// A mount namespace with a tmpfs on /run (CRIU keeps its findings there) and one for images; orphans come to us.
 pub(crate) fn prepare(dir: Option<PathBuf>) -> Result<Dir> {
     let tmpfs = |at: &Path, options: &str| {
-        mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::MS_NOSUID, Some(options)).with_context(|| format!("tmpfs on {}", at.display()))
+        mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::MS_NOSUID, Some(options))
+            .with_context(|| format!("tmpfs on {}", at.display()))
     };
     unshare(CloneFlags::CLONE_NEWNS).context("a mount namespace")?;
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).context("private mounts")?;
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
+        .context("private mounts")?;
     tmpfs("/run".as_ref(), "mode=755")?;
     nix::sys::prctl::set_child_subreaper(true).context("subreaper")?;
     let mounted = dir.is_none();

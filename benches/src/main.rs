@@ -80,7 +80,11 @@ fn run(args: Args) -> Result<()> {
     }
     let dir = machine::prepare(args.dir)?;
     println!("{}", machine::describe());
-    println!("ours: {}{}", ours.path.display(), other.as_ref().map_or(String::new(), |o| format!("; other: {} ({})", o.path.display(), o.name)));
+    println!(
+        "ours: {}{}",
+        ours.path.display(),
+        other.as_ref().map_or(String::new(), |o| format!("; other: {} ({})", o.path.display(), o.name))
+    );
     println!("medians of whole processes in milliseconds; frozen: how long the tree stood still\n");
 
     let programs: Vec<&Program> = std::iter::once(&ours).chain(&other).collect();
@@ -117,16 +121,19 @@ fn shorten(name: &str) -> &str {
 /// Prints a case; the result is the number of failed rounds.
 fn table(case: Guest, samples: &[Vec<Result<Sample>>], all: bool) -> usize {
     type Figure = fn(&Sample) -> Option<Duration>;
-    let figures: [(&str, Figure); 3] = [("dump", |s| Some(s.dump)), ("frozen", |s| s.frozen), ("restore", |s| Some(s.restore))];
+    let figures: [(&str, Figure); 3] =
+        [("dump", |s| Some(s.dump)), ("frozen", |s| s.frozen), ("restore", |s| Some(s.restore))];
     for (step, figure) in figures {
         let of = |samples: &Vec<Result<Sample>>| {
-            let mut values: Vec<f64> = samples.iter().flatten().filter_map(figure).map(|d| d.as_secs_f64() * 1e3).collect();
+            let mut values: Vec<f64> =
+                samples.iter().flatten().filter_map(figure).map(|d| d.as_secs_f64() * 1e3).collect();
             values.sort_by(f64::total_cmp);
             values
         };
         let values: Vec<Vec<f64>> = samples.iter().map(of).collect();
         let medians: Vec<Option<f64>> = values.iter().map(|v| median(v)).collect();
-        let shown: String = medians.iter().map(|m| m.map_or(format!("{:>14}", "-"), |m| format!("{m:>14.2}"))).collect();
+        let shown: String =
+            medians.iter().map(|m| m.map_or(format!("{:>14}", "-"), |m| format!("{m:>14.2}"))).collect();
         let ratio = match medians.as_slice() {
             [Some(ours), Some(other)] => format!("{:>8.2}", ours / other),
             _ => String::new(),

@@ -48,7 +48,9 @@ pub(crate) fn criu() -> Result<Option<Program>> {
     let folders = std::env::var_os("PATH").unwrap_or_default();
     for path in std::env::split_paths(&folders).map(|f| f.join("criu")).filter(|p| p.exists()) {
         match version(&path) {
-            Ok(version) if major(&version) >= Some(4) => return Ok(Some(Program { name: format!("CRIU {version}"), path })),
+            Ok(version) if major(&version) >= Some(4) => {
+                return Ok(Some(Program { name: format!("CRIU {version}"), path }))
+            }
             Ok(version) => println!("{} is version {version}, older than 4", path.display()),
             Err(e) => println!("{}: {e:#}", path.display()),
         }

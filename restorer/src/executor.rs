@@ -103,11 +103,38 @@ unsafe fn alive(c: &Control) -> bool {
     unsafe { (*(c.owner as *const plan::Owner)).word.load(Relaxed) & plan::OWNER_DIED == 0 }
 }
 
+/// Sleeps while `word` is `value`, for a while at most.
+///
+/// Not by FUTEX_WAIT with a limit: a stop in there would overwrite the task's one restart block, in which the kernel keeps
+/// the rest of the program's own interrupted sleep. futex_waitv(2) (5.16) leaves that alone.
 unsafe fn wait_while(word: &core::sync::atomic::AtomicU32, value: u32) {
-    let patience: [i64; 2] = [0, plan::PATIENCE_NS];
-    // SAFETY: both addresses live for the length of the call.
+    #[repr(C)]
+    struct Waiter {
+        value: u64,
+        address: u64,
+        flags: u32,
+        reserved: u32,
+    }
+    const FUTEX_WAITV: usize = 449;
+    const CLOCK_GETTIME: usize = 228;
+    const CLOCK_MONOTONIC: usize = 1;
+    const FUTEX2_SIZE_U32: u32 = 2;
+    const ENOSYS: i64 = -38;
+    let waiter = Waiter { value: value as u64, address: word as *const _ as u64, flags: FUTEX2_SIZE_U32, reserved: 0 };
+    let mut until = [0i64; 2];
+    // SAFETY: everything that the calls read or write lives on this stack, but for the word, which the caller keeps.
     unsafe {
-        syscall(FUTEX, [word as *const _ as usize, FUTEX_WAIT, value as usize, patience.as_ptr() as usize, 0, 0]);
+        syscall(CLOCK_GETTIME, [CLOCK_MONOTONIC, until.as_mut_ptr() as usize, 0, 0, 0, 0]);
+        until[1] += plan::PATIENCE_NS;
+        if until[1] >= 1_000_000_000 {
+            until[1] -= 1_000_000_000;
+            until[0] += 1;
+        }
+        let args = [&waiter as *const Waiter as usize, 1, 0, until.as_ptr() as usize, CLOCK_MONOTONIC, 0];
+        if syscall(FUTEX_WAITV, args) == ENOSYS {
+            let patience: [i64; 2] = [0, plan::PATIENCE_NS];
+            syscall(FUTEX, [word as *const _ as usize, FUTEX_WAIT, value as usize, patience.as_ptr() as usize, 0, 0]);
+        }
     }
 }
 

@@ -88,7 +88,6 @@ guests! {
     pipes
     pipes_full
     pipes_halves
-    pipes_packets
     proc_self
     registers
     registers_base
@@ -128,6 +127,7 @@ refused! {
     refused_io_uring
     refused_lock
     refused_outside_pipe
+    refused_packets
     refused_perf
     refused_traced
 }

@@ -97,7 +97,10 @@ impl Stage {
 
     /// The five steps.
     fn play(&mut self) -> Result<()> {
-        print(&format!("Standstill {}: a running program is brought to a standstill and started again.\n\n", env!("CARGO_PKG_VERSION")));
+        print(&format!(
+            "Standstill {}: a running program is brought to a standstill and started again.\n\n",
+            env!("CARGO_PKG_VERSION")
+        ));
         let pid = self.pid;
 
         let first = self.counts_to(1)?;
@@ -135,7 +138,10 @@ impl Stage {
         self.tell("", &describe(pid));
 
         let after = self.counts_to(last.counter + STEPS)?;
-        self.tell("5 check", &format!("its counter was {}, is {}: it went on where it stood", last.counter, after.counter));
+        self.tell(
+            "5 check",
+            &format!("its counter was {}, is {}: it went on where it stood", last.counter, after.counter),
+        );
         self.signal(nix::sys::signal::SIGTERM)?;
         let end = self.wait_for("the sample program's verdict", |s| s.verdict != guest::RUNS)?;
         self.tell("", "it looked at all of its memory, threads, pipes and its child: ok");
@@ -197,7 +203,9 @@ impl Stage {
         self.wait_until(what, |stage| {
             let state = guest::State::read(&stage.state_file());
             match state {
-                Some(s) if s.verdict != guest::RUNS && s.verdict != guest::OK => failed(format!("the sample program says: {}", s.verdict)),
+                Some(s) if s.verdict != guest::RUNS && s.verdict != guest::OK => {
+                    failed(format!("the sample program says: {}", s.verdict))
+                }
                 Some(s) if good(&s) => Ok(Some(s)),
                 _ if !stage.lives() => failed("the sample program has ended".to_owned()),
                 _ => Ok(None),
@@ -224,7 +232,9 @@ fn describe(pid: i32) -> String {
     let list = |what: &str, pid: i32| std::fs::read_dir(format!("/proc/{pid}/{what}")).map_or(0, Iterator::count);
     let pipes = |pid: i32| {
         let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-        fds.filter_map(|fd| std::fs::read_link(fd.path()).ok()).filter(|l| l.as_os_str().as_encoded_bytes().starts_with(b"pipe:")).count()
+        fds.filter_map(|fd| std::fs::read_link(fd.path()).ok())
+            .filter(|l| l.as_os_str().as_encoded_bytes().starts_with(b"pipe:"))
+            .count()
     };
     let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
     let children: Vec<i32> = children.split_whitespace().filter_map(|c| c.parse().ok()).collect();

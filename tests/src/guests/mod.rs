@@ -135,7 +135,6 @@ pub const ALL: &[Guest] = &[
     guest("pipes", pipes::pipes),
     guest("pipes_full", pipes::full),
     guest("pipes_halves", pipes::halves),
-    guest("pipes_packets", pipes::packets),
     guest("proc_self", proc_self::proc_self),
     guest("registers", registers::registers),
     guest("registers_base", registers::base),
@@ -172,6 +171,7 @@ pub const ALL: &[Guest] = &[
     guest("refused_io_uring", refused::io_uring).refused(&["io_uring"]),
     guest("refused_lock", refused::lock).refused(&["--file-locks"]),
     guest("refused_outside_pipe", refused::outside_socket).refused(&["socket"]),
+    guest("refused_packets", pipes::packets).refused(&["O_DIRECT"]),
     guest("refused_perf", refused::perf).refused(&["perf_event"]),
     guest("refused_traced", refused::traced).refused(&["traces"]),
 ];

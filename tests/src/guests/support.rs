@@ -278,28 +278,56 @@ pub fn status(names: &[&str]) -> Vec<String> {
     text.lines().filter(|l| names.iter().any(|n| l.starts_with(n))).map(str::to_owned).collect()
 }
 
-/// Where, with which rights, and of which file the areas of memory are, and what was advised about them. The kernel's
-/// own notes (sd: soft-dirty, which a checkpoint changes) are left out, and so is the heap, which checking uses too.
-pub fn layout() -> Vec<String> {
+/// An area of memory, as far as a program can tell.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Area {
+    from: u64,
+    to: u64,
+    /// Rights, file, offset, and what was advised.
+    what: String,
+}
+
+/// Where, with which rights, and of which file the areas of memory are, and what was advised about them. Left out: the
+/// kernel's own notes (sd: soft-dirty, which a checkpoint changes), the numbers of files without a name, the heap, which
+/// checking uses too, and where the kernel keeps two areas that could be one.
+pub fn layout() -> Vec<Area> {
     let text = did(std::fs::read_to_string("/proc/self/smaps"));
-    let mut all: Vec<String> = Vec::new();
+    let mut all: Vec<Area> = Vec::new();
     let mut heap = false;
     for line in text.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
         if let Some(flags) = line.strip_prefix("VmFlags: ") {
-            if heap {
-                continue;
-            }
+            let Some(mut last) = all.pop_if(|_| !heap) else { continue };
             let kept: Vec<&str> = flags.split_whitespace().filter(|f| *f != "sd").collect();
-            if let Some(last) = all.last_mut() {
-                last.push_str(" | ");
-                last.push_str(&kept.join(" "));
+            last.what.push_str(&kept.join(" "));
+            match all.last_mut() {
+                Some(before) if before.to == last.from && before.what == last.what && last.what.contains(" 0 |") => {
+                    before.to = last.to;
+                }
+                _ => all.push(last),
             }
-        } else if line.split(' ').next().is_some_and(|w| w.contains('-') && !w.ends_with(':')) {
+        } else if let Some((from, to)) = words.first().and_then(|w| w.split_once('-')) {
+            let number = |hex| u64::from_str_radix(hex, 16);
+            let (Ok(from), Ok(to)) = (number(from), number(to)) else { continue };
             heap = line.ends_with("[heap]");
             if !heap {
-                all.push(line.split_whitespace().collect::<Vec<_>>().join(" "));
+                let inode = if line.ends_with("(deleted)") { "-" } else { words[4] };
+                let what = format!("{} {} {inode} | {} ", words[1], words[2], words[5..].join(" "));
+                all.push(Area { from, to, what });
             }
         }
     }
     all
+}
+
+/// Ends the guest unless its areas are as they were.
+pub fn check_layout(before: &[Area]) {
+    let now = layout();
+    let only = |a: &[Area], b: &[Area]| -> Vec<String> {
+        a.iter().filter(|x| !b.contains(x)).map(|x| format!("{:x}-{:x} {}", x.from, x.to, x.what)).collect()
+    };
+    let (new, gone) = (only(&now, before), only(before, &now));
+    if now != before {
+        fail(format_args!("areas that are new: {new:#?}, that are gone: {gone:#?}"));
+    }
 }

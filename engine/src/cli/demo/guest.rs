@@ -62,7 +62,11 @@ impl State {
     /// The file's line, if there is a whole one.
     pub(super) fn read(path: &Path) -> Option<State> {
         let text = std::fs::read_to_string(path).ok()?;
-        if text.len() == LINE { State::parse(&text) } else { None }
+        if text.len() == LINE {
+            State::parse(&text)
+        } else {
+            None
+        }
     }
 }
 
