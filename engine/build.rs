@@ -18,7 +18,13 @@ fn main() {
         .args(["--target", &env::var("TARGET").expect("cargo sets it")])
         .args(["-C", "panic=abort", "-C", "opt-level=2", "-C", "relocation-model=pic"])
         .args(["-C", "linker=ld", "-C", "linker-flavor=ld"])
-        .args(["-C", &format!("link-args=-T {} --gc-sections -static --no-dynamic-linker --no-pie -z noexecstack --build-id=none", script.display())])
+        .args([
+            "-C",
+            &format!(
+                "link-args=-T {} --gc-sections -static --no-dynamic-linker --no-pie -z noexecstack --build-id=none",
+                script.display()
+            ),
+        ])
         .arg("-o")
         .arg(&elf)
         .arg(source.join("executor.rs"))
@@ -34,8 +40,14 @@ fn flat(bytes: &[u8]) -> &[u8] {
     let relocations = elf.dynrels.len() + elf.dynrelas.len() + elf.pltrelocs.len() + elf.shdr_relocs.len();
     assert_eq!(relocations, 0, "the executor has relocations, which nobody would apply");
     assert_eq!(elf.header.e_entry, 0, "the executor is not entered at its first byte");
-    let loads: Vec<_> = elf.program_headers.iter().filter(|p| p.p_type == goblin::elf::program_header::PT_LOAD && p.p_memsz > 0).collect();
-    assert!(loads.len() == 1 && loads[0].p_vaddr == 0 && loads[0].p_filesz == loads[0].p_memsz && !loads[0].is_write(),
-        "the executor is not one read-only piece");
+    let loads: Vec<_> = elf
+        .program_headers
+        .iter()
+        .filter(|p| p.p_type == goblin::elf::program_header::PT_LOAD && p.p_memsz > 0)
+        .collect();
+    assert!(
+        loads.len() == 1 && loads[0].p_vaddr == 0 && loads[0].p_filesz == loads[0].p_memsz && !loads[0].is_write(),
+        "the executor is not one read-only piece"
+    );
     &bytes[loads[0].file_range()]
 }

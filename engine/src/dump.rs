@@ -101,7 +101,8 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     let mut numbers = ids::Ids::new()?;
     give_ids(&mut tasks, &mut numbers)?;
     refuse_gpus(&tasks)?;
-    let mut files = DumpFiles::new(opts, images, heads.iter().map(|h| h.0).collect(), numbers.root.net_ns_id.unwrap_or(0));
+    let mut files =
+        DumpFiles::new(opts, images, heads.iter().map(|h| h.0).collect(), numbers.root.net_ns_id.unwrap_or(0));
     let fdinfos = dump_files(&mut tasks, &mut files)?;
     phases.mark("reading");
 
@@ -111,7 +112,8 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     for (task, stopped) in tasks.iter().zip(threads) {
         let Kind::Alive(alive) = &task.kind else { continue };
         let other = if alive.vdso.is_some() { Vec::new() } else { code_ends(&alive.facts) };
-        let codes: Vec<(u64, &[u8])> = alive.vdso.iter().chain(&other).map(|(at, bytes)| (*at, bytes.as_slice())).collect();
+        let codes: Vec<(u64, &[u8])> =
+            alive.vdso.iter().chain(&other).map(|(at, bytes)| (*at, bytes.as_slice())).collect();
         let mut host = Infected::infect(stopped, &codes, &robust)?;
         let mut plans = Vec::with_capacity(host.threads().len());
         let mut in_task = None;
@@ -162,18 +164,27 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
                     let mut entry = core::thread_entry(thread, facts, &in_threads[i], &answers[i], i == 0)?;
                     set_filter(&mut entry, last_filters.get(i).copied().flatten(), &alive.chains);
                     if i == 0 {
-                        entry.tc = Some(core::task_entry(thread, &alive.facts, in_task, &answers[0], task.stat.flags).task(task.pid)?);
+                        entry.tc = Some(
+                            core::task_entry(thread, &alive.facts, in_task, &answers[0], task.stat.flags)
+                                .task(task.pid)?,
+                        );
                     }
                     images.write_one(ImageKind::Core, ns_pid(thread.tid(), Some(&facts.status))?, &entry)?;
                 }
                 let pid = ns_pid(task.pid, Some(alive.facts.status()))?;
                 let pointers: Vec<u64> = host.threads().iter().map(|t| t.registers.sp).collect();
-                let drain = drain::plan(task.pid, &mut alive.mm.vmas, &pointers).task(task.pid)?;
+                let drain = drain::plan(task.pid, &mut alive.mm.vmas, &pointers, heads.len() > 1).task(task.pid)?;
                 images.write_one(ImageKind::Mm, pid, &alive.mm)?;
                 images.write_one(ImageKind::Fs, pid, &alive.fs)?;
                 images.write_one(ImageKind::Ids, pid, &alive.ids)?;
                 drains.push((drain, pid, files.next_pages_id(), alive.vdso.as_ref()));
-                written.pstree.push(pstree_entry(&task.stat, task.pid, task.parent, &alive.facts.threads, Some(&alive.facts)));
+                written.pstree.push(pstree_entry(
+                    &task.stat,
+                    task.pid,
+                    task.parent,
+                    &alive.facts.threads,
+                    Some(&alive.facts),
+                ));
             }
         }
     }
@@ -215,7 +226,8 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     }
     phases.mark("ending");
     let (pages, shared_pages) = (pages.into_inner(), shared.into_inner());
-    let report = DumpReport { frozen: frozen_at.elapsed(), total: phases.total(), pages, shared_pages, tasks: alive.len() };
+    let report =
+        DumpReport { frozen: frozen_at.elapsed(), total: phases.total(), pages, shared_pages, tasks: alive.len() };
     crate::stats::write_dump(opts, &phases, &report, scanned)?;
     Ok(report)
 }
@@ -232,7 +244,9 @@ fn suspend_seccomp_and_settle(opts: &Options, threads: &mut [Vec<Stopped>]) -> R
     let mut buffer = Vec::new();
     for thread in threads.iter_mut().flatten() {
         let tid = thread.tid();
-        crate::proc::read_proc(format!("/proc/{tid}/status").as_ref(), &mut buffer).map_err(|_| Error::Gone).task(tid)?;
+        crate::proc::read_proc(format!("/proc/{tid}/status").as_ref(), &mut buffer)
+            .map_err(|_| Error::Gone)
+            .task(tid)?;
         let status = crate::proc::status::parse(&buffer).task(tid)?;
         if status.seccomp.unwrap_or(0) != 0 {
             ptrace::set_options(tid, ptrace::SYSGOOD | ptrace::SUSPEND_SECCOMP).task(tid)?;
@@ -247,8 +261,7 @@ fn suspend_seccomp_and_settle(opts: &Options, threads: &mut [Vec<Stopped>]) -> R
         if status.shared_pending != 0 && status.tgid == tid {
             thread.shared_pending = ptrace::pending_signals(tid, true).task(tid)?;
         }
-        let deliverable = (status.sig_pending | status.shared_pending) & !thread.mask != 0;
-        thread.wind_back_wait(deliverable);
+        thread.wind_back_wait();
         leave_sequence(thread).task(tid)?;
     }
     Ok(())
@@ -299,7 +312,14 @@ fn read(heads: &[Head], threads: &[Vec<Stopped>]) -> Result<Vec<Task>> {
                     chains.push(if filtered { seccomp::read(thread.tid()).task(thread.tid())? } else { Vec::new() });
                 }
                 let vdso = read_vdso(&facts).task(pid)?;
-                Kind::Alive(Box::new(Alive { facts, ids: Default::default(), mm: Default::default(), fs: Default::default(), vdso, chains }))
+                Kind::Alive(Box::new(Alive {
+                    facts,
+                    ids: Default::default(),
+                    mm: Default::default(),
+                    fs: Default::default(),
+                    vdso,
+                    chains,
+                }))
             }
             (None, None) => return Err(Error::Gone).task(pid),
         };
@@ -377,7 +397,11 @@ fn dump_files(tasks: &mut [Task], files: &mut DumpFiles<'_>) -> Result<Vec<(u32,
             all.push((alive.ids.files_id, entries));
         }
         let exe = files.link(pid, "exe").task(pid)?;
-        alive.fs = FsEntry { cwd_id: files.link(pid, "cwd").task(pid)?, root_id: files.link(pid, "root").task(pid)?, umask: facts.status().umask };
+        alive.fs = FsEntry {
+            cwd_id: files.link(pid, "cwd").task(pid)?,
+            root_id: files.link(pid, "root").task(pid)?,
+            umask: facts.status().umask,
+        };
         let s = &task.stat;
         alive.mm = MmEntry {
             mm_start_code: s.startcode,
@@ -425,7 +449,8 @@ fn pstree_entry(
     threads: &[crate::tasks::facts::ThreadFacts],
     facts: Option<&Facts>,
 ) -> PstreeEntry {
-    let last = |list: Option<&Vec<i32>>, other: i32| list.and_then(|l| l.last().copied()).unwrap_or(other).max(0) as u32;
+    let last =
+        |list: Option<&Vec<i32>>, other: i32| list.and_then(|l| l.last().copied()).unwrap_or(other).max(0) as u32;
     let status = facts.map(Facts::status);
     let mut tids: Vec<u32> = threads.iter().map(|t| last(Some(&t.status.ns_pid), t.status.pid)).collect();
     if tids.is_empty() {
@@ -441,7 +466,12 @@ fn pstree_entry(
 }
 
 /// The clocks that the restored tasks go on from.
-fn write_clocks(images: &Images, own: Option<u32>, numbers: &ids::Ids, clocks: Option<((u64, u64), (u64, u64))>) -> Result<()> {
+fn write_clocks(
+    images: &Images,
+    own: Option<u32>,
+    numbers: &ids::Ids,
+    clocks: Option<((u64, u64), (u64, u64))>,
+) -> Result<()> {
     let Some((monotonic, boottime)) = clocks else { return Ok(()) };
     let id = if own == numbers.root.time_ns_id { 0 } else { own.unwrap_or(0) };
     let time = |(tv_sec, tv_nsec)| Timespec { tv_sec, tv_nsec };

@@ -134,7 +134,9 @@ impl Error {
             Error::Gone => libc::ESRCH,
             Error::Timeout { .. } => libc::ETIMEDOUT,
             Error::Interrupted => libc::EINTR,
-            Error::Proc(_) | Error::Image(_) | Error::Lie { .. } | Error::Usage { .. } | Error::Changed { .. } => libc::EINVAL,
+            Error::Proc(_) | Error::Image(_) | Error::Lie { .. } | Error::Usage { .. } | Error::Changed { .. } => {
+                libc::EINVAL
+            }
         }
     }
 

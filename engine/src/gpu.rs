@@ -12,15 +12,22 @@ pub fn refuse(facts: &Facts) -> Result<()> {
     let devices: Vec<_> = facts
         .descriptors
         .iter()
-        .filter(|d| FileType::from_raw_mode(d.stat.st_mode) == FileType::CharacterDevice && d.link.starts_with(b"/dev/"))
+        .filter(|d| {
+            FileType::from_raw_mode(d.stat.st_mode) == FileType::CharacterDevice && d.link.starts_with(b"/dev/")
+        })
         .map(|d| Thing {
             place: Place::Descriptor(d.fd),
             path: &d.link,
-            what: What::Character { major: rustix::fs::major(d.stat.st_rdev), minor: rustix::fs::minor(d.stat.st_rdev) },
+            what: What::Character {
+                major: rustix::fs::major(d.stat.st_rdev),
+                minor: rustix::fs::minor(d.stat.st_rdev),
+            },
         })
         .collect();
     let areas = facts.areas.iter().filter_map(|a| match a.name() {
-        VmaName::File(path) if path.starts_with(b"/dev/") => Some(Thing { place: Place::Mapping(a.start), path, what: What::Unknown }),
+        VmaName::File(path) if path.starts_with(b"/dev/") => {
+            Some(Thing { place: Place::Mapping(a.start), path, what: What::Unknown })
+        }
         _ => None,
     });
     let things: Vec<Thing<'_>> = devices.into_iter().chain(areas).collect();
@@ -29,7 +36,9 @@ pub fn refuse(facts: &Facts) -> Result<()> {
     }
     let majors = CharMajors::parse(&std::fs::read("/proc/devices").unwrap_or_default()).unwrap_or_default();
     match holds(&majors, things).first() {
-        Some(held) => Err(Error::refused(held.to_string(), "GPU state is not carried yet: end its use in the program first")),
+        Some(held) => {
+            Err(Error::refused(held.to_string(), "GPU state is not carried yet: end its use in the program first"))
+        }
         None => Ok(()),
     }
 }

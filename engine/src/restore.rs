@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use standstill_images::proto::{FdinfoEntry, FsEntry, InventoryEntry, SeccompEntry, TimensEntry};
 use standstill_images::{FolderStore, ImageKind, Images};
@@ -218,18 +218,21 @@ fn build<'r>(
     let mut nursery = Nursery { root: 0, sibling, pids: tree.nodes.iter().map(|n| n.pid).collect(), finished: false };
     // an empty plan first: when it is done, the task is out of its exec, whose end clone3 does not wait for
     arena.load(slots[0], root, Plan::new())?;
-    let pid = spawn::spawn(&spawn::Spawn {
+    let birth_of_root = spawn::Spawn {
         pid: root,
         load_at: arena.load_at(),
         boot: arena.boot(slots[0]),
         inherit: &[arena.fd(), theirs.as_fd()],
         sibling,
-    })
-    .map_err(|e| match e.errno() {
-        libc::EEXIST => Error::Usage { what: format!("Can't fork for {root}: File exists; the id is in use, restore in a new PID namespace") },
-        _ => e,
-    })
-    .task(root)?;
+    };
+    let pid = release::when_reaped(root, || spawn::spawn(&birth_of_root))
+        .map_err(|e| match e.errno() {
+            libc::EEXIST => Error::Usage {
+                what: format!("Can't fork for {root}: File exists; the id is in use, restore in a new PID namespace"),
+            },
+            _ => e,
+        })
+        .task(root)?;
     nursery.root = pid;
     drop(theirs);
     let alive = || release::still_there(pid, sibling);
@@ -263,7 +266,8 @@ fn build<'r>(
 
     for (_, node, a) in tree.alive() {
         set_registers(&mut held, a).task(node.pid)?;
-        held.remove_executor(node.pid, arena.syscall_address()?, arena.leftovers(keeps_parked(a, birth)?)).task(node.pid)?;
+        held.remove_executor(node.pid, arena.syscall_address()?, arena.leftovers(keeps_parked(a, birth)?))
+            .task(node.pid)?;
         set_leader(a).task(node.pid)?;
     }
     crate::sockets::inet::repair_ends(files)?;
@@ -287,7 +291,10 @@ fn read_inventory(opts: &Options, images: &Images) -> Result<InventoryEntry> {
         return Err(lie("Too old image, no longer supported"));
     }
     if inventory.pre_dump_mode.is_some() && !images.exists(ImageKind::Files, ())? {
-        return Err(Error::refused("a pre-dump", "it holds memory only: make a full dump on top of it and restore that"));
+        return Err(Error::refused(
+            "a pre-dump",
+            "it holds memory only: make a full dump on top of it and restore that",
+        ));
     }
     if inventory.tcp_close == Some(true) && !opts.tcp_close {
         return Err(Error::Usage { what: "Need to set the --tcp-close options.".into() });
@@ -296,7 +303,10 @@ fn read_inventory(opts: &Options, images: &Images) -> Result<InventoryEntry> {
         return Err(Error::Usage { what: "Dumped with --allow-uprobes. Need to set it on restore as well.".into() });
     }
     if let Some(plugin) = inventory.plugins_entry.as_ref().and_then(|p| p.plugins.first()) {
-        return Err(Error::refused(format!("a checkpoint that needs the plugin {}", String::from_utf8_lossy(plugin)), "there are no plugins"));
+        return Err(Error::refused(
+            format!("a checkpoint that needs the plugin {}", String::from_utf8_lossy(plugin)),
+            "there are no plugins",
+        ));
     }
     Ok(inventory)
 }
@@ -316,7 +326,8 @@ fn check_ids(inventory: &InventoryEntry, tree: &Tree) -> Result<()> {
             (e.cgroup_ns_id, root.cgroup_ns_id, "cgroup"),
         ];
         if let Some((.., name)) = pairs.iter().find(|(a, b, _)| a.is_some() && a != b) {
-            return Err(Error::refused(format!("a {name} namespace of its own"), "namespaces cannot be restored yet")).task(node.pid);
+            return Err(Error::refused(format!("a {name} namespace of its own"), "namespaces cannot be restored yet"))
+                .task(node.pid);
         }
     }
     Ok(())
@@ -339,7 +350,11 @@ fn birth() -> Result<Birth> {
     let status = proc::status::parse(&read("/proc/thread-self/status")?)?;
     let limits = proc::limits::parse(&read("/proc/self/limits")?)?.to_vec();
     let oom_score_adj = proc::simple::signed("/proc/PID/oom_score_adj", &read("/proc/self/oom_score_adj")?)?;
-    let loginuid = read("/proc/self/loginuid").ok().map(|t| proc::simple::loginuid(&t)).transpose()?.map(|u| u.unwrap_or(u32::MAX));
+    let loginuid = read("/proc/self/loginuid")
+        .ok()
+        .map(|t| proc::simple::loginuid(&t))
+        .transpose()?
+        .map(|u| u.unwrap_or(u32::MAX));
     let personality = proc::simple::hex("/proc/PID/personality", &read("/proc/self/personality")?)?;
     let areas = proc::maps::parse(&read("/proc/self/maps")?)?;
     let layout = Layout::of(&areas);
@@ -350,7 +365,9 @@ fn birth() -> Result<Birth> {
         .map(|a| (a.start, a.size()))
         .collect();
     let mut bytes = vec![0; usize::try_from(layout.vdso_end - layout.vdso).unwrap_or(0)];
-    if !bytes.is_empty() && remote::read_remote(i32::try_from(std::process::id()).unwrap_or(0), layout.vdso, &mut bytes)? != bytes.len() {
+    if !bytes.is_empty()
+        && remote::read_remote(i32::try_from(std::process::id()).unwrap_or(0), layout.vdso, &mut bytes)? != bytes.len()
+    {
         return Err(Error::Gone);
     }
     Ok(Birth { status, limits, oom_score_adj, loginuid, vdso: Vdso { layout, pieces, bytes }, personality })
@@ -431,7 +448,11 @@ fn open_files(opts: &Options, images: &Images, tree: &Tree, files: &mut RestoreF
                 continue;
             }
             let is_memfd = files.entry(id).task(node.pid)?.memfd.is_some();
-            let fd = if is_memfd { memfd::for_mapping(files, id, mode) } else { regular::opened_for_mapping(files, id, mode) };
+            let fd = if is_memfd {
+                memfd::for_mapping(files, id, mode)
+            } else {
+                regular::opened_for_mapping(files, id, mode)
+            };
             draft.areas.insert(key, transfer.add(fd.at(Place::File(id)).task(node.pid)?));
         }
         let exe = a.memory.mm.exe_file_id;
@@ -441,7 +462,9 @@ fn open_files(opts: &Options, images: &Images, tree: &Tree, files: &mut RestoreF
         let pid = u32::try_from(node.pid).unwrap_or(0);
         for n in 0..a.memory.layers() {
             let Some(pages) = a.memory.layer(n) else { continue };
-            let file = pages.as_file().ok_or(Error::Usage { what: "pages are not in a file; restore needs an image folder".into() })?;
+            let file = pages
+                .as_file()
+                .ok_or(Error::Usage { what: "pages are not in a file; restore needs an image folder".into() })?;
             draft.pages.insert((pid, n), transfer.add_copy(file.as_fd())?);
         }
         if let Some(fs) = draft.fs.get(&node.pid) {
@@ -484,7 +507,8 @@ fn arena_size(tree: &Tree, tables: &HashMap<u32, Vec<FdinfoEntry>>, tasks: usize
 fn free_address(tree: &Tree, birth: &Birth, len: u64) -> Result<u64> {
     const LOWEST: u64 = 0x1_0000_0000;
     const HIGHEST: u64 = 0x5000_0000_0000;
-    let mut taken: Vec<(u64, u64)> = tree.alive().flat_map(|(_, _, a)| a.memory.occupied().collect::<Vec<_>>()).collect();
+    let mut taken: Vec<(u64, u64)> =
+        tree.alive().flat_map(|(_, _, a)| a.memory.occupied().collect::<Vec<_>>()).collect();
     let _ = birth;
     taken.sort_unstable();
     let mut at = LOWEST;
@@ -532,14 +556,26 @@ fn preamble(
     plan.call("room for descriptors", libc::SYS_prlimit64, &[0.into(), 7.into(), limit.into(), 0.into()]);
     let socket = spawn::FIRST_FD + 1;
     plan.call("standard descriptors", libc::SYS_close_range, &[0.into(), 2.into(), 0.into()]);
-    plan.op(Code::ReceiveFds, 0, &[socket.into(), base.into(), fds.into()], Expect::Exact, [fds as i64, 0], "descriptors");
+    plan.op(
+        Code::ReceiveFds,
+        0,
+        &[socket.into(), base.into(), fds.into()],
+        Expect::Exact,
+        [fds as i64, 0],
+        "descriptors",
+    );
     plan.call("our descriptors", libc::SYS_close_range, &[0.into(), (base - 1).into(), 0.into()]);
     let (from, to) = arena.range();
     unmap_all_but([(from, to), (fresh.start(), fresh.start() + fresh.span())].into_iter(), &mut plan);
     for &(start, len) in &birth.vdso.pieces {
         let there = start - birth.vdso.layout.start() + fresh.start();
         let target = start - birth.vdso.layout.start() + parked.start();
-        plan.call_exact("vdso", libc::SYS_mremap, &[there.into(), len.into(), len.into(), 3.into(), target.into()], target as i64);
+        plan.call_exact(
+            "vdso",
+            libc::SYS_mremap,
+            &[there.into(), len.into(), len.into(), 3.into(), target.into()],
+            target as i64,
+        );
     }
     if let Some(clocks) = clocks {
         time_namespace(clocks, &mut plan)?;
@@ -554,7 +590,9 @@ fn time_namespace(clocks: &TimensEntry, plan: &mut Plan) -> Result<()> {
         tracing::warn!("this kernel has no time namespaces: monotonic clocks will jump");
         return Ok(());
     }
-    let own = proc::simple::timens_offsets(&std::fs::read("/proc/self/timens_offsets").call("read(/proc/self/timens_offsets)")?)?;
+    let own = proc::simple::timens_offsets(
+        &std::fs::read("/proc/self/timens_offsets").call("read(/proc/self/timens_offsets)")?,
+    )?;
     let line = |name: &str, image: &standstill_images::proto::Timespec, clock, own: (i64, u32)| {
         let now = rustix::time::clock_gettime(clock);
         let nanos = |sec: i64, nsec: i64| i128::from(sec) * 1_000_000_000 + i128::from(nsec);
@@ -567,11 +605,19 @@ fn time_namespace(clocks: &TimensEntry, plan: &mut Plan) -> Result<()> {
     plan.call("time namespace", libc::SYS_unshare, &[CLONE_NEWTIME.into()]);
     let path = plan.string(b"/proc/self/timens_offsets");
     let data = plan.bytes(text.as_bytes());
-    let fd = plan.call("offsets of clocks", libc::SYS_openat, &[libc::AT_FDCWD.into(), path.into(), libc::O_WRONLY.into(), 0.into()]);
+    let fd = plan.call(
+        "offsets of clocks",
+        libc::SYS_openat,
+        &[libc::AT_FDCWD.into(), path.into(), libc::O_WRONLY.into(), 0.into()],
+    );
     plan.call("offsets of clocks", libc::SYS_write, &[Arg::Result(fd.0), data.into(), text.len().into()]);
     plan.call("offsets of clocks", libc::SYS_close, &[Arg::Result(fd.0)]);
     let path = plan.string(b"/proc/self/ns/time_for_children");
-    let fd = plan.call("time namespace", libc::SYS_openat, &[libc::AT_FDCWD.into(), path.into(), libc::O_RDONLY.into(), 0.into()]);
+    let fd = plan.call(
+        "time namespace",
+        libc::SYS_openat,
+        &[libc::AT_FDCWD.into(), path.into(), libc::O_RDONLY.into(), 0.into()],
+    );
     plan.call("time namespace", libc::SYS_setns, &[Arg::Result(fd.0), CLONE_NEWTIME.into()]);
     plan.call("time namespace", libc::SYS_close, &[Arg::Result(fd.0)]);
     Ok(())
@@ -588,7 +634,8 @@ fn send(socket: &OwnedFd, list: &[OwnedFd], alive: &impl Fn() -> Result<()>) -> 
             return Err(Error::Usage { what: "descriptors do not fit into a message".into() });
         }
         alive()?;
-        rustix::net::sendmsg(socket, &[std::io::IoSlice::new(b"f")], &mut control, SendFlags::NOSIGNAL).call("sendmsg(SCM_RIGHTS)")?;
+        rustix::net::sendmsg(socket, &[std::io::IoSlice::new(b"f")], &mut control, SendFlags::NOSIGNAL)
+            .call("sendmsg(SCM_RIGHTS)")?;
     }
     Ok(())
 }
@@ -637,6 +684,7 @@ fn stop_signal(a: &Alive, opts: &Options) -> Option<i32> {
 fn write_pidfile(opts: &Options, path: &std::path::Path, pid: i32) -> Result<()> {
     use std::io::Write;
     let path = opts.in_work_dir(path);
-    let mut file = File::options().write(true).create_new(true).open(&path).call("open").at(Place::Path(path.clone()))?;
+    let mut file =
+        File::options().write(true).create_new(true).open(&path).call("open").at(Place::Path(path.clone()))?;
     file.write_all(pid.to_string().as_bytes()).call("write").at(Place::Path(path))
 }

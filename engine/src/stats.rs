@@ -70,7 +70,14 @@ pub fn write_dump(opts: &Options, phases: &Phases, report: &DumpReport, scanned:
 }
 
 /// Writes `stats-restore` into the work folder.
-pub fn write_restore(opts: &Options, forking: Duration, total: Duration, pages: u64, compared: u64, shared: u64) -> Result<()> {
+pub fn write_restore(
+    opts: &Options,
+    forking: Duration,
+    total: Duration,
+    pages: u64,
+    compared: u64,
+    shared: u64,
+) -> Result<()> {
     let restore = RestoreStatsEntry {
         pages_compared: compared,
         pages_skipped_cow: shared,

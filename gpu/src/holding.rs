@@ -227,7 +227,10 @@ mod tests {
     fn messages() {
         let area = Thing { place: Place::Mapping(0x7f00_0000_0000), path: b"/dev/nvidia\xff", what: What::Unknown };
         let message = holds(&majors(), [area]).first().unwrap().to_string();
-        assert!(message.starts_with("area 7f0000000000 is the NVIDIA device /dev/nvidia\\xff, whose state"), "{message}");
+        assert!(
+            message.starts_with("area 7f0000000000 is the NVIDIA device /dev/nvidia\\xff, whose state"),
+            "{message}"
+        );
         assert!(message.contains("cuda-checkpoint"));
     }
 }

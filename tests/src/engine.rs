@@ -98,7 +98,11 @@ impl Engine {
     }
 
     fn name(&self) -> &'static str {
-        if self.is_criu { "CRIU" } else { "standstill" }
+        if self.is_criu {
+            "CRIU"
+        } else {
+            "standstill"
+        }
     }
 
     /// A command of this program, with the options that every test uses.

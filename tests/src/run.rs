@@ -242,8 +242,9 @@ fn criu_for(name: &str, test: &str, dumps: bool) -> Option<Engine> {
     let why = match guest.criu {
         Criu::Cannot(why) => Some(why),
         Criu::RestoresOnly(why) if dumps => Some(why),
+        Criu::DumpsOnly(why) if !dumps => Some(why),
         Criu::WithSysResource(why) if !has_sys_resource() => Some(why),
-        Criu::Carries | Criu::WithSysResource(_) | Criu::RestoresOnly(_) => None,
+        Criu::Carries | Criu::WithSysResource(_) | Criu::RestoresOnly(_) | Criu::DumpsOnly(_) => None,
     };
     let found = match why {
         Some(why) => Err(why.to_owned()),

@@ -27,8 +27,8 @@ pub mod fifo;
 pub mod ghost;
 pub mod inotify;
 pub mod memfd;
-mod paths;
 pub mod nsfile;
+mod paths;
 pub mod pidfd;
 pub mod pipe;
 pub mod regular;
@@ -68,7 +68,9 @@ pub struct Descriptor {
 impl Descriptor {
     /// Reads all there is to know about descriptor `fd` of `pid`, from outside.
     pub fn read(pid: i32, pidfd: BorrowedFd<'_>, fd: i32, buffer: &mut Vec<u8>) -> Result<Descriptor> {
-        let link = rustix::fs::readlink(format!("/proc/{pid}/fd/{fd}"), Vec::new()).call("readlink(/proc/PID/fd/N)")?.into_bytes();
+        let link = rustix::fs::readlink(format!("/proc/{pid}/fd/{fd}"), Vec::new())
+            .call("readlink(/proc/PID/fd/N)")?
+            .into_bytes();
         crate::proc::read_proc(format!("/proc/{pid}/fdinfo/{fd}").as_ref(), buffer).call("read(/proc/PID/fdinfo/N)")?;
         let info = fdinfo::parse(buffer)?;
         let copy = calls::pidfd_getfd(pidfd, fd)?;
@@ -161,9 +163,11 @@ impl<'a> DumpFiles<'a> {
     /// The id of the file behind /proc/PID/exe, /proc/PID/cwd or /proc/PID/root.
     pub fn link(&mut self, pid: i32, name: &str) -> Result<u32> {
         let path = format!("/proc/{pid}/{name}");
-        let target = rustix::fs::readlink(&path, Vec::new()).call("readlink").at(Place::Path(path.clone().into()))?.into_bytes();
+        let target =
+            rustix::fs::readlink(&path, Vec::new()).call("readlink").at(Place::Path(path.clone().into()))?.into_bytes();
         let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
-        let file = rustix::fs::open(&path, flags, rustix::fs::Mode::empty()).call("open").at(Place::Path(path.into()))?;
+        let file =
+            rustix::fs::open(&path, flags, rustix::fs::Mode::empty()).call("open").at(Place::Path(path.into()))?;
         let stat = rustix::fs::fstat(&file).call("fstat")?;
         regular::mapped(self, file, &target, &stat)
     }
@@ -218,8 +222,13 @@ impl<'a> DumpFiles<'a> {
             FileType::Fifo if !path_only => fifo::dump(d, id, self),
             FileType::CharacterDevice if !path_only && tty::is_tty(d.stat.st_rdev) => tty::dump(d, id, self),
             FileType::RegularFile if memfd::is_one(&d.link, &d.stat) => memfd::dump(d, id, self),
-            FileType::RegularFile | FileType::Directory | FileType::CharacterDevice | FileType::BlockDevice | FileType::Fifo
-            | FileType::Symlink | FileType::Socket
+            FileType::RegularFile
+            | FileType::Directory
+            | FileType::CharacterDevice
+            | FileType::BlockDevice
+            | FileType::Fifo
+            | FileType::Symlink
+            | FileType::Socket
                 if d.link.starts_with(b"/") || d.link.starts_with(b"(unreachable)") =>
             {
                 regular::dump(d, id, self)
@@ -232,8 +241,12 @@ impl<'a> DumpFiles<'a> {
                 b"anon_inode:inotify" => inotify::dump(d, id, self),
                 b"anon_inode:[pidfd]" => pidfd::dump(d, id, self),
                 link if link.starts_with(b"pidfd:[") => pidfd::dump(d, id, self),
-                b"anon_inode:[io_uring]" => Err(d.refused("an io_uring", "let the program close its rings before the dump")),
-                b"anon_inode:[userfaultfd]" => Err(d.refused("a userfaultfd", "end the program's userfaultfd handling before the dump")),
+                b"anon_inode:[io_uring]" => {
+                    Err(d.refused("an io_uring", "let the program close its rings before the dump"))
+                }
+                b"anon_inode:[userfaultfd]" => {
+                    Err(d.refused("a userfaultfd", "end the program's userfaultfd handling before the dump"))
+                }
                 b"anon_inode:[fanotify]" => Err(d.refused("a fanotify group", "close it before the dump")),
                 b"anon_inode:[perf_event]" => Err(d.refused("a perf event", "end the profiling before the dump")),
                 b"anon_inode:bpf-map" | b"anon_inode:bpf-prog" | b"anon_inode:bpf_link" => {
@@ -351,11 +364,17 @@ impl<'a> RestoreFiles<'a> {
     pub fn clean(&mut self, worked: bool) -> Result<()> {
         for path in std::mem::take(&mut self.litter) {
             match std::fs::remove_file(&path) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e).call("unlink").at(Place::Path(path)),
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(e).call("unlink").at(Place::Path(path))
+                }
                 _ => {}
             }
         }
-        if worked { regular::done(self) } else { Ok(()) }
+        if worked {
+            regular::done(self)
+        } else {
+            Ok(())
+        }
     }
 
     /// Dispatches by type; an entry without the part that its type promises is a lie.
@@ -385,9 +404,10 @@ impl<'a> RestoreFiles<'a> {
             | FdTypes::Fanotify
             | FdTypes::Bpfmap
             | FdTypes::CtlTty
-            | FdTypes::AutofsPipe) => {
-                Err(Error::refused(format!("an open file of type {}", kind.as_str_name()), "this kind cannot be restored yet"))
-            }
+            | FdTypes::AutofsPipe) => Err(Error::refused(
+                format!("an open file of type {}", kind.as_str_name()),
+                "this kind cannot be restored yet",
+            )),
         }
     }
 

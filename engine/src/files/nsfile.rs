@@ -35,7 +35,9 @@ pub fn kind_of(link: &[u8]) -> Option<(&'static str, u32, u32)> {
 
 /// Dumps one; a namespace that is not the engine's is refused.
 pub fn dump(d: &Descriptor, id: u32, _cx: &mut DumpFiles<'_>) -> Result<FileEntry> {
-    let Some((name, flag, ns_id)) = kind_of(&d.link) else { return Err(d.refused("a namespace file", "close it before the dump")) };
+    let Some((name, flag, ns_id)) = kind_of(&d.link) else {
+        return Err(d.refused("a namespace file", "close it before the dump"));
+    };
     let own = rustix::fs::readlink(format!("/proc/self/ns/{name}"), Vec::new()).call("readlink(/proc/self/ns)")?;
     if own.as_bytes() != d.link {
         return Err(d.refused("a file of another namespace", "close it before the dump"));
@@ -47,7 +49,9 @@ pub fn dump(d: &Descriptor, id: u32, _cx: &mut DumpFiles<'_>) -> Result<FileEntr
 /// Opens the engine's own namespace of that kind.
 pub fn open(e: &NsFileEntry, _cx: &mut RestoreFiles<'_>) -> Result<OwnedFd> {
     let kind = KINDS.iter().position(|(_, flag)| *flag == e.ns_cflag);
-    let Some(position) = kind else { return Err(Error::lie("files.img", format!("a namespace of kind {:#x}", e.ns_cflag))) };
+    let Some(position) = kind else {
+        return Err(Error::lie("files.img", format!("a namespace of kind {:#x}", e.ns_cflag)));
+    };
     if e.ns_id as usize != position + 1 {
         return Err(Error::refused("a file of another namespace", "namespaces cannot be restored yet"));
     }

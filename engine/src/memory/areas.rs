@@ -13,7 +13,7 @@ use standstill_images::proto::VmaEntry;
 use super::status;
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{memfd, regular, DumpFiles};
-use crate::proc::maps::{Vma, VmaName, VmFlags};
+use crate::proc::maps::{VmFlags, Vma, VmaName};
 
 const MADVICE: [(VmFlags, u32); 8] = [
     (VmFlags::SEQUENTIAL, 2),
@@ -32,7 +32,10 @@ pub fn entries(pid: i32, areas: &[Vma], files: &mut DumpFiles<'_>) -> Result<Vec
     for area in areas {
         let entry = entry(pid, area, files).at(Place::Area(area.start, area.end))?;
         // [vvar] and [vvar_vclock] are one area in images
-        if let Some(last) = all.last_mut().filter(|l| l.status & status::VVAR != 0 && entry.status & status::VVAR != 0 && l.end == entry.start) {
+        if let Some(last) = all
+            .last_mut()
+            .filter(|l| l.status & status::VVAR != 0 && entry.status & status::VVAR != 0 && l.end == entry.start)
+        {
             last.end = entry.end;
             continue;
         }
@@ -71,10 +74,16 @@ fn entry(pid: i32, area: &Vma, files: &mut DumpFiles<'_>) -> Result<VmaEntry> {
     let madvice = MADVICE.iter().filter(|(f, _)| flag(*f)).fold(0u64, |bits, (_, n)| bits | 1 << n);
     e.madv = (madvice != 0).then_some(madvice);
     if flag(VmFlags::UFFD_MISSING) || flag(VmFlags::UFFD_WP) || flag(VmFlags::UFFD_MINOR) {
-        return Err(Error::refused("memory that a userfaultfd watches", "end the userfaultfd handling before the dump"));
+        return Err(Error::refused(
+            "memory that a userfaultfd watches",
+            "end the userfaultfd handling before the dump",
+        ));
     }
     if flag(VmFlags::SHADOW_STACK) {
-        return Err(Error::refused("a shadow stack", "start the program with shadow stacks off (GLIBC_TUNABLES=glibc.cpu.x86_shstk=off)"));
+        return Err(Error::refused(
+            "a shadow stack",
+            "start the program with shadow stacks off (GLIBC_TUNABLES=glibc.cpu.x86_shstk=off)",
+        ));
     }
     let anonymous = status::REGULAR | status::ANON_PRIVATE;
     match area.name() {
@@ -87,21 +96,43 @@ fn entry(pid: i32, area: &Vma, files: &mut DumpFiles<'_>) -> Result<VmaEntry> {
         }
         VmaName::Vsyscall => e.status = status::VSYSCALL | status::ANON_PRIVATE,
         VmaName::AnonymousHuge if !area.shared => e.status = anonymous,
-        VmaName::SharedAnonymous | VmaName::NamedSharedAnonymous(_) | VmaName::AnonymousHuge | VmaName::Memfd(_) | VmaName::File(_) => {
+        VmaName::SharedAnonymous
+        | VmaName::NamedSharedAnonymous(_)
+        | VmaName::AnonymousHuge
+        | VmaName::Memfd(_)
+        | VmaName::File(_) => {
             file_area(pid, area, files, &mut e)?;
             return Ok(e);
         }
         VmaName::SysV(key) => {
-            return Err(Error::refused(format!("System V shared memory (key {key:#x})"), "use POSIX shared memory, or put the tasks into an IPC namespace"));
+            return Err(Error::refused(
+                format!("System V shared memory (key {key:#x})"),
+                "use POSIX shared memory, or put the tasks into an IPC namespace",
+            ));
         }
-        VmaName::AioRing => return Err(Error::refused("an AIO context", "let the program destroy its AIO contexts (io_destroy) before the dump")),
-        VmaName::Socket(_) => return Err(Error::refused("the ring of a packet socket", "close the socket before the dump")),
+        VmaName::AioRing => {
+            return Err(Error::refused(
+                "an AIO context",
+                "let the program destroy its AIO contexts (io_destroy) before the dump",
+            ))
+        }
+        VmaName::Socket(_) => {
+            return Err(Error::refused("the ring of a packet socket", "close the socket before the dump"))
+        }
         VmaName::AnonInode(name) => {
-            return Err(Error::refused(format!("a mapping of {}", String::from_utf8_lossy(name)), "let the program unmap it before the dump"));
+            return Err(Error::refused(
+                format!("a mapping of {}", String::from_utf8_lossy(name)),
+                "let the program unmap it before the dump",
+            ));
         }
-        VmaName::Uprobes => return Err(Error::refused("an area of uprobes", "remove the probes from the program before the dump")),
+        VmaName::Uprobes => {
+            return Err(Error::refused("an area of uprobes", "remove the probes from the program before the dump"))
+        }
         VmaName::UnknownSpecial(name) => {
-            return Err(Error::refused(format!("the area {}", String::from_utf8_lossy(name)), "this kernel's special area is not known"));
+            return Err(Error::refused(
+                format!("the area {}", String::from_utf8_lossy(name)),
+                "this kernel's special area is not known",
+            ));
         }
     }
     if e.flags & libc::MAP_PRIVATE as u32 != 0 {
@@ -127,14 +158,17 @@ fn file_area(pid: i32, area: &Vma, files: &mut DumpFiles<'_>, e: &mut VmaEntry) 
     e.pgoff = area.offset;
     let target = rustix::fs::readlink(&link, Vec::new()).call("readlink(/proc/PID/map_files)")?.into_bytes();
     let stat = rustix::fs::stat(&link).call("stat(/proc/PID/map_files)")?;
-    if matches!(area.name(), VmaName::File(_)) && (area.vm_flags.contains(VmFlags::PFN_MAP) || area.vm_flags.contains(VmFlags::IO)) {
+    if matches!(area.name(), VmaName::File(_))
+        && (area.vm_flags.contains(VmFlags::PFN_MAP) || area.vm_flags.contains(VmFlags::IO))
+    {
         return Err(Error::refused(
             format!("memory of the device {}", String::from_utf8_lossy(&target)),
             "let the program unmap the device before the dump",
         ));
     }
     e.status = status::REGULAR | if area.shared { status::FILE_SHARED } else { status::FILE_PRIVATE };
-    let in_memory = target.starts_with(b"/memfd:") || matches!(area.name(), VmaName::SharedAnonymous | VmaName::NamedSharedAnonymous(_) | VmaName::AnonymousHuge);
+    let in_memory = target.starts_with(b"/memfd:")
+        || matches!(area.name(), VmaName::SharedAnonymous | VmaName::NamedSharedAnonymous(_) | VmaName::AnonymousHuge);
     let kind = FileType::from_raw_mode(stat.st_mode);
     let id = if in_memory && kind == FileType::RegularFile {
         e.status |= status::MEMFD;

@@ -24,6 +24,9 @@ const BUFFER: usize = 512 << 10;
 #[derive(Debug)]
 pub struct Drain {
     pid: i32,
+    /// Other tasks may share its pages copy-on-write: process_vm_readv(2) would give it copies of its own, since it pins
+    /// what it reads (kernel 5.19); /proc/PID/mem does not.
+    family: Option<File>,
     runs: Vec<Run>,
     /// Pages in all.
     pub pages: u64,
@@ -41,8 +44,10 @@ struct Run {
 
 /// Finds the pages of `entries` that must be stored, and adds the pseudo entries of guard regions.
 /// `vdso` is what the vdso held before we touched it: a copy of it is stored whole.
-pub fn plan(pid: i32, entries: &mut Vec<VmaEntry>, stack_pointers: &[u64]) -> Result<Drain> {
-    let mut drain = Drain { pid, runs: Vec::new(), pages: 0, scanned: 0 };
+/// `family`: other tasks of the tree may share its pages.
+pub fn plan(pid: i32, entries: &mut Vec<VmaEntry>, stack_pointers: &[u64], family: bool) -> Result<Drain> {
+    let family = if family { Some(remote::open_memory(pid)?) } else { None };
+    let mut drain = Drain { pid, family, runs: Vec::new(), pages: 0, scanned: 0 };
     let mut map = Pagemap::open(pid)?;
     let mut guards = Vec::new();
     for e in entries.iter() {
@@ -63,7 +68,8 @@ pub fn plan(pid: i32, entries: &mut Vec<VmaEntry>, stack_pointers: &[u64]) -> Re
         }
         map.content(e.start, e.end, &mut add).at(Place::Area(e.start, e.end))?;
         if e.status & status::ANON_PRIVATE != 0 || e.status & status::FILE_PRIVATE != 0 {
-            map.guards(e.start, e.end, |start, bytes| guards.push((start, start + bytes))).at(Place::Area(e.start, e.end))?;
+            map.guards(e.start, e.end, |start, bytes| guards.push((start, start + bytes)))
+                .at(Place::Area(e.start, e.end))?;
         }
     }
     for (start, end) in guards {
@@ -144,7 +150,9 @@ impl Drain {
             }
             Ok(())
         })?;
-        let one = |buf: &mut Vec<u8>, (runs, offset, _): &(Vec<Run>, u64, u64)| self.copy_batch(file, runs, *offset, buf, vdso);
+        let one = |buf: &mut Vec<u8>, (runs, offset, _): &(Vec<Run>, u64, u64)| {
+            self.copy_batch(file, runs, *offset, buf, vdso)
+        };
         if batches.len() < 2 {
             let mut buf = Vec::new();
             return batches.iter().try_for_each(|b| one(&mut buf, b));
@@ -152,7 +160,14 @@ impl Drain {
         batches.par_iter().try_for_each_init(Vec::new, |buf, b| one(buf, b))
     }
 
-    fn copy_batch(&self, file: &File, runs: &[Run], mut offset: u64, buf: &mut Vec<u8>, vdso: Option<(u64, &[u8])>) -> Result<()> {
+    fn copy_batch(
+        &self,
+        file: &File,
+        runs: &[Run],
+        mut offset: u64,
+        buf: &mut Vec<u8>,
+        vdso: Option<(u64, &[u8])>,
+    ) -> Result<()> {
         let total: u64 = runs.iter().map(|r| r.bytes).sum();
         let size = usize::try_from(total).unwrap_or(BUFFER).min(BUFFER);
         if buf.len() < size {
@@ -199,6 +214,14 @@ impl Drain {
         if ranges.is_empty() {
             return Ok(());
         }
+        if let Some(memory) = &self.family {
+            let mut at = 0;
+            for &(address, len) in ranges {
+                remote::read_at(memory, address, &mut buf[at..at + len]).at(Place::Area(address, address + len as u64))?;
+                at += len;
+            }
+            return Ok(());
+        }
         let n = remote::read_remote_ranges(self.pid, ranges, buf)?;
         if n == buf.len() {
             return Ok(());
@@ -232,9 +255,14 @@ impl Drain {
     /// Reads what has no PROT_READ, as a debugger does.
     fn read_forced(&self, address: u64, buf: &mut [u8]) -> Result<()> {
         let mem = remote::open_memory(self.pid)?;
-        remote::read_at(&mem, address, buf).at(Place::Area(address, address + buf.len() as u64)).map_err(|e| match e.errno() {
-            libc::EIO => Error::refused("memory that cannot be read", "its file was truncated under it, or the hardware failed"),
-            _ => e,
+        remote::read_at(&mem, address, buf).at(Place::Area(address, address + buf.len() as u64)).map_err(|e| {
+            match e.errno() {
+                libc::EIO => Error::refused(
+                    "memory that cannot be read",
+                    "its file was truncated under it, or the hardware failed",
+                ),
+                _ => e,
+            }
         })
     }
 }

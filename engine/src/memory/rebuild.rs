@@ -80,7 +80,11 @@ impl Memory {
         for l in chain.located()? {
             let Some(offset) = l.offset else {
                 let place = Place::Area(l.address, l.address + l.pages * PAGE);
-                return Err(Error::refused("memory that is not in the images", "it was dumped with --lazy-pages; serve it from there")).at(place);
+                return Err(Error::refused(
+                    "memory that is not in the images",
+                    "it was dumped with --lazy-pages; serve it from there",
+                ))
+                .at(place);
             };
             content.push(Content { address: l.address, bytes: l.pages * PAGE, layer: l.layer, offset });
         }
@@ -106,7 +110,9 @@ impl Memory {
                 return lie(format!("area {:x}-{:x} overlaps the one before it", e.start, e.end));
             }
             last = e.end;
-            let refuse = |what: &str| Err(Error::refused(what, "this area cannot be restored yet")).at(Place::Area(e.start, e.end));
+            let refuse = |what: &str| {
+                Err(Error::refused(what, "this area cannot be restored yet")).at(Place::Area(e.start, e.end))
+            };
             for (bit, what) in [
                 (status::AIORING, "an AIO ring"),
                 (status::SYSVIPC, "System V shared memory"),
@@ -138,7 +144,12 @@ impl Memory {
                 }
                 match private.peek() {
                     Some(e) if e.start <= at => at = e.end,
-                    _ => return Err(Error::lie("pagemap", format!("a page at {at:x}, where the task has no private area"))),
+                    _ => {
+                        return Err(Error::lie(
+                            "pagemap",
+                            format!("a page at {at:x}, where the task has no private area"),
+                        ))
+                    }
                 }
             }
         }
@@ -240,7 +251,8 @@ impl Memory {
         if let Some((inherited, _)) = found {
             let theirs: HashMap<u64, &Present> = inherited.areas.iter().map(|p| (p.entry.start, p)).collect();
             for e in self.private() {
-                if let Some(p) = theirs.get(&e.start).filter(|p| same_area(&p.entry, e) && p.exe == self.mm.exe_file_id) {
+                if let Some(p) = theirs.get(&e.start).filter(|p| same_area(&p.entry, e) && p.exe == self.mm.exe_file_id)
+                {
                     kept.insert(e.start, p);
                 }
             }
@@ -261,7 +273,11 @@ impl Memory {
                         protect(e, prot, plan);
                     }
                     for (start, bytes) in drops {
-                        plan.call("page that only the parent has", libc::SYS_madvise, &[start.into(), bytes.into(), libc::MADV_DONTNEED.into()]);
+                        plan.call(
+                            "page that only the parent has",
+                            libc::SYS_madvise,
+                            &[start.into(), bytes.into(), libc::MADV_DONTNEED.into()],
+                        );
                     }
                     for run in &reads {
                         self.fill(pid, run, numbers, plan)?;
@@ -293,7 +309,13 @@ impl Memory {
 
     /// Which pages of a kept area must be read because they differ from the parent's, and which the parent has alone.
     #[allow(clippy::type_complexity)]
-    fn differences(&self, parent: &Memory, e: &VmaEntry, content: &[Content], figures: &mut Figures) -> Result<(Vec<Content>, Vec<(u64, u64)>)> {
+    fn differences(
+        &self,
+        parent: &Memory,
+        e: &VmaEntry,
+        content: &[Content],
+        figures: &mut Figures,
+    ) -> Result<(Vec<Content>, Vec<(u64, u64)>)> {
         let theirs = parent.content(e.start, e.end);
         let mut reads: Vec<Content> = Vec::new();
         let mut drops: Vec<(u64, u64)> = Vec::new();
@@ -317,7 +339,9 @@ impl Memory {
                 }
                 (Some(o), Some(t)) => {
                     figures.compared += 1;
-                    let (Some(x), Some(y)) = (self.chain.pages(o.layer), parent.chain.pages(t.layer)) else { return Err(Error::Gone) };
+                    let (Some(x), Some(y)) = (self.chain.pages(o.layer), parent.chain.pages(t.layer)) else {
+                        return Err(Error::Gone);
+                    };
                     x.read_exact_at(&mut a, o.offset).call("read(pages)")?;
                     y.read_exact_at(&mut b, t.offset).call("read(pages)")?;
                     if a == b {
@@ -361,7 +385,12 @@ impl Memory {
                 plan.call_or("advice", libc::SYS_madvise, &args, [libc::EINVAL, libc::EINVAL]);
             }
             if e.flags & libc::MAP_LOCKED as u32 != 0 {
-                plan.call_or("locked memory", libc::SYS_mlock, &[e.start.into(), len.into()], [libc::ENOMEM, libc::EAGAIN]);
+                plan.call_or(
+                    "locked memory",
+                    libc::SYS_mlock,
+                    &[e.start.into(), len.into()],
+                    [libc::ENOMEM, libc::EAGAIN],
+                );
             }
         }
         Ok(())
@@ -381,8 +410,18 @@ pub struct Figures {
 
 /// First address behind user memory (four-level paging; an area beyond needs five, and says so by its address).
 pub const TASK_SIZE: u64 = 0x7fff_ffff_f000;
-const ALL_KNOWN: u32 = status::REGULAR | 1 << 1 | status::VSYSCALL | status::VDSO | 1 << 4 | status::HEAP | status::FILE_PRIVATE
-    | status::FILE_SHARED | status::ANON_PRIVATE | status::VVAR | status::MEMFD | status::GUARD;
+const ALL_KNOWN: u32 = status::REGULAR
+    | 1 << 1
+    | status::VSYSCALL
+    | status::VDSO
+    | 1 << 4
+    | status::HEAP
+    | status::FILE_PRIVATE
+    | status::FILE_SHARED
+    | status::ANON_PRIVATE
+    | status::VVAR
+    | status::MEMFD
+    | status::GUARD;
 
 fn has_file(e: &VmaEntry) -> bool {
     e.status & (status::FILE_PRIVATE | status::FILE_SHARED) != 0
@@ -403,19 +442,30 @@ fn same_area(a: &VmaEntry, b: &VmaEntry) -> bool {
 }
 
 fn pages_of(run: &Content) -> impl Iterator<Item = Content> + '_ {
-    (0..run.bytes / PAGE).map(|i| Content { address: run.address + i * PAGE, bytes: PAGE, layer: run.layer, offset: run.offset + i * PAGE })
+    (0..run.bytes / PAGE).map(|i| Content {
+        address: run.address + i * PAGE,
+        bytes: PAGE,
+        layer: run.layer,
+        offset: run.offset + i * PAGE,
+    })
 }
 
 fn push_page(runs: &mut Vec<Content>, page: Content) {
     match runs.last_mut() {
-        Some(r) if r.address + r.bytes == page.address && r.layer == page.layer && r.offset + r.bytes == page.offset => r.bytes += PAGE,
+        Some(r)
+            if r.address + r.bytes == page.address && r.layer == page.layer && r.offset + r.bytes == page.offset =>
+        {
+            r.bytes += PAGE
+        }
         _ => runs.push(page),
     }
 }
 
 fn map(e: &VmaEntry, prot: u32, numbers: &Numbers, plan: &mut Plan) -> Result<()> {
     let huge = libc::MAP_HUGETLB as u32 | 0x3f << 26;
-    let kept = (libc::MAP_SHARED | libc::MAP_PRIVATE | 0x8 | libc::MAP_ANONYMOUS | libc::MAP_GROWSDOWN | libc::MAP_NORESERVE) as u32;
+    let kept =
+        (libc::MAP_SHARED | libc::MAP_PRIVATE | 0x8 | libc::MAP_ANONYMOUS | libc::MAP_GROWSDOWN | libc::MAP_NORESERVE)
+            as u32;
     let mut flags = e.flags & kept | libc::MAP_FIXED as u32;
     if e.flags & libc::MAP_HUGETLB as u32 != 0 && !has_file(e) {
         flags |= e.flags & huge;
@@ -423,7 +473,10 @@ fn map(e: &VmaEntry, prot: u32, numbers: &Numbers, plan: &mut Plan) -> Result<()
     let fd = if has_file(e) {
         flags &= !(libc::MAP_ANONYMOUS as u32);
         let (id, mode) = file_key(e);
-        *numbers.areas.get(&(id, mode)).ok_or_else(|| Error::lie("mm", format!("an area of file {id:#x}, which is not there")))?
+        *numbers
+            .areas
+            .get(&(id, mode))
+            .ok_or_else(|| Error::lie("mm", format!("an area of file {id:#x}, which is not there")))?
     } else {
         -1
     };

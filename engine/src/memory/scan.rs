@@ -52,14 +52,21 @@ impl Pagemap {
         self.scan(start, end, [0, GUARD, 0], take)
     }
 
-    fn scan(&mut self, start: u64, end: u64, [inverted, mask, any]: [u64; 3], mut take: impl FnMut(u64, u64)) -> Result<()> {
+    fn scan(
+        &mut self,
+        start: u64,
+        end: u64,
+        [inverted, mask, any]: [u64; 3],
+        mut take: impl FnMut(u64, u64),
+    ) -> Result<()> {
         let mut at = start;
         while at < end {
             if self.old_kernel {
                 return self.read(at, end, take);
             }
             // struct pm_scan_arg
-            let words = [96, 0, at, end, 0, self.regions.as_mut_ptr() as u64, BATCH as u64, 0, inverted, mask, any, FILE];
+            let words =
+                [96, 0, at, end, 0, self.regions.as_mut_ptr() as u64, BATCH as u64, 0, inverted, mask, any, FILE];
             let mut arg: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
             let n = match calls::ioctl(self.file.as_fd(), "ioctl(PAGEMAP_SCAN)", PAGEMAP_SCAN, &mut arg) {
                 Ok(n) => usize::try_from(n).unwrap_or(0).min(BATCH),

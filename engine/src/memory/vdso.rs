@@ -48,7 +48,12 @@ impl Layout {
     pub fn moved(&self, to: u64) -> Layout {
         let from = self.start();
         let shift = |a: u64| if a == 0 { 0 } else { a - from + to };
-        Layout { vvar: shift(self.vvar), vvar_end: shift(self.vvar_end), vdso: shift(self.vdso), vdso_end: shift(self.vdso_end) }
+        Layout {
+            vvar: shift(self.vvar),
+            vvar_end: shift(self.vvar_end),
+            vdso: shift(self.vdso),
+            vdso_end: shift(self.vdso_end),
+        }
     }
 
     /// The lowest address.

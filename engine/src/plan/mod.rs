@@ -133,8 +133,24 @@ impl Plan {
     }
 
     /// Adds an operation.
-    pub fn op(&mut self, code: Code, nr: i64, args: &[Arg], expect: Expect, want: [i64; 2], label: impl Into<Label>) -> At {
-        let mut op = Op { code: code as u32, nr: nr as u32, kinds: [0; 6], expect: expect as u8, reserved: 0, args: [0; 6], want };
+    pub fn op(
+        &mut self,
+        code: Code,
+        nr: i64,
+        args: &[Arg],
+        expect: Expect,
+        want: [i64; 2],
+        label: impl Into<Label>,
+    ) -> At {
+        let mut op = Op {
+            code: code as u32,
+            nr: nr as u32,
+            kinds: [0; 6],
+            expect: expect as u8,
+            reserved: 0,
+            args: [0; 6],
+            want,
+        };
         for (i, arg) in args.iter().enumerate().take(6) {
             let (kind, value) = match *arg {
                 Arg::Imm(v) => (Kind::Imm, v),
@@ -151,7 +167,14 @@ impl Plan {
 
     /// Makes the word at `place` + `offset` point to `target`, when the plan runs.
     pub fn pointer(&mut self, place: Data, offset: u64, target: Data) {
-        self.op(Code::Store, 0, &[Arg::Data(place.offset + offset), Arg::Data(target.offset)], Expect::Any, [0; 2], "pointer");
+        self.op(
+            Code::Store,
+            0,
+            &[Arg::Data(place.offset + offset), Arg::Data(target.offset)],
+            Expect::Any,
+            [0; 2],
+            "pointer",
+        );
     }
 
     /// A system call that must not fail.
@@ -204,7 +227,9 @@ impl Plan {
                     _ => true,
                 };
                 if !good {
-                    return Err(Error::Usage { what: format!("operation {i} ({}) of a plan has an operand past its end", self.labels[i]) });
+                    return Err(Error::Usage {
+                        what: format!("operation {i} ({}) of a plan has an operand past its end", self.labels[i]),
+                    });
                 }
             }
         }

@@ -35,7 +35,9 @@ pub fn parse(bytes: &[u8]) -> Result<Auxv, ParseError> {
     let at = Place::first("/proc/PID/auxv");
     let mut entries = Vec::with_capacity(bytes.len() / 16);
     for pair in bytes.chunks(16) {
-        let word = |range: std::ops::Range<usize>| pair.get(range).and_then(|word: &[u8]| word.try_into().ok()).map(u64::from_ne_bytes);
+        let word = |range: std::ops::Range<usize>| {
+            pair.get(range).and_then(|word: &[u8]| word.try_into().ok()).map(u64::from_ne_bytes)
+        };
         let (Some(kind), Some(value)) = (word(0..8), word(8..16)) else { return Err(at.malformed("a pair of words")) };
         if kind == 0 {
             return Ok(Auxv { entries });

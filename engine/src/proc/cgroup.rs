@@ -50,7 +50,8 @@ mod tests {
 
     #[test]
     fn real() {
-        let groups = parse(b"9:name=systemd:/\n4:memory:/process_api/ce1e\n2:cpu,cpuacct:/a:b,c (deleted)\n0::/../x\n").unwrap();
+        let groups =
+            parse(b"9:name=systemd:/\n4:memory:/process_api/ce1e\n2:cpu,cpuacct:/a:b,c (deleted)\n0::/../x\n").unwrap();
         assert_eq!(groups.len(), 4);
         assert_eq!(groups[0].controllers, [b"name=systemd"]);
         assert_eq!(groups[1].path, b"/process_api/ce1e");

@@ -272,9 +272,8 @@ pub fn parse(text: &[u8]) -> Result<FdInfo, ParseError> {
 /// Key and value; for `inotify wd:…` and `fanotify …` the first word and the rest.
 fn split_line(line: &[u8]) -> Option<(&[u8], &[u8])> {
     match line {
-        [b'i', b'n', b'o', b't', b'i', b'f', b'y', b' ', ..] | [b'f', b'a', b'n', b'o', b't', b'i', b'f', b'y', b' ', ..] => {
-            split_once(line, b' ')
-        }
+        [b'i', b'n', b'o', b't', b'i', b'f', b'y', b' ', ..]
+        | [b'f', b'a', b'n', b'o', b't', b'i', b'f', b'y', b' ', ..] => split_once(line, b' '),
         _ => split_once(line, b':'),
     }
 }
@@ -378,12 +377,12 @@ impl FdDetail {
     fn eventfd(&mut self, at: Place, key: &[u8], value: &[u8]) -> Result<bool, ParseError> {
         let empty = Self::Eventfd { count: 0, id: None, semaphore: None };
         of_kind!(self, at, "another kind than eventfd", empty,
-            Self::Eventfd { count, id, semaphore } => match key {
-                b"eventfd-count" => *count = at.uint(value, 16, "eventfd-count")?,
-                b"eventfd-id" => *id = Some(at.int(value, "eventfd-id")?),
-                b"eventfd-semaphore" => *semaphore = Some(at.flag(value, "eventfd-semaphore")?),
-                _ => return Ok(false),
-            });
+        Self::Eventfd { count, id, semaphore } => match key {
+            b"eventfd-count" => *count = at.uint(value, 16, "eventfd-count")?,
+            b"eventfd-id" => *id = Some(at.int(value, "eventfd-id")?),
+            b"eventfd-semaphore" => *semaphore = Some(at.flag(value, "eventfd-semaphore")?),
+            _ => return Ok(false),
+        });
         Ok(true)
     }
 }

@@ -48,7 +48,10 @@ pub struct Limit {
 pub fn parse(text: &[u8]) -> Result<[Limit; COUNT], ParseError> {
     let mut found = [None; COUNT];
     let mut lines = Lines::new("/proc/PID/limits", text);
-    lines.next().filter(|(_, head)| head.starts_with(b"Limit ")).ok_or_else(|| lines.place().missing("the head line"))?;
+    lines
+        .next()
+        .filter(|(_, head)| head.starts_with(b"Limit "))
+        .ok_or_else(|| lines.place().missing("the head line"))?;
     for (at, line) in lines.by_ref() {
         let row = NAMES.iter().zip(&mut found).find_map(|(name, slot)| {
             let rest = line.strip_prefix(name.as_bytes()).filter(|rest| rest.first() == Some(&b' '))?;

@@ -134,7 +134,10 @@ mod tests {
         assert_eq!(parse(b"/memfd: (deleted) (deleted)"), LinkTarget::Memfd(b" (deleted)"));
         assert_eq!(parse(b"/memfd:x"), LinkTarget::Path { path: b"/memfd:x", deleted: false });
         assert_eq!(parse(b"/SYSV00001234 (deleted)"), LinkTarget::SysV(0x1234));
-        assert_eq!(parse(b"/tmp/we ird\n\\012x (deleted)"), LinkTarget::Path { path: b"/tmp/we ird\n\\012x", deleted: true });
+        assert_eq!(
+            parse(b"/tmp/we ird\n\\012x (deleted)"),
+            LinkTarget::Path { path: b"/tmp/we ird\n\\012x", deleted: true }
+        );
         assert_eq!(parse(b"/"), LinkTarget::Path { path: b"/", deleted: false });
         assert_eq!(parse_namespace(b"pid:[4026531836]"), Ok((NamespaceKind::Pid, 4_026_531_836)));
     }

@@ -178,8 +178,13 @@ mod tests {
         for length in 1..line.len() - 1 {
             assert!(parse(&line[..length]).is_err());
         }
-        for bad in ["\n", "1: NEW ADVISORY READ 1 0:0:0 0 EOF", "1: POSIX ADVISORY READ 1 0:0:0:0 0 EOF",
-            "1: POSIX ADVISORY READ 1 0:0:0 9 8", "1: POSIX ADVISORY READ 1 0:0:0 0 EOF EOF"] {
+        for bad in [
+            "\n",
+            "1: NEW ADVISORY READ 1 0:0:0 0 EOF",
+            "1: POSIX ADVISORY READ 1 0:0:0:0 0 EOF",
+            "1: POSIX ADVISORY READ 1 0:0:0 9 8",
+            "1: POSIX ADVISORY READ 1 0:0:0 0 EOF EOF",
+        ] {
             assert!(parse(bad.as_bytes()).is_err());
         }
     }

@@ -38,7 +38,8 @@ fn smaps() {
 
 #[test]
 fn names() {
-    let with = |name: &str| one(&format!("7fa611d74000-7fa611d75000 rw-s 00000000 00:01 9                          {name}\n"));
+    let with =
+        |name: &str| one(&format!("7fa611d74000-7fa611d75000 rw-s 00000000 00:01 9                          {name}\n"));
     assert_eq!(one("7fa611d74000-7fa611d75000 rw-p 00000000 00:00 0 \n").name(), VmaName::Anonymous);
     assert_eq!(one("7fa611d74000-7fa611d75000 rw-p 00000000 00:00 0").name(), VmaName::Anonymous);
     assert_eq!(with("[heap]").name(), VmaName::Heap);
@@ -115,7 +116,8 @@ fn many_areas() {
     for n in 0..30_000u64 {
         let start = 0x7f00_0000_0000 + n * 8192;
         text.extend(format!("{:x}-{:x} rw-p 00000000 00:00 0 \n", start, start + 4096).as_bytes());
-        for key in ["Size", "KernelPageSize", "MMUPageSize", "Rss", "Pss", "Pss_Dirty", "Shared_Clean", "Shared_Dirty"] {
+        for key in ["Size", "KernelPageSize", "MMUPageSize", "Rss", "Pss", "Pss_Dirty", "Shared_Clean", "Shared_Dirty"]
+        {
             text.extend(format!("{:<16}{:>8} kB\n", format!("{key}:"), 4).as_bytes());
         }
         for key in ["Private_Clean", "Private_Dirty", "Referenced", "Anonymous", "KSM", "LazyFree", "AnonHugePages"] {

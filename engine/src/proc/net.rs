@@ -74,7 +74,8 @@ pub fn parse_unix(text: &[u8]) -> Result<Vec<UnixSocket>, ParseError> {
             sockets.push(socket);
             continue;
         }
-        let before = sockets.last_mut().and_then(|socket| socket.name.as_mut()).ok_or_else(|| at.malformed("a socket"))?;
+        let before =
+            sockets.last_mut().and_then(|socket| socket.name.as_mut()).ok_or_else(|| at.malformed("a socket"))?;
         before.push(b'\n');
         before.extend_from_slice(line);
     }

@@ -128,7 +128,12 @@ pub fn syscall(text: &[u8]) -> Result<SyscallState, ParseError> {
         for argument in &mut arguments {
             *argument = next("an argument")?;
         }
-        SyscallState::InSyscall { number, arguments, sp: next("the stack pointer")?, pc: next("the instruction pointer")? }
+        SyscallState::InSyscall {
+            number,
+            arguments,
+            sp: next("the stack pointer")?,
+            pc: next("the instruction pointer")?,
+        }
     };
     match words.next() {
         None => Ok(state),
@@ -287,7 +292,9 @@ mod tests {
     fn clocks_and_groups() {
         let offsets = timens_offsets(b"monotonic           0         0\nboottime          -86400 999999999\n").unwrap();
         assert_eq!((offsets.monotonic, offsets.boottime), ((0, 0), (-86400, 999_999_999)));
-        for bad in ["", "monotonic 0 0\n", "monotonic 0 1000000000\nboottime 0 0", "new 0 0", "monotonic 0 0\nmonotonic 0 0\n"] {
+        for bad in
+            ["", "monotonic 0 0\n", "monotonic 0 1000000000\nboottime 0 0", "new 0 0", "monotonic 0 0\nmonotonic 0 0\n"]
+        {
             assert!(timens_offsets(bad.as_bytes()).is_err());
         }
         assert_eq!(autogroup_nice(b"/autogroup-10 nice -5\n"), Ok(Some(-5)));

@@ -2,7 +2,8 @@
 
 use super::*;
 
-const REAL: &[u8] = b"Name:\tcat\nUmask:\t0022\nState:\tR (running)\nTgid:\t11610\nNgid:\t0\nPid:\t11610\nPPid:\t11608\n\
+const REAL: &[u8] =
+    b"Name:\tcat\nUmask:\t0022\nState:\tR (running)\nTgid:\t11610\nNgid:\t0\nPid:\t11610\nPPid:\t11608\n\
 TracerPid:\t0\nUid:\t0\t1\t2\t3\nGid:\t0\t0\t0\t4294967295\nFDSize:\t256\nGroups:\t4 24 1000 \nNStgid:\t11610\t5\n\
 NSpid:\t11610\t5\nNSpgid:\t11608\t3\nNSsid:\t2787\t0\nKthread:\t0\nVmPeak:\t    3060 kB\nVmSize:\t    3060 kB\n\
 VmLck:\t       0 kB\nVmRSS:\t    1764 kB\nVmSwap:\t       0 kB\nHugetlbPages:\t       0 kB\nCoreDumping:\t0\n\
@@ -65,7 +66,9 @@ fn hostile() {
     }
     let twice = [REAL, b"Pid:\t1\n"].concat();
     assert!(parse(&twice).unwrap_err().to_string().ends_with("Pid is there twice"));
-    for (from, to) in [("Tgid:\t11610", "Tgid:\t99999999999"), ("R (running)", "Q (what)"), ("1/96365", "1"), ("0022", "0082")] {
+    for (from, to) in
+        [("Tgid:\t11610", "Tgid:\t99999999999"), ("R (running)", "Q (what)"), ("1/96365", "1"), ("0022", "0082")]
+    {
         let text = String::from_utf8(REAL.to_vec()).unwrap().replace(from, to);
         assert!(parse(text.as_bytes()).is_err(), "{to}");
     }

@@ -47,7 +47,8 @@ pub fn parse(text: &[u8]) -> Result<Vec<PosixTimer>, ParseError> {
     while let Some((at, line)) = lines.next() {
         let id = at.int(value(at, line, b"ID", "ID")?, "ID")?;
         let (at, line) = lines.next().ok_or_else(|| at.missing("signal"))?;
-        let (signal, pointer) = split_once(value(at, line, b"signal", "signal")?, b'/').ok_or_else(|| at.malformed("signal"))?;
+        let (signal, pointer) =
+            split_once(value(at, line, b"signal", "signal")?, b'/').ok_or_else(|| at.malformed("signal"))?;
         let (signal, pointer) = (at.int(signal, "signal")?, at.uint(pointer, 16, "signal")?);
         let (at, line) = lines.next().ok_or_else(|| at.missing("notify"))?;
         let (notify, to_thread, pid) = notify(at, value(at, line, b"notify", "notify")?)?;

@@ -85,9 +85,11 @@ pub fn restore_queue(queue: Option<&SignalQueueEntry>, pid: i32, thread: Option<
         let data = plan.bytes(&info.siginfo);
         match thread {
             None => plan.call("pending signal", libc::SYS_rt_sigqueueinfo, &[pid.into(), signal.into(), data.into()]),
-            Some(tid) => {
-                plan.call("pending signal of a thread", libc::SYS_rt_tgsigqueueinfo, &[pid.into(), tid.into(), signal.into(), data.into()])
-            }
+            Some(tid) => plan.call(
+                "pending signal of a thread",
+                libc::SYS_rt_tgsigqueueinfo,
+                &[pid.into(), tid.into(), signal.into(), data.into()],
+            ),
         };
     }
     Ok(())

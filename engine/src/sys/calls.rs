@@ -7,7 +7,11 @@ use standstill_images::proto::FownEntry;
 use crate::error::{Error, Result};
 
 fn answer(call: &'static str, r: libc::c_long) -> Result<i64> {
-    if r < 0 { Err(Error::last(call)) } else { Ok(r) }
+    if r < 0 {
+        Err(Error::last(call))
+    } else {
+        Ok(r)
+    }
 }
 
 /// pidfd_open(2).
@@ -76,7 +80,13 @@ pub fn file_owner(fd: BorrowedFd<'_>) -> Result<FownEntry> {
             return Ok(FownEntry { uid: 0, euid: 0, signum: signal as u32, pid_type: 0, pid: 0 });
         }
         answer("fcntl(F_GETOWNER_UIDS)", libc::fcntl(fd.as_raw_fd(), F_GETOWNER_UIDS, ids.as_mut_ptr()).into())?;
-        Ok(FownEntry { uid: ids[0], euid: ids[1], signum: signal as u32, pid_type: owner[0] as u32, pid: owner[1] as u32 })
+        Ok(FownEntry {
+            uid: ids[0],
+            euid: ids[1],
+            signum: signal as u32,
+            pid_type: owner[0] as u32,
+            pid: owner[1] as u32,
+        })
     }
 }
 
@@ -105,15 +115,22 @@ pub fn ioctl_value(fd: BorrowedFd<'_>, call: &'static str, request: u64, value: 
 pub fn getsockopt(fd: BorrowedFd<'_>, level: i32, name: i32, buffer: &mut [u8]) -> Result<usize> {
     let mut len = buffer.len() as libc::socklen_t;
     // SAFETY: `len` is the size of `buffer`.
-    answer("getsockopt", unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, buffer.as_mut_ptr().cast(), &raw mut len) }.into())?;
+    answer(
+        "getsockopt",
+        unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, buffer.as_mut_ptr().cast(), &raw mut len) }.into(),
+    )?;
     Ok(len as usize)
 }
 
 /// setsockopt(2) from raw bytes.
 pub fn setsockopt(fd: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> Result<()> {
     // SAFETY: the length is that of `value`.
-    answer("setsockopt", unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, value.as_ptr().cast(), value.len() as libc::socklen_t) }.into())
-        .map(drop)
+    answer(
+        "setsockopt",
+        unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, value.as_ptr().cast(), value.len() as libc::socklen_t) }
+            .into(),
+    )
+    .map(drop)
 }
 
 /// A wait status, raw, of a child that changed its state; `None` if none did.
@@ -179,7 +196,10 @@ pub fn open_by_handle(mount: BorrowedFd<'_>, kind: u32, handle: &[u8]) -> Result
     let flags = libc::O_PATH | libc::O_CLOEXEC;
     // SAFETY: the first word says how many bytes follow the two; the new descriptor is ours alone.
     unsafe {
-        let fd = answer("open_by_handle_at", libc::syscall(libc::SYS_open_by_handle_at, mount.as_raw_fd(), raw.as_ptr(), flags))?;
+        let fd = answer(
+            "open_by_handle_at",
+            libc::syscall(libc::SYS_open_by_handle_at, mount.as_raw_fd(), raw.as_ptr(), flags),
+        )?;
         Ok(OwnedFd::from_raw_fd(fd as i32))
     }
 }

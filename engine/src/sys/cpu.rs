@@ -21,7 +21,11 @@ pub fn component(bit: u32) -> Component {
             #[allow(unused_unsafe)]
             // SAFETY: every x86-64 CPU has the cpuid instruction.
             let r = unsafe { std::arch::x86_64::__cpuid_count(0xd, i as u32) };
-            if i < 2 { (0, 0) } else { (r.ebx, r.eax) }
+            if i < 2 {
+                (0, 0)
+            } else {
+                (r.ebx, r.eax)
+            }
         })
     });
     let (offset, size) = leaf.get(bit as usize).copied().unwrap_or((0, 0));

@@ -13,7 +13,8 @@ impl crate::sys::memory::SharedPart for Owner {}
 
 /// Sleeps while `word` is `value`, at most for `patience`.
 pub fn wait(word: &AtomicU32, value: u32, patience: Duration) {
-    let time = libc::timespec { tv_sec: patience.as_secs() as libc::time_t, tv_nsec: patience.subsec_nanos() as libc::c_long };
+    let time =
+        libc::timespec { tv_sec: patience.as_secs() as libc::time_t, tv_nsec: patience.subsec_nanos() as libc::c_long };
     // SAFETY: word and time live across the call.
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, value, &raw const time, 0, 0) };
 }

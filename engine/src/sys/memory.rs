@@ -34,10 +34,10 @@ pub fn read_remote(pid: i32, address: u64, buf: &mut [u8]) -> Result<usize> {
 /// process_vm_readv(2) of many ranges into one buffer, in order; how many bytes could be read.
 pub fn read_remote_ranges(pid: i32, ranges: &[(u64, usize)], buf: &mut [u8]) -> Result<usize> {
     let local = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
-    let remote: Vec<_> =
-        ranges.iter().map(|&(a, n)| libc::iovec { iov_base: a as *mut _, iov_len: n }).collect();
+    let remote: Vec<_> = ranges.iter().map(|&(a, n)| libc::iovec { iov_base: a as *mut _, iov_len: n }).collect();
     // SAFETY: `local` is `buf`; the kernel checks the remote side.
-    let n = unsafe { libc::process_vm_readv(pid, &raw const local, 1, remote.as_ptr(), remote.len() as libc::c_ulong, 0) };
+    let n =
+        unsafe { libc::process_vm_readv(pid, &raw const local, 1, remote.as_ptr(), remote.len() as libc::c_ulong, 0) };
     usize::try_from(n).map_err(|_| Error::last("process_vm_readv"))
 }
 
@@ -58,7 +58,14 @@ impl Shared {
     pub fn map(fd: BorrowedFd<'_>, offset: u64, len: usize) -> Result<Shared> {
         // SAFETY: a new mapping at a place of the kernel's choice touches nothing that exists.
         let p = unsafe {
-            libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, fd.as_raw_fd(), offset as libc::off_t)
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                fd.as_raw_fd(),
+                offset as libc::off_t,
+            )
         };
         if p == libc::MAP_FAILED {
             return Err(Error::last("mmap"));
@@ -70,7 +77,14 @@ impl Shared {
     pub fn anonymous(len: usize) -> Result<Shared> {
         // SAFETY: as in `map`.
         let p = unsafe {
-            libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1, 0)
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
         };
         if p == libc::MAP_FAILED {
             return Err(Error::last("mmap"));
@@ -112,7 +126,10 @@ impl Shared {
     /// # Panics
     /// When it does not lie within the memory or is not aligned.
     pub fn at<T: SharedPart>(&self, offset: usize) -> &T {
-        assert!(offset.checked_add(size_of::<T>()).is_some_and(|end| end <= self.len), "structure past the shared memory");
+        assert!(
+            offset.checked_add(size_of::<T>()).is_some_and(|end| end <= self.len),
+            "structure past the shared memory"
+        );
         assert_eq!((self.address() + offset) % align_of::<T>(), 0, "structure not aligned");
         // SAFETY: in bounds and aligned; T is made of integers and atomics, for which every bit pattern is good.
         unsafe { &*self.at.as_ptr().add(offset).cast() }

@@ -2,6 +2,7 @@
 //! invariant that makes it sound.
 #![allow(unsafe_code)]
 
+pub mod calls;
 pub mod cpu;
 pub mod diag;
 pub mod futex;
@@ -9,4 +10,3 @@ pub mod memory;
 pub mod probe;
 pub mod ptrace;
 pub mod spawn;
-pub mod calls;

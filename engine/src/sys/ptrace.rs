@@ -91,7 +91,13 @@ pub fn set_registers(tid: i32, regs: &Registers) -> Result<()> {
 pub fn xstate(tid: i32) -> Result<Vec<u8>> {
     let mut buf = vec![0u8; 16 << 10];
     let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
-    request("ptrace(PTRACE_GETREGSET, NT_X86_XSTATE)", libc::PTRACE_GETREGSET, tid, NT_X86_XSTATE, &raw mut iov as usize)?;
+    request(
+        "ptrace(PTRACE_GETREGSET, NT_X86_XSTATE)",
+        libc::PTRACE_GETREGSET,
+        tid,
+        NT_X86_XSTATE,
+        &raw mut iov as usize,
+    )?;
     buf.truncate(iov.iov_len);
     Ok(buf)
 }
@@ -99,7 +105,14 @@ pub fn xstate(tid: i32) -> Result<Vec<u8>> {
 /// Sets the whole extended state.
 pub fn set_xstate(tid: i32, state: &[u8]) -> Result<()> {
     let mut iov = libc::iovec { iov_base: state.as_ptr().cast_mut().cast(), iov_len: state.len() };
-    request("ptrace(PTRACE_SETREGSET, NT_X86_XSTATE)", libc::PTRACE_SETREGSET, tid, NT_X86_XSTATE, &raw mut iov as usize).map(drop)
+    request(
+        "ptrace(PTRACE_SETREGSET, NT_X86_XSTATE)",
+        libc::PTRACE_SETREGSET,
+        tid,
+        NT_X86_XSTATE,
+        &raw mut iov as usize,
+    )
+    .map(drop)
 }
 
 /// The blocked signals.
@@ -132,7 +145,13 @@ pub struct Rseq {
 /// A thread's registration of restartable sequences; all zero where the kernel has none.
 pub fn rseq(tid: i32) -> Result<Rseq> {
     let mut r = Rseq::default();
-    match request("ptrace(PTRACE_GET_RSEQ_CONFIGURATION)", PTRACE_GET_RSEQ_CONFIGURATION, tid, size_of::<Rseq>(), &raw mut r as usize) {
+    match request(
+        "ptrace(PTRACE_GET_RSEQ_CONFIGURATION)",
+        PTRACE_GET_RSEQ_CONFIGURATION,
+        tid,
+        size_of::<Rseq>(),
+        &raw mut r as usize,
+    ) {
         Ok(_) => Ok(r),
         Err(e) if matches!(e.errno(), libc::EIO | libc::EINVAL) => Ok(Rseq::default()),
         Err(e) => Err(e),
@@ -168,7 +187,13 @@ pub fn pending_signals(tid: i32, shared: bool) -> Result<Vec<[u8; 128]>> {
             nr: i32,
         }
         let args = Args { off: all.len() as u64, flags: u32::from(shared), nr: BATCH as i32 };
-        let n = request("ptrace(PTRACE_PEEKSIGINFO)", PTRACE_PEEKSIGINFO, tid, &raw const args as usize, buf.as_mut_ptr() as usize)?;
+        let n = request(
+            "ptrace(PTRACE_PEEKSIGINFO)",
+            PTRACE_PEEKSIGINFO,
+            tid,
+            &raw const args as usize,
+            buf.as_mut_ptr() as usize,
+        )?;
         let n = usize::try_from(n).unwrap_or(0).min(BATCH);
         all.extend_from_slice(&buf[..n]);
         if n < BATCH {
@@ -200,7 +225,11 @@ pub fn stopped(tid: i32) -> Result<Option<Stop>> {
     }
     let (signal, code) = (info[0], info[2]);
     Ok(Some(if code >> 8 == PTRACE_EVENT_STOP {
-        if signal == libc::SIGTRAP { Stop::Trap } else { Stop::Group(signal) }
+        if signal == libc::SIGTRAP {
+            Stop::Trap
+        } else {
+            Stop::Group(signal)
+        }
     } else if code == libc::SIGTRAP | 0x80 {
         Stop::Syscall
     } else {

@@ -221,7 +221,10 @@ unsafe extern "C" fn child(errand: *mut Errand) -> ! {
             raw(libc::SYS_dup3, [e.inherit[i as usize & 3] as usize, (FIRST_FD + i) as usize, 0, 0, 0]);
             i += 1;
         }
-        let r = raw(libc::SYS_execveat, [e.program as usize, e.empty as usize, e.argv as usize, e.envp as usize, AT_EMPTY_PATH]);
+        let r = raw(
+            libc::SYS_execveat,
+            [e.program as usize, e.empty as usize, e.argv as usize, e.envp as usize, AT_EMPTY_PATH],
+        );
         e.error = (-r) as i32;
         e.failed = 1;
         loop {

@@ -1,7 +1,8 @@
 //! `core-N.img`: what a task and its threads are to the kernel, apart from memory and files.
 
 use standstill_images::proto::{
-    core_entry, CoreEntry, RlimitEntry, RseqEntry, TaskCoreEntry, TaskRlimitsEntry, ThreadCoreEntry, ThreadInfoX86, UserDescT,
+    core_entry, CoreEntry, RlimitEntry, RseqEntry, TaskCoreEntry, TaskRlimitsEntry, ThreadCoreEntry, ThreadInfoX86,
+    UserDescT,
 };
 
 use super::facts::{Facts, ThreadFacts};
@@ -64,11 +65,16 @@ pub fn ask_task(facts: &Facts, plan: &mut Plan) -> TaskAsked {
     let timers = timers::ask(&facts.timers, plan);
     let zero = || crate::plan::Arg::from(0);
     let dumpable = plan.call("dumpable", libc::SYS_prctl, &[PR_GET_DUMPABLE.into()]);
-    let thp_disabled = plan.ask("huge pages", libc::SYS_prctl, &[PR_GET_THP_DISABLE.into(), zero(), zero(), zero(), zero()]);
+    let thp_disabled =
+        plan.ask("huge pages", libc::SYS_prctl, &[PR_GET_THP_DISABLE.into(), zero(), zero(), zero(), zero()]);
     let subreaper = plan.room(8);
     plan.call("subreaper", libc::SYS_prctl, &[PR_GET_CHILD_SUBREAPER.into(), subreaper.into(), zero(), zero(), zero()]);
     let brk = plan.call("break", libc::SYS_brk, &[zero()]);
-    let membarrier = plan.ask("membarrier registrations", libc::SYS_membarrier, &[MEMBARRIER_CMD_GET_REGISTRATIONS.into(), zero(), zero()]);
+    let membarrier = plan.ask(
+        "membarrier registrations",
+        libc::SYS_membarrier,
+        &[MEMBARRIER_CMD_GET_REGISTRATIONS.into(), zero(), zero()],
+    );
     let clocks = plan.room(32);
     for (i, clock) in [libc::CLOCK_MONOTONIC, libc::CLOCK_BOOTTIME].into_iter().enumerate() {
         let at = crate::plan::Arg::Data(clocks.offset + i as u64 * 16);
@@ -104,7 +110,13 @@ pub fn more(asked: &TaskAsked, a: &Answers) -> MoreAnswers {
 }
 
 /// The part of an entry that every thread has.
-pub fn thread_entry(thread: &Stopped, facts: &ThreadFacts, asked: &ThreadAsked, a: &Answers, leader: bool) -> Result<CoreEntry> {
+pub fn thread_entry(
+    thread: &Stopped,
+    facts: &ThreadFacts,
+    asked: &ThreadAsked,
+    a: &Answers,
+    leader: bool,
+) -> Result<CoreEntry> {
     let tid = thread.tid();
     let (nice, policy, priority) = facts.sched;
     let rseq = thread.rseq;
@@ -138,7 +150,12 @@ pub fn thread_entry(thread: &Stopped, facts: &ThreadFacts, asked: &ThreadAsked, 
         fpregs: registers::xstate_to_entry(&thread.xstate).task(tid)?,
         tls: (12..15).map(empty_descriptor).collect(),
     };
-    Ok(CoreEntry { mtype: core_entry::March::X8664 as i32, thread_info: Some(info), thread_core: Some(core), ..Default::default() })
+    Ok(CoreEntry {
+        mtype: core_entry::March::X8664 as i32,
+        thread_info: Some(info),
+        thread_core: Some(core),
+        ..Default::default()
+    })
 }
 
 /// A slot of the GDT that a 64-bit task does not use.
@@ -147,7 +164,13 @@ fn empty_descriptor(entry_number: u32) -> UserDescT {
 }
 
 /// The part that only the group leader has.
-pub fn task_entry(leader: &Stopped, facts: &Facts, asked: &TaskAsked, a: &Answers, flags: u64) -> Result<TaskCoreEntry> {
+pub fn task_entry(
+    leader: &Stopped,
+    facts: &Facts,
+    asked: &TaskAsked,
+    a: &Answers,
+    flags: u64,
+) -> Result<TaskCoreEntry> {
     let registrations = a.result(asked.membarrier);
     Ok(TaskCoreEntry {
         task_state: if leader.group_stop.is_some() { STOPPED } else { ALIVE },
@@ -157,7 +180,9 @@ pub fn task_entry(leader: &Stopped, facts: &Facts, asked: &TaskAsked, a: &Answer
         blk_sigset: leader.mask,
         comm: facts.threads[0].comm.clone(),
         timers: Some(timers::entry(&facts.timers, &asked.timers, a, |tid| in_own_namespace(facts, tid))),
-        rlimits: Some(TaskRlimitsEntry { rlimits: facts.limits.iter().map(|l| RlimitEntry { cur: l.current, max: l.maximum }).collect() }),
+        rlimits: Some(TaskRlimitsEntry {
+            rlimits: facts.limits.iter().map(|l| RlimitEntry { cur: l.current, max: l.maximum }).collect(),
+        }),
         cg_set: None,
         signals_s: Some(signals::queue(&leader.shared_pending)),
         old_seccomp_mode: None,
@@ -179,14 +204,23 @@ pub fn in_own_namespace(facts: &Facts, tid: i32) -> i32 {
 
 /// A zombie's entry.
 pub fn dead_entry(exit_code: i32, stat: &crate::proc::stat::Stat) -> CoreEntry {
-    let tc = TaskCoreEntry { task_state: DEAD, exit_code: exit_code as u32, comm: stat.comm.clone(), flags: stat.flags as u32, ..Default::default() };
+    let tc = TaskCoreEntry {
+        task_state: DEAD,
+        exit_code: exit_code as u32,
+        comm: stat.comm.clone(),
+        flags: stat.flags as u32,
+        ..Default::default()
+    };
     CoreEntry { mtype: core_entry::March::X8664 as i32, tc: Some(tc), ..Default::default() }
 }
 
 /// The parts of an entry that a restore of a living thread cannot do without.
 pub fn parts(core: &CoreEntry) -> Result<(&ThreadInfoX86, &ThreadCoreEntry)> {
     if core.mtype != core_entry::March::X8664 as i32 {
-        return Err(Error::refused("a task of another CPU architecture", "restore it on the kind of machine that it was dumped on"));
+        return Err(Error::refused(
+            "a task of another CPU architecture",
+            "restore it on the kind of machine that it was dumped on",
+        ));
     }
     let lie = |what| Error::lie("core", what);
     Ok((

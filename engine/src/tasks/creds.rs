@@ -67,13 +67,17 @@ fn whole(half: &[u32], what: &str) -> Result<u64> {
 /// Adds to `plan` what turns the credentials `now` (those of the engine, which its tasks are born with) into the image's.
 pub fn restore(e: &CredsEntry, now: &Status, plan: &mut Plan) -> Result<()> {
     let label = "credentials";
-    let (inh, prm, eff) = (whole(&e.cap_inh, "inheritable")?, whole(&e.cap_prm, "permitted")?, whole(&e.cap_eff, "effective")?);
+    let (inh, prm, eff) =
+        (whole(&e.cap_inh, "inheritable")?, whole(&e.cap_prm, "permitted")?, whole(&e.cap_eff, "effective")?);
     let (bnd, amb) = (whole(&e.cap_bnd, "bounding")?, whole(&e.cap_amb, "ambient")?);
     let valid = now.cap_bounding | now.cap_permitted;
     if prm & !valid != 0 {
         let missing: Vec<_> = (0..CAPS).filter(|c| (prm & !valid) >> c & 1 == 1).map(|c| c.to_string()).collect();
         return Err(Error::Usage {
-            what: format!("the task has capabilities that this process lacks (numbers {}); restore with them", missing.join(", ")),
+            what: format!(
+                "the task has capabilities that this process lacks (numbers {}); restore with them",
+                missing.join(", ")
+            ),
         });
     }
     if e.groups != now.groups {

@@ -69,7 +69,9 @@ impl Facts {
             return Err(Error::Gone);
         }
         let file = |name: &str, buf: &mut Vec<u8>| {
-            proc::read_proc(format!("/proc/{pid}/{name}").as_ref(), buf).call("read").at(Place::Path(format!("/proc/{pid}/{name}").into()))
+            proc::read_proc(format!("/proc/{pid}/{name}").as_ref(), buf)
+                .call("read")
+                .at(Place::Path(format!("/proc/{pid}/{name}").into()))
         };
         file("smaps", &mut buf)?;
         let areas = proc::maps::parse(&buf)?;
@@ -98,7 +100,19 @@ impl Facts {
         for fd in numbers {
             descriptors.push(Descriptor::read(pid, pidfd.as_fd(), fd, &mut buf).at(Place::Fd(fd))?);
         }
-        Ok(Facts { pid, pidfd, threads, areas, descriptors, limits, auxv, timers, personality, oom_score_adj, loginuid })
+        Ok(Facts {
+            pid,
+            pidfd,
+            threads,
+            areas,
+            descriptors,
+            limits,
+            auxv,
+            timers,
+            personality,
+            oom_score_adj,
+            loginuid,
+        })
     }
 }
 

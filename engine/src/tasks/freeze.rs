@@ -133,7 +133,13 @@ pub fn freeze(root: i32, limit: Duration) -> Result<Vec<Frozen>> {
 }
 
 /// Seizes one thread, unless it is ours already or dead; true when that is news.
-fn seize(pid: i32, tid: i32, tree: &mut BTreeMap<i32, Seized>, known: &mut HashSet<i32>, buffer: &mut Vec<u8>) -> Result<bool> {
+fn seize(
+    pid: i32,
+    tid: i32,
+    tree: &mut BTreeMap<i32, Seized>,
+    known: &mut HashSet<i32>,
+    buffer: &mut Vec<u8>,
+) -> Result<bool> {
     if known.contains(&tid) {
         return Ok(false);
     }
@@ -166,7 +172,11 @@ fn seize(pid: i32, tid: i32, tree: &mut BTreeMap<i32, Seized>, known: &mut HashS
                 Some(_) => {
                     if e.errno() == libc::EPERM {
                         if let Some(tracer) = tracer_of(tid) {
-                            return Err(Error::refused(format!("a task that process {tracer} traces"), "detach the debugger first")).task(tid);
+                            return Err(Error::refused(
+                                format!("a task that process {tracer} traces"),
+                                "detach the debugger first",
+                            ))
+                            .task(tid);
                         }
                     }
                     Err(e)
@@ -182,7 +192,13 @@ fn tracer_of(tid: i32) -> Option<i32> {
     proc::status::parse(&buffer).ok().map(|s| s.tracer_pid).filter(|&t| t != 0)
 }
 
-fn collect(pid: i32, tree: &mut BTreeMap<i32, Seized>, out: &mut Vec<Frozen>, buffer: &mut Vec<u8>, limit: Duration) -> Result<()> {
+fn collect(
+    pid: i32,
+    tree: &mut BTreeMap<i32, Seized>,
+    out: &mut Vec<Frozen>,
+    buffer: &mut Vec<u8>,
+    limit: Duration,
+) -> Result<()> {
     let mut stack = vec![pid];
     while let Some(pid) = stack.pop() {
         let Some(seized) = tree.remove(&pid) else { continue };

@@ -67,7 +67,10 @@ impl Ids {
         if let Some((parent, ids)) = parent {
             for (what, kind) in [("memory", Kcmp::Vm), ("signal handlers", Kcmp::Sighand)] {
                 if calls::same(parent, pid, kind)? {
-                    return Err(Error::refused(format!("{what} shared with process {parent}"), "use threads instead of clone() with CLONE_VM or CLONE_SIGHAND"));
+                    return Err(Error::refused(
+                        format!("{what} shared with process {parent}"),
+                        "use threads instead of clone() with CLONE_VM or CLONE_SIGHAND",
+                    ));
                 }
             }
             if calls::same(parent, pid, Kcmp::Files)? {

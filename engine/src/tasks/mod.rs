@@ -2,10 +2,10 @@
 
 pub mod core;
 pub mod creds;
+pub mod facts;
 pub mod finish;
 pub mod freeze;
 pub mod ids;
-pub mod facts;
 pub mod registers;
 pub mod release;
 pub mod revive;

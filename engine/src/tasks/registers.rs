@@ -9,6 +9,7 @@ use standstill_restorer::arch::Registers;
 
 use crate::error::{Error, Result};
 use crate::sys::cpu::component;
+use crate::tracee::undo_winding;
 
 const FXSAVE: usize = 512;
 const HEADER_BV: usize = 512;
@@ -29,23 +30,49 @@ const FIELDS: [(u32, &str, usize); 7] = [
 /// The registers as an image entry; `native` is 64-bit mode.
 pub fn to_entry(r: &Registers) -> UserX86RegsEntry {
     UserX86RegsEntry {
-        r15: r.r15, r14: r.r14, r13: r.r13, r12: r.r12, bp: r.bp, bx: r.bx, r11: r.r11, r10: r.r10, r9: r.r9, r8: r.r8,
-        ax: r.ax, cx: r.cx, dx: r.dx, si: r.si, di: r.di, orig_ax: r.orig_ax, ip: r.ip, cs: r.cs, flags: r.flags,
-        sp: r.sp, ss: r.ss, fs_base: r.fs_base, gs_base: r.gs_base, ds: r.ds, es: r.es, fs: r.fs, gs: r.gs,
+        r15: r.r15,
+        r14: r.r14,
+        r13: r.r13,
+        r12: r.r12,
+        bp: r.bp,
+        bx: r.bx,
+        r11: r.r11,
+        r10: r.r10,
+        r9: r.r9,
+        r8: r.r8,
+        ax: r.ax,
+        cx: r.cx,
+        dx: r.dx,
+        si: r.si,
+        di: r.di,
+        orig_ax: r.orig_ax,
+        ip: r.ip,
+        cs: r.cs,
+        flags: r.flags,
+        sp: r.sp,
+        ss: r.ss,
+        fs_base: r.fs_base,
+        gs_base: r.gs_base,
+        ds: r.ds,
+        es: r.es,
+        fs: r.fs,
+        gs: r.gs,
         mode: Some(1),
     }
 }
 
-/// An image entry as registers. `orig_ax` becomes "no system call": what had to be restarted was wound back at dump.
+/// An image entry as registers. A system call that was wound back at dump is given to the kernel to restart.
 pub fn from_entry(e: &UserX86RegsEntry) -> Result<Registers> {
     if e.mode == Some(2) || e.cs != 0x33 {
         return Err(Error::refused("a 32-bit task", "Standstill restores 64-bit x86 tasks only"));
     }
-    Ok(Registers {
+    let r = Registers {
         r15: e.r15, r14: e.r14, r13: e.r13, r12: e.r12, bp: e.bp, bx: e.bx, r11: e.r11, r10: e.r10, r9: e.r9, r8: e.r8,
         ax: e.ax, cx: e.cx, dx: e.dx, si: e.si, di: e.di, orig_ax: u64::MAX, ip: e.ip, cs: e.cs, flags: e.flags,
         sp: e.sp, ss: e.ss, fs_base: e.fs_base, gs_base: e.gs_base, ds: e.ds, es: e.es, fs: e.fs, gs: e.gs,
-    })
+    };
+    let wound_back = e.orig_ax as i64 >= 0 && e.orig_ax == e.ax;
+    Ok(if wound_back { undo_winding(r) } else { r })
 }
 
 fn u32_at(b: &[u8], at: usize) -> u32 {
@@ -65,7 +92,10 @@ fn u64s(b: &[u8], at: usize, n: usize) -> Vec<u64> {
 pub fn xstate_to_entry(x: &[u8]) -> Result<UserX86FpregsEntry> {
     let bv = u64_at(x, HEADER_BV);
     if bv & TILES == TILES {
-        return Err(Error::refused("AMX tile registers in use", "let the program release its tiles (TILERELEASE) before the dump"));
+        return Err(Error::refused(
+            "AMX tile registers in use",
+            "let the program release its tiles (TILERELEASE) before the dump",
+        ));
     }
     let have = |bit: u32| {
         let c = component(bit);
@@ -129,8 +159,13 @@ pub fn xstate_from_entry(e: &UserX86FpregsEntry, mut base: Vec<u8>) -> Result<Ve
     let bytes32 = |v: &[u32]| v.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>();
     let bytes64 = |v: &[u64]| v.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>();
     let contents = [
-        bytes32(&xsave.ymmh_space), bytes64(&xsave.bndreg_state), bytes64(&xsave.bndcsr_state), bytes64(&xsave.opmask_reg),
-        bytes64(&xsave.zmm_upper), bytes64(&xsave.hi16_zmm), bytes32(&xsave.pkru),
+        bytes32(&xsave.ymmh_space),
+        bytes64(&xsave.bndreg_state),
+        bytes64(&xsave.bndcsr_state),
+        bytes64(&xsave.opmask_reg),
+        bytes64(&xsave.zmm_upper),
+        bytes64(&xsave.hi16_zmm),
+        bytes32(&xsave.pkru),
     ];
     for ((bit, name, size), content) in FIELDS.iter().zip(&contents) {
         if bv >> bit & 1 == 0 {

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use crate::error::{At, Error, Result};
-use crate::sys::{calls, ptrace};
 use crate::sys::ptrace::Stop;
+use crate::sys::{calls, ptrace};
 use crate::tracee::{ALL_SIGNALS, STOP_LIMIT};
 
 /// Threads that were seized and must be let go; while they are here they end with us.
@@ -28,7 +28,9 @@ impl Seized {
         loop {
             match ptrace::wait_stop(tid, STOP_LIMIT)? {
                 Stop::Trap | Stop::Group(_) => break,
-                Stop::Signal(signal) => return Err(Error::Usage { what: format!("the executor took signal {signal}") }),
+                Stop::Signal(signal) => {
+                    return Err(Error::Usage { what: format!("the executor took signal {signal}") })
+                }
                 Stop::Syscall => ptrace::cont(tid, 0)?,
             }
         }
@@ -52,21 +54,31 @@ impl Seized {
             match ptrace::wait_stop(pid, STOP_LIMIT)? {
                 Stop::Syscall => stops += 1,
                 Stop::Trap | Stop::Group(_) => {}
-                Stop::Signal(signal) => return Err(Error::Usage { what: format!("signal {signal} while the executor left") }),
+                Stop::Signal(signal) => {
+                    return Err(Error::Usage { what: format!("signal {signal} while the executor left") })
+                }
             }
         }
         let result = ptrace::registers(pid)?.ax as i64;
         if result != 0 {
             return Err(Error::Sys { call: "munmap", source: std::io::Error::from_raw_os_error((-result) as i32) });
         }
-        Ok(())
+        // once more, on the way to user mode: from such a stop the kernel restarts a system call if there is one
+        ptrace::interrupt(pid)?;
+        ptrace::cont(pid, 0)?;
+        match ptrace::wait_stop(pid, STOP_LIMIT)? {
+            Stop::Trap | Stop::Group(_) => Ok(()),
+            Stop::Syscall | Stop::Signal(_) => Err(Error::Usage { what: "the executor did not leave".into() }),
+        }
     }
 
     /// Lets everyone go: first nobody is bound to us any more, then all run.
     pub fn go(mut self) -> Result<()> {
         let tids: Vec<i32> = self.threads.drain().map(|(tid, _)| tid).collect();
         for &tid in &tids {
-            ptrace::set_options(tid, ptrace::SYSGOOD).or_else(|e| if e.errno() == libc::EINVAL { Ok(()) } else { Err(e) }).task(tid)?;
+            ptrace::set_options(tid, ptrace::SYSGOOD)
+                .or_else(|e| if e.errno() == libc::EINVAL { Ok(()) } else { Err(e) })
+                .task(tid)?;
         }
         for tid in tids {
             ptrace::detach(tid, 0).task(tid)?;
@@ -84,7 +96,25 @@ pub fn own_session_and_group() -> (i32, i32) {
 /// An error once the first task is gone.
 pub fn still_there(pid: i32, sibling: bool) -> Result<()> {
     let _ = sibling;
-    if ptrace::exists(pid) { Ok(()) } else { Err(Error::Gone).task(pid) }
+    if ptrace::exists(pid) {
+        Ok(())
+    } else {
+        Err(Error::Gone).task(pid)
+    }
+}
+
+/// Makes a task with a pid that may still belong to the dumped one, whose parent has not waited for it yet: its parent gets a
+/// second for that.
+pub fn when_reaped(pid: i32, mut make: impl FnMut() -> Result<i32>) -> Result<i32> {
+    let began = std::time::Instant::now();
+    loop {
+        match make() {
+            Err(e) if e.errno() == libc::EEXIST && !ptrace::exists(pid) && began.elapsed().as_secs() < 1 => {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            other => return other,
+        }
+    }
 }
 
 /// True if `pid` descends from `root`: nobody else's process is ever killed.

@@ -126,13 +126,14 @@ impl Script<'_> {
         for i in 0..self.tree.nodes.len() {
             let node = &self.tree.nodes[i];
             let plan = match &node.kind {
-                Kind::Helper => self.helper(node),
+                Kind::Helper => self.helper(node, arena)?,
                 Kind::Dead { status, comm } => self.dead(node, *status, comm)?,
                 Kind::Alive(alive) => {
-                    let inherited = node.parent.and_then(|p| made.get(&p));
+                    let inherited = self.tree.memory_parent(i).and_then(|p| made.get(&p));
                     let owns_table = seen_tables.get(&self.files_id(i)) == Some(&node.pid);
-                    let (plan, areas) =
-                        self.process(i, node, alive, inherited, owns_table, &first_holder, arena, &mut figures).task(node.pid)?;
+                    let (plan, areas) = self
+                        .process(i, node, alive, inherited, owns_table, &first_holder, arena, &mut figures)
+                        .task(node.pid)?;
                     made.insert(i, areas);
                     for (tid, entry) in alive.threads.iter().skip(1) {
                         let slot = *self.threads.get(tid).ok_or(Error::Gone)?;
@@ -164,16 +165,17 @@ impl Script<'_> {
         Ok(self.table.tables.get(&self.files_id(i)).map_or(&[], Vec::as_slice))
     }
 
-    /// A helper holds its place until everyone is in its group.
-    fn helper(&self, node: &Node) -> Plan {
+    /// A helper holds its place until everyone is in its group or session.
+    fn helper(&self, node: &Node, arena: &Arena) -> Result<Plan> {
         let mut plan = Plan::new();
-        if node.pgid == node.pid {
-            plan.call("own group", libc::SYS_setpgid, &[0.into(), 0.into()]);
+        self.join(node, &mut plan);
+        for &c in &node.children {
+            self.clone_child(None, c, arena, &mut plan)?;
         }
         stage(FORKED, &mut plan);
         stage(FILLED, &mut plan);
         plan.op(Code::Exit, 0, &[0.into()], Expect::Any, [0; 2], "the helper's end");
-        plan
+        Ok(plan)
     }
 
     /// A zombie ends as it had ended.
@@ -224,13 +226,13 @@ impl Script<'_> {
         let mut plan = Plan::new();
         let memory = &alive.memory;
         let pid = u32::try_from(node.pid).unwrap_or(0);
-        let parent = node.parent.and_then(|p| match &self.tree.nodes[p].kind {
+        let parent = self.tree.memory_parent(i).and_then(|p| match &self.tree.nodes[p].kind {
             Kind::Alive(a) => Some(&a.memory),
             Kind::Dead { .. } | Kind::Helper => None,
         });
         let empty = Inherited::default();
         let found = parent.map(|m| (inherited.unwrap_or(&empty), m));
-        let shared_with_children = node.children.iter().any(|&c| match &self.tree.nodes[c].kind {
+        let shared_with_children = self.tree.heirs(i).iter().any(|&c| match &self.tree.nodes[c].kind {
             Kind::Alive(a) => memory.shares_with(&a.memory),
             Kind::Dead { .. } | Kind::Helper => false,
         });
@@ -242,17 +244,20 @@ impl Script<'_> {
             areas = memory.make_private(pid, found, keep, &self.table.numbers, &mut plan, figures)?;
         }
         for &c in node.children.iter().filter(|&&c| self.tree.before_session(i, c)) {
-            self.clone_child(node, alive, c, arena, &mut plan)?;
+            self.clone_child(Some(alive), c, arena, &mut plan)?;
         }
         self.join(node, &mut plan);
         for &c in node.children.iter().filter(|&&c| !self.tree.before_session(i, c)) {
-            self.clone_child(node, alive, c, arena, &mut plan)?;
+            self.clone_child(Some(alive), c, arena, &mut plan)?;
         }
         let for_children = areas.clone();
         if !early {
             areas = memory.make_private(pid, found, keep, &self.table.numbers, &mut plan, figures)?;
         }
         memory.settle(&areas, &self.table.numbers, &mut plan)?;
+        if self.tree.adopts(i) {
+            plan.call("taking in orphans", libc::SYS_prctl, &[36.into(), 1.into(), 0.into(), 0.into(), 0.into()]);
+        }
         stage(FORKED, &mut plan);
         if node.pgid != node.pid && node.pgid != 0 {
             plan.call("process group", libc::SYS_setpgid, &[0.into(), node.pgid.into()]);
@@ -269,7 +274,11 @@ impl Script<'_> {
         self.describe_memory(alive, &mut plan)?;
         let (info, thread_core) = core::parts(&alive.threads[0].1)?;
         let tc = alive.threads[0].1.tc.as_ref().ok_or_else(|| Error::lie("core", "a process without its part"))?;
-        self.write_self("/proc/self/oom_score_adj", tc.oom_score_adj.filter(|&v| v != self.birth.oom_score_adj), &mut plan);
+        self.write_self(
+            "/proc/self/oom_score_adj",
+            tc.oom_score_adj.filter(|&v| v != self.birth.oom_score_adj),
+            &mut plan,
+        );
         let loginuid = tc.loginuid.filter(|&v| v != u32::MAX && Some(v) != self.birth.loginuid);
         self.write_self("/proc/self/loginuid", loginuid, &mut plan);
         self.folders(node, owns_table, &mut plan)?;
@@ -291,8 +300,9 @@ impl Script<'_> {
         if let Some(p) = personality_of(tc.personality).filter(|&p| p != self.birth.personality) {
             plan.call("personality", libc::SYS_personality, &[p.into()]);
         }
-        if tc.child_subreaper == Some(true) {
-            plan.call("subreaper", libc::SYS_prctl, &[36.into(), 1.into(), 0.into(), 0.into(), 0.into()]);
+        if tc.child_subreaper == Some(true) || self.tree.adopts(i) {
+            let on = u32::from(tc.child_subreaper == Some(true));
+            plan.call("subreaper", libc::SYS_prctl, &[36.into(), on.into(), 0.into(), 0.into(), 0.into()]);
         }
         signals::restore_queue(tc.signals_s.as_ref(), node.pid, None, &mut plan)?;
         self.thread_state(node, thread_core, info.clear_tid_addr, node.pid, &mut plan)?;
@@ -305,7 +315,15 @@ impl Script<'_> {
     }
 
     /// The plan of a thread that is not the leader.
-    fn thread(&self, node: &Node, core: &ThreadCoreEntry, tid_address: u64, tid: i32, leader: bool, plan: &mut Plan) -> Result<()> {
+    fn thread(
+        &self,
+        node: &Node,
+        core: &ThreadCoreEntry,
+        tid_address: u64,
+        tid: i32,
+        leader: bool,
+        plan: &mut Plan,
+    ) -> Result<()> {
         debug_assert!(!leader);
         self.thread_state(node, core, tid_address, tid, plan)?;
         self.lose_power(core, None, false, plan)?;
@@ -314,7 +332,14 @@ impl Script<'_> {
     }
 
     /// What every thread has of its own, and keeps its power for.
-    fn thread_state(&self, node: &Node, core: &ThreadCoreEntry, tid_address: u64, tid: i32, plan: &mut Plan) -> Result<()> {
+    fn thread_state(
+        &self,
+        node: &Node,
+        core: &ThreadCoreEntry,
+        tid_address: u64,
+        tid: i32,
+        plan: &mut Plan,
+    ) -> Result<()> {
         plan.call("address for the thread's end", libc::SYS_set_tid_address, &[tid_address.into()]);
         if let Some(comm) = &core.comm {
             name(comm, plan);
@@ -338,7 +363,13 @@ impl Script<'_> {
     }
 
     /// seccomp and credentials: after this, little is allowed.
-    fn lose_power(&self, core: &ThreadCoreEntry, dumpable: Option<i32>, owns_table: bool, plan: &mut Plan) -> Result<()> {
+    fn lose_power(
+        &self,
+        core: &ThreadCoreEntry,
+        dumpable: Option<i32>,
+        owns_table: bool,
+        plan: &mut Plan,
+    ) -> Result<()> {
         const PR_SET_PDEATHSIG: i32 = 1;
         const PR_SET_DUMPABLE: i32 = 4;
         stage(BEFORE_CREDS, plan);
@@ -367,10 +398,10 @@ impl Script<'_> {
         Ok(())
     }
 
-    fn clone_child(&self, node: &Node, alive: &Alive, c: usize, arena: &Arena, plan: &mut Plan) -> Result<()> {
+    fn clone_child(&self, maker: Option<&Alive>, c: usize, arena: &Arena, plan: &mut Plan) -> Result<()> {
         let child = &self.tree.nodes[c];
         let mut flags = 0u64;
-        if let Kind::Alive(a) = &child.kind {
+        if let (Kind::Alive(a), Some(alive)) = (&child.kind, maker) {
             if a.ids.files_id == alive.ids.files_id {
                 flags |= libc::CLONE_FILES as u64;
             }
@@ -381,17 +412,35 @@ impl Script<'_> {
         let slot = self.slots[c];
         let args = clone_args(flags, libc::SIGCHLD as u64, child.pid, arena.stack(slot), 0, plan);
         let control = arena.control(slot);
-        plan.op(Code::Clone, 0, &[args.into(), 88.into(), control.into()], Expect::Exact, [child.pid.into(), 0], format!("child {}", child.pid));
-        let _ = node;
+        plan.op(
+            Code::Clone,
+            0,
+            &[args.into(), 88.into(), control.into()],
+            Expect::Exact,
+            [child.pid.into(), 0],
+            format!("child {}", child.pid),
+        );
         Ok(())
     }
 
     fn clone_thread(&self, tid: i32, slot: Slot, tid_address: u64, arena: &Arena, plan: &mut Plan) {
-        let flags = (libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_FILES | libc::CLONE_SIGHAND | libc::CLONE_THREAD | libc::CLONE_SYSVSEM) as u64;
+        let flags = (libc::CLONE_VM
+            | libc::CLONE_FS
+            | libc::CLONE_FILES
+            | libc::CLONE_SIGHAND
+            | libc::CLONE_THREAD
+            | libc::CLONE_SYSVSEM) as u64;
         let _ = tid_address;
         let args = clone_args(flags, 0, tid, arena.stack(slot), 0, plan);
         let control = arena.control(slot);
-        plan.op(Code::Clone, 0, &[args.into(), 88.into(), control.into()], Expect::Exact, [tid.into(), 0], format!("thread {tid}"));
+        plan.op(
+            Code::Clone,
+            0,
+            &[args.into(), 88.into(), control.into()],
+            Expect::Exact,
+            [tid.into(), 0],
+            format!("thread {tid}"),
+        );
     }
 
     /// Puts every descriptor at its number, then lets the kinds do what needs all of them.
@@ -399,21 +448,42 @@ impl Script<'_> {
         let entries = self.entries(i)?;
         let mut holder = Vec::new();
         for e in entries {
-            let fd = i32::try_from(e.fd).ok().filter(|&f| f >= 0 && f < self.table.base).ok_or_else(|| Error::lie("fdinfo", format!("descriptor {}", e.fd)))?;
+            let fd = i32::try_from(e.fd)
+                .ok()
+                .filter(|&f| f >= 0 && f < self.table.base)
+                .ok_or_else(|| Error::lie("fdinfo", format!("descriptor {}", e.fd)))?;
             let cloexec = if e.flags & 1 != 0 { libc::O_CLOEXEC } else { 0 };
             match (self.table.files.get(&e.id), self.table.late.get(&e.id)) {
                 (Some(&ours), _) => {
                     plan.call_exact("descriptor", libc::SYS_dup3, &[ours.into(), fd.into(), cloexec.into()], fd.into());
                 }
                 (None, Some(&number)) => {
-                    let got = plan.call("late descriptor", libc::SYS_pidfd_getfd, &[self.table.engine.into(), number.into(), 0.into()]);
+                    let got = plan.call(
+                        "late descriptor",
+                        libc::SYS_pidfd_getfd,
+                        &[self.table.engine.into(), number.into(), 0.into()],
+                    );
                     // the number that it got may be one that another is to have
                     let up = self.table.base;
-                    let high = plan.call("late descriptor", libc::SYS_fcntl, &[Arg::Result(got.0), libc::F_DUPFD_CLOEXEC.into(), up.into()]);
+                    let high = plan.call(
+                        "late descriptor",
+                        libc::SYS_fcntl,
+                        &[Arg::Result(got.0), libc::F_DUPFD_CLOEXEC.into(), up.into()],
+                    );
                     plan.call("late descriptor", libc::SYS_close, &[Arg::Result(got.0)]);
-                    plan.call_exact("late descriptor", libc::SYS_dup3, &[Arg::Result(high.0), fd.into(), cloexec.into()], fd.into());
+                    plan.call_exact(
+                        "late descriptor",
+                        libc::SYS_dup3,
+                        &[Arg::Result(high.0), fd.into(), cloexec.into()],
+                        fd.into(),
+                    );
                 }
-                (None, None) => return Err(Error::lie("fdinfo", format!("descriptor {fd} is of file {:#x}, which is missing", e.id))),
+                (None, None) => {
+                    return Err(Error::lie(
+                        "fdinfo",
+                        format!("descriptor {fd} is of file {:#x}, which is missing", e.id),
+                    ))
+                }
             }
             if first_holder.get(&e.id) == Some(&(i, fd)) {
                 holder.push((e.id, fd));
@@ -439,7 +509,14 @@ impl Script<'_> {
                     any = true;
                 }
                 Kind::Helper => {
-                    plan.op(Code::Reap, 0, &[child.pid.into(), 0.into()], Expect::NonNegative, [0; 2], "the end of a helper");
+                    plan.op(
+                        Code::Reap,
+                        0,
+                        &[child.pid.into(), 0.into()],
+                        Expect::NonNegative,
+                        [0; 2],
+                        "the end of a helper",
+                    );
                     any = true;
                 }
                 Kind::Alive(_) => {}
@@ -461,7 +538,8 @@ impl Script<'_> {
         let old = alive.memory.vdso_bytes()?;
         let shift = |at: u64| at - ours.layout.start() + self.parked.start();
         let same_vvar = wanted.vvar == 0 || wanted.vvar_end - wanted.vvar == ours.layout.vvar_end - ours.layout.vvar;
-        let same_place = wanted.vvar == 0 || wanted.vdso.wrapping_sub(wanted.vvar) == ours.layout.vdso.wrapping_sub(ours.layout.vvar);
+        let same_place = wanted.vvar == 0
+            || wanted.vdso.wrapping_sub(wanted.vvar) == ours.layout.vdso.wrapping_sub(ours.layout.vvar);
         if old == ours.bytes && same_vvar && same_place {
             for &(start, len) in &ours.pieces {
                 let to = wanted.vdso.wrapping_add(start).wrapping_sub(ours.layout.vdso);
@@ -475,7 +553,11 @@ impl Script<'_> {
         let data = plan.bytes(&code);
         let len = (code.len() as u64).next_multiple_of(4096);
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-        plan.call("old vdso", libc::SYS_mmap, &[wanted.vdso.into(), len.into(), 3.into(), flags.into(), (-1).into(), 0.into()]);
+        plan.call(
+            "old vdso",
+            libc::SYS_mmap,
+            &[wanted.vdso.into(), len.into(), 3.into(), flags.into(), (-1).into(), 0.into()],
+        );
         plan.op(Code::Copy, 0, &[wanted.vdso.into(), data.into(), code.len().into()], Expect::Any, [0; 2], "old vdso");
         plan.call("old vdso", libc::SYS_mprotect, &[wanted.vdso.into(), len.into(), 5.into()]);
         Ok(())
@@ -499,16 +581,39 @@ impl Script<'_> {
             auxv.extend([0, 0]);
         }
         let vector = plan.words(&auxv);
-        let exe = *self.table.exes.get(&mm.exe_file_id).ok_or_else(|| Error::lie("mm", format!("executable {:#x} is missing", mm.exe_file_id)))?;
+        let exe = *self
+            .table
+            .exes
+            .get(&mm.exe_file_id)
+            .ok_or_else(|| Error::lie("mm", format!("executable {:#x} is missing", mm.exe_file_id)))?;
         let words = [
-            mm.mm_start_code, mm.mm_end_code, mm.mm_start_data, mm.mm_end_data, mm.mm_start_brk, mm.mm_brk, mm.mm_start_stack,
-            mm.mm_arg_start, mm.mm_arg_end, mm.mm_env_start, mm.mm_env_end, 0, (auxv.len() * 8) as u64 | (exe as u64) << 32,
+            mm.mm_start_code,
+            mm.mm_end_code,
+            mm.mm_start_data,
+            mm.mm_end_data,
+            mm.mm_start_brk,
+            mm.mm_brk,
+            mm.mm_start_stack,
+            mm.mm_arg_start,
+            mm.mm_arg_end,
+            mm.mm_env_start,
+            mm.mm_env_end,
+            0,
+            (auxv.len() * 8) as u64 | (exe as u64) << 32,
         ];
         let map = plan.words(&words);
         plan.pointer(map, 88, vector);
-        plan.call("memory map", libc::SYS_prctl, &[PR_SET_MM.into(), PR_SET_MM_MAP.into(), map.into(), 104.into(), 0.into()]);
+        plan.call(
+            "memory map",
+            libc::SYS_prctl,
+            &[PR_SET_MM.into(), PR_SET_MM_MAP.into(), map.into(), 104.into(), 0.into()],
+        );
         if mm.thp_disabled == Some(true) {
-            plan.call("huge pages", libc::SYS_prctl, &[PR_SET_THP_DISABLE.into(), 1.into(), 0.into(), 0.into(), 0.into()]);
+            plan.call(
+                "huge pages",
+                libc::SYS_prctl,
+                &[PR_SET_THP_DISABLE.into(), 1.into(), 0.into(), 0.into(), 0.into()],
+            );
         }
         Ok(())
     }
@@ -517,7 +622,11 @@ impl Script<'_> {
         let Some(value) = value else { return };
         let at = plan.string(path.as_bytes());
         let text = plan.bytes(value.to_string().as_bytes());
-        let fd = plan.call(path.to_owned(), libc::SYS_openat, &[libc::AT_FDCWD.into(), at.into(), libc::O_WRONLY.into(), 0.into()]);
+        let fd = plan.call(
+            path.to_owned(),
+            libc::SYS_openat,
+            &[libc::AT_FDCWD.into(), at.into(), libc::O_WRONLY.into(), 0.into()],
+        );
         plan.call(path.to_owned(), libc::SYS_write, &[Arg::Result(fd.0), text.into(), text.len.into()]);
         plan.call(path.to_owned(), libc::SYS_close, &[Arg::Result(fd.0)]);
     }
@@ -535,7 +644,11 @@ impl Script<'_> {
         let Some(fs) = self.table.fs.get(&node.pid) else { return Ok(()) };
         let folder = |id: u32, plan: &mut Plan| -> Result<Arg> {
             if let Some(&number) = self.table.late.get(&id) {
-                let got = plan.call("late folder", libc::SYS_pidfd_getfd, &[self.table.engine.into(), number.into(), 0.into()]);
+                let got = plan.call(
+                    "late folder",
+                    libc::SYS_pidfd_getfd,
+                    &[self.table.engine.into(), number.into(), 0.into()],
+                );
                 return Ok(Arg::Result(got.0));
             }
             let fd = self.table.folders.get(&id).copied();
@@ -568,7 +681,12 @@ impl Script<'_> {
             }
             let data = plan.words(&[l.cur, l.max]);
             // without CAP_SYS_RESOURCE a limit above ours cannot be had; CRIU goes on then, too
-            plan.call_or("resource limit", libc::SYS_prlimit64, &[0.into(), n.into(), data.into(), 0.into()], [libc::EPERM, libc::EPERM]);
+            plan.call_or(
+                "resource limit",
+                libc::SYS_prlimit64,
+                &[0.into(), n.into(), data.into(), 0.into()],
+                [libc::EPERM, libc::EPERM],
+            );
         }
     }
 }
@@ -592,7 +710,14 @@ fn stage(n: usize, plan: &mut Plan) {
 }
 
 /// struct clone_args (clone3(2)).
-fn clone_args(flags: u64, exit_signal: u64, pid: i32, stack: (u64, u64), tid_address: u64, plan: &mut Plan) -> crate::plan::Data {
+fn clone_args(
+    flags: u64,
+    exit_signal: u64,
+    pid: i32,
+    stack: (u64, u64),
+    tid_address: u64,
+    plan: &mut Plan,
+) -> crate::plan::Data {
     let pids = plan.bytes(&pid.to_le_bytes());
     let words = [flags, 0, tid_address, 0, exit_signal, stack.0, stack.1, 0, 0, 1, 0];
     let args = plan.words(&words);

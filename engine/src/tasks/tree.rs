@@ -114,7 +114,15 @@ impl Tree {
                 let at = self.nodes.len();
                 let (pgid, sid) = (self.nodes[0].pgid, self.nodes[0].sid);
                 self.nodes[0].children.push(at);
-                self.nodes.push(Node { pid, parent: Some(0), children: Vec::new(), pgid, sid, born_sid: None, kind: Kind::Helper });
+                self.nodes.push(Node {
+                    pid,
+                    parent: Some(0),
+                    children: Vec::new(),
+                    pgid,
+                    sid,
+                    born_sid: None,
+                    kind: Kind::Helper,
+                });
             }
         }
         self
@@ -140,7 +148,9 @@ impl Tree {
             return Ok(());
         }
         let Some((our_sid, our_pgid)) = job else {
-            return Err(Error::Usage { what: format!("The root process {root} is not a session leader. Consider using --shell-job option") });
+            return Err(Error::Usage {
+                what: format!("The root process {root} is not a session leader. Consider using --shell-job option"),
+            });
         };
         for node in &mut self.nodes {
             if node.sid == sid {
@@ -153,23 +163,53 @@ impl Tree {
         Ok(())
     }
 
-    /// Helpers for groups, and sessions, whose leader is gone.
+    /// Helpers for sessions and groups whose leader is gone.
     fn add_helpers(&mut self, taken: &BTreeSet<i32>) -> Result<()> {
-        let leaders: BTreeSet<i32> = self.nodes.iter().map(|n| n.pid).collect();
-        let ours = self.root().sid != self.root().pid;
-        let (job_sid, job_pgid) = (self.root().sid, self.root().pgid);
-        let mut made = BTreeSet::new();
-        for i in 0..self.nodes.len() {
-            let (pgid, sid) = (self.nodes[i].pgid, self.nodes[i].sid);
-            if pgid == 0 || leaders.contains(&pgid) || !made.insert(pgid) || (ours && pgid == job_pgid) {
+        let mut leaders: BTreeSet<i32> = self.nodes.iter().map(|n| n.pid).collect();
+        let (root, job_sid, job_pgid) = (self.root().pid, self.root().sid, self.root().pgid);
+        let ours = job_sid != root;
+        // orphans of a session: its leader had them and ended, and whoever takes in orphans took them in
+        for i in 1..self.nodes.len() {
+            let (pid, sid) = (self.nodes[i].pid, self.nodes[i].sid);
+            let Some(parent) = self.nodes[i].parent else { continue };
+            if sid == 0 || leaders.contains(&sid) && self.nodes.iter().all(|n| n.pid != sid || !matches!(n.kind, Kind::Helper)) {
                 continue;
             }
+            if (ours && sid == job_sid) || self.nodes[parent].sid == sid {
+                continue;
+            }
+            if taken.contains(&sid) {
+                return Err(Error::lie("pstree.img", format!("session {sid} has the id of a thread"))).task(pid);
+            }
+            let known = self.nodes.iter().position(|n| n.pid == sid && n.parent == Some(parent));
+            let helper = known.unwrap_or(self.nodes.len());
+            if known.is_none() {
+                if !leaders.insert(sid) {
+                    return Err(Error::refused(format!("a session ({sid}) in several places of the tree"), "keep its leader alive")).task(pid);
+                }
+                self.nodes[parent].children.push(helper);
+                self.nodes.push(Node {
+                    pid: sid,
+                    parent: Some(parent),
+                    children: Vec::new(),
+                    pgid: sid,
+                    sid,
+                    born_sid: None,
+                    kind: Kind::Helper,
+                });
+            }
+            self.nodes[parent].children.retain(|&c| c != i);
+            self.nodes[helper].children.push(i);
+            self.nodes[i].parent = Some(helper);
+        }
+        for i in 0..self.nodes.len() {
+            let (pgid, sid) = (self.nodes[i].pgid, self.nodes[i].sid);
+            if pgid == 0 || leaders.contains(&pgid) || (ours && pgid == job_pgid) {
+                continue;
+            }
+            leaders.insert(pgid);
             if taken.contains(&pgid) {
                 return Err(Error::lie("pstree.img", format!("group {pgid} has the id of a thread")));
-            }
-            if pgid == sid && sid != job_sid {
-                return Err(Error::refused(format!("a session ({sid}) whose leader has ended"), "keep the session leader alive"))
-                    .task(self.nodes[i].pid);
             }
             // the helper is made by the parent of the first member, in whose session it then is
             let parent = self.nodes[i].parent.filter(|&p| self.nodes[p].sid == sid).unwrap_or(0);
@@ -180,9 +220,36 @@ impl Tree {
         Ok(())
     }
 
+    /// The task whose memory a node's is cloned from: helpers have none of their own.
+    pub fn memory_parent(&self, i: usize) -> Option<usize> {
+        let mut at = self.nodes[i].parent?;
+        while matches!(self.nodes[at].kind, Kind::Helper) {
+            at = self.nodes[at].parent?;
+        }
+        Some(at)
+    }
+
+    /// Tasks whose memory is cloned from that of node `i`: its children, and those of the helpers among them.
+    pub fn heirs(&self, i: usize) -> Vec<usize> {
+        let mut all = Vec::new();
+        for &c in &self.nodes[i].children {
+            all.push(c);
+            if matches!(self.nodes[c].kind, Kind::Helper) {
+                all.extend(&self.nodes[c].children);
+            }
+        }
+        all
+    }
+
+    /// Tasks that a helper made, and that its parent takes in when the helper ends.
+    pub fn adopts(&self, i: usize) -> bool {
+        self.nodes[i].children.iter().any(|&c| matches!(self.nodes[c].kind, Kind::Helper) && !self.nodes[c].children.is_empty())
+    }
+
     /// Finds out who must be born in which session, children before parents.
     fn born(&mut self) -> Result<()> {
-        for i in (0..self.nodes.len()).rev() {
+        // helpers stand at the end of the list, but their children do not: a few rounds settle the order
+        for i in (0..self.nodes.len()).rev().chain((0..self.nodes.len()).rev()) {
             for c in self.nodes[i].children.clone() {
                 let child = &self.nodes[c];
                 let need = if child.sid == child.pid { child.born_sid } else { Some(child.sid) };
@@ -227,7 +294,9 @@ fn read_task(images: &Images, e: &PstreeEntry, pid: i32, taken: &mut BTreeSet<i3
     }
     let mut threads = Vec::with_capacity(e.threads.len());
     for &tid in &e.threads {
-        let t = id(tid).filter(|&t| t > 0 && taken.insert(t)).ok_or_else(|| Error::lie("pstree.img", format!("thread id {tid}")))?;
+        let t = id(tid)
+            .filter(|&t| t > 0 && taken.insert(t))
+            .ok_or_else(|| Error::lie("pstree.img", format!("thread id {tid}")))?;
         let entry = if t == pid { leader.clone() } else { images.read_one(ImageKind::Core, tid)? };
         core::parts(&entry).task(t)?;
         threads.push((t, entry));

@@ -70,7 +70,11 @@ fn sigev_notify(timer: &PosixTimer) -> u32 {
         Notify::None => 1,
         Notify::Thread => 2,
     };
-    if timer.to_thread { SIGEV_THREAD_ID } else { how }
+    if timer.to_thread {
+        SIGEV_THREAD_ID
+    } else {
+        how
+    }
 }
 
 /// Makes the POSIX timers, with their ids, disarmed. Runs in the group leader once all threads exist.
@@ -88,10 +92,17 @@ pub fn restore_posix(timers: &TaskTimersEntry, plan: &mut Plan) -> Result<()> {
         return Ok(());
     }
     // where the kernel knows it (6.15), timer_create takes the id that it is given
-    plan.ask("timers with given ids", libc::SYS_prctl, &[PR_TIMER_CREATE_RESTORE_IDS.into(), 1.into(), 0.into(), 0.into(), 0.into()]);
+    plan.ask(
+        "timers with given ids",
+        libc::SYS_prctl,
+        &[PR_TIMER_CREATE_RESTORE_IDS.into(), 1.into(), 0.into(), 0.into(), 0.into()],
+    );
     for t in list {
         if t.it_id > MANY {
-            return Err(Error::refused(format!("a POSIX timer with id {}", t.it_id), "the kernel counts timer ids one by one up to it"));
+            return Err(Error::refused(
+                format!("a POSIX timer with id {}", t.it_id),
+                "the kernel counts timer ids one by one up to it",
+            ));
         }
         // struct sigevent: value, signal, notify, thread id
         let mut event = [0u8; 64];
@@ -103,7 +114,11 @@ pub fn restore_posix(timers: &TaskTimersEntry, plan: &mut Plan) -> Result<()> {
         let args = [Arg::from(t.clock_id as i32), data.into(), t.it_id.into()];
         plan.op(Code::TimerCreate, 0, &args, Expect::NonNegative, [0; 2], "POSIX timer");
     }
-    plan.ask("timers with new ids", libc::SYS_prctl, &[PR_TIMER_CREATE_RESTORE_IDS.into(), 0.into(), 0.into(), 0.into(), 0.into()]);
+    plan.ask(
+        "timers with new ids",
+        libc::SYS_prctl,
+        &[PR_TIMER_CREATE_RESTORE_IDS.into(), 0.into(), 0.into(), 0.into(), 0.into()],
+    );
     Ok(())
 }
 

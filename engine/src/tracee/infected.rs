@@ -58,8 +58,13 @@ impl Area {
     /// The owner word is the first thing in the data, the slots follow.
     fn slot(&self, thread: usize) -> usize {
         let first = self.code + 64;
-        let size = |room: usize| (size_of::<Control>().next_multiple_of(64) + self.xsave + STACK + room).next_multiple_of(64);
-        if thread == 0 { first } else { first + size(LEADER_ROOM) + (thread - 1) * size(THREAD_ROOM) }
+        let size =
+            |room: usize| (size_of::<Control>().next_multiple_of(64) + self.xsave + STACK + room).next_multiple_of(64);
+        if thread == 0 {
+            first
+        } else {
+            first + size(LEADER_ROOM) + (thread - 1) * size(THREAD_ROOM)
+        }
     }
     fn xsave(&self, thread: usize) -> usize {
         self.slot(thread) + size_of::<Control>().next_multiple_of(64)
@@ -137,7 +142,12 @@ impl<'a> Infected<'a> {
         let tail = codes
             .iter()
             .find_map(|(at, bytes)| tail_of(bytes).map(|offset| at + offset as u64))
-            .ok_or_else(|| Error::refused("a task without [vdso] and without room in its code", "boot with vdso=1 and do not unmap it in the program"))
+            .ok_or_else(|| {
+                Error::refused(
+                    "a task without [vdso] and without room in its code",
+                    "boot with vdso=1 and do not unmap it in the program",
+                )
+            })
             .task(pid)?;
         let mut infected = Infected {
             area: Area::of(threads.len(), xsave),
@@ -235,7 +245,10 @@ impl<'a> Infected<'a> {
         let result = ptrace::registers(tid)?.ax;
         let error = result as i64;
         if (-4095..0).contains(&error) {
-            return Err(Error::Sys { call, source: std::io::Error::from_raw_os_error(i32::try_from(-error).unwrap_or(libc::EPROTO)) });
+            return Err(Error::Sys {
+                call,
+                source: std::io::Error::from_raw_os_error(i32::try_from(-error).unwrap_or(libc::EPROTO)),
+            });
         }
         Ok(result)
     }
@@ -307,7 +320,8 @@ impl<'a> Infected<'a> {
             let question = &self.asked[i];
             let failed = control.failed.load(Ordering::Acquire);
             if failed != 0 {
-                return Err(question.plan.error(failed as usize - 1, control.failure.load(Ordering::Relaxed) as i64)).task(tid);
+                return Err(question.plan.error(failed as usize - 1, control.failure.load(Ordering::Relaxed) as i64))
+                    .task(tid);
             }
             let mut answers = Answers { results: Vec::new(), data: vec![0; question.plan.data_len()] };
             shared.read(question.data, &mut answers.data);
@@ -339,7 +353,9 @@ impl<'a> Infected<'a> {
                     self.threads[i].owe(libc::SIGSTOP);
                     ptrace::cont(tid, 0)?;
                 }
-                Some(Stop::Signal(signal)) if [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGTRAP, libc::SIGSYS].contains(&signal) => {
+                Some(Stop::Signal(signal))
+                    if [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGTRAP, libc::SIGSYS].contains(&signal) =>
+                {
                     let at = ptrace::registers(tid)?.ip;
                     return Err(Error::Usage { what: format!("the executor took signal {signal} at {at:#x}") });
                 }

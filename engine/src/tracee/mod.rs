@@ -11,7 +11,7 @@ mod infected;
 mod stopped;
 
 pub use infected::{write_control, Answers, Area, Infected, BLOB};
-pub use stopped::{Held, Stopped};
+pub use stopped::{undo_winding, Held, Stopped};
 
 use std::time::Duration;
 

@@ -37,6 +37,53 @@ const ERESTARTNOINTR: i64 = -513;
 const ERESTARTSYS: i64 = -512;
 const ERESTARTNOHAND: i64 = -514;
 
+/// System calls that end with EINTR at any stop (signal(7)), and that have done nothing then.
+fn interrupted_by_stops(nr: i64) -> bool {
+    matches!(
+        nr,
+        libc::SYS_epoll_wait
+            | libc::SYS_epoll_pwait
+            | libc::SYS_epoll_pwait2
+            | libc::SYS_rt_sigtimedwait
+            | libc::SYS_io_getevents
+            | IO_PGETEVENTS
+            | libc::SYS_io_uring_enter
+            | libc::SYS_semtimedop
+            | libc::SYS_semop
+            // sockets with a limit (SO_RCVTIMEO, SO_SNDTIMEO), and what is read and written with it
+            | libc::SYS_read
+            | libc::SYS_readv
+            | libc::SYS_recvfrom
+            | libc::SYS_recvmsg
+            | libc::SYS_recvmmsg
+            | libc::SYS_write
+            | libc::SYS_writev
+            | libc::SYS_sendto
+            | libc::SYS_sendmsg
+            | libc::SYS_sendmmsg
+            | libc::SYS_accept
+            | libc::SYS_accept4
+    )
+}
+
+/// A call that was wound back in an image, as the kernel had it: it decides, when the thread is let go, whether the call
+/// begins again or a handler makes it end with EINTR. Which of its codes it was follows from the call.
+pub fn undo_winding(mut r: Registers) -> Registers {
+    let nr = r.ax as i64;
+    let only_without_handler = interrupted_by_stops(nr) && !matches!(nr, libc::SYS_read | libc::SYS_readv | libc::SYS_write | libc::SYS_writev)
+        || matches!(
+            nr,
+            libc::SYS_pause | libc::SYS_rt_sigsuspend | libc::SYS_select | libc::SYS_pselect6 | libc::SYS_ppoll | libc::SYS_msgrcv | libc::SYS_msgsnd
+        );
+    r.orig_ax = r.ax;
+    r.ax = (if only_without_handler { ERESTARTNOHAND } else { ERESTARTSYS }) as u64;
+    r.ip = r.ip.wrapping_add(2);
+    r
+}
+
+/// io_pgetevents(2), which libc does not name on every architecture.
+const IO_PGETEVENTS: i64 = 333;
+
 /// A seized thread whose stop was asked for and not yet seen.
 #[derive(Debug)]
 pub struct Held {
@@ -115,25 +162,12 @@ impl Stopped {
         self.tid
     }
 
-    /// Winds back a wait that returned EINTR only because of our stop, so that the program never hears of it.
-    /// `deliverable`: a signal is pending that the thread does not block; then EINTR is the truth.
-    pub fn wind_back_wait(&mut self, deliverable: bool) {
+    /// Lets a wait go on that returned EINTR only because of our stop. The kernel decides when the thread is let go: with a
+    /// handler to run it is EINTR, else the call begins again, and the program never hears of the stop.
+    pub fn wind_back_wait(&mut self) {
         let r = &mut self.registers;
-        let waits = matches!(
-            i64::try_from(r.orig_ax).unwrap_or(-1),
-            libc::SYS_epoll_wait
-                | libc::SYS_epoll_pwait
-                | libc::SYS_epoll_pwait2
-                | libc::SYS_rt_sigtimedwait
-                | libc::SYS_io_getevents
-                | libc::SYS_io_uring_enter
-                | libc::SYS_semtimedop
-                | libc::SYS_semop
-        );
-        if r.ax as i64 == EINTR && waits && !deliverable {
-            r.ax = r.orig_ax;
-            r.ip = r.ip.wrapping_sub(2);
-            r.orig_ax = u64::MAX;
+        if r.ax as i64 == EINTR && i64::try_from(r.orig_ax).is_ok_and(interrupted_by_stops) {
+            r.ax = ERESTARTNOHAND as u64;
         }
     }
 

@@ -12,10 +12,33 @@
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub struct Registers {
-    pub r15: u64, pub r14: u64, pub r13: u64, pub r12: u64, pub bp: u64, pub bx: u64, pub r11: u64, pub r10: u64,
-    pub r9: u64, pub r8: u64, pub ax: u64, pub cx: u64, pub dx: u64, pub si: u64, pub di: u64, pub orig_ax: u64,
-    pub ip: u64, pub cs: u64, pub flags: u64, pub sp: u64, pub ss: u64, pub fs_base: u64, pub gs_base: u64,
-    pub ds: u64, pub es: u64, pub fs: u64, pub gs: u64,
+    pub r15: u64,
+    pub r14: u64,
+    pub r13: u64,
+    pub r12: u64,
+    pub bp: u64,
+    pub bx: u64,
+    pub r11: u64,
+    pub r10: u64,
+    pub r9: u64,
+    pub r8: u64,
+    pub ax: u64,
+    pub cx: u64,
+    pub dx: u64,
+    pub si: u64,
+    pub di: u64,
+    pub orig_ax: u64,
+    pub ip: u64,
+    pub cs: u64,
+    pub flags: u64,
+    pub sp: u64,
+    pub ss: u64,
+    pub fs_base: u64,
+    pub gs_base: u64,
+    pub ds: u64,
+    pub es: u64,
+    pub fs: u64,
+    pub gs: u64,
 }
 const _: () = assert!(core::mem::size_of::<Registers>() == 27 * 8);
 
@@ -77,9 +100,22 @@ fn put_way_back<const N: usize>(code: &mut Code<N>, at: u64, regs: &Registers, m
     code.mov(SP, data + 8);
     code.put(&[0x9d]); // popfq
     for (reg, value) in [
-        (AX, regs.ax), (CX, regs.cx), (DX, regs.dx), (BX, regs.bx), (SP, regs.sp), (BP, regs.bp), (SI, regs.si),
-        (DI, regs.di), (8, regs.r8), (9, regs.r9), (10, regs.r10), (11, regs.r11), (12, regs.r12), (13, regs.r13),
-        (14, regs.r14), (15, regs.r15),
+        (AX, regs.ax),
+        (CX, regs.cx),
+        (DX, regs.dx),
+        (BX, regs.bx),
+        (SP, regs.sp),
+        (BP, regs.bp),
+        (SI, regs.si),
+        (DI, regs.di),
+        (8, regs.r8),
+        (9, regs.r9),
+        (10, regs.r10),
+        (11, regs.r11),
+        (12, regs.r12),
+        (13, regs.r13),
+        (14, regs.r14),
+        (15, regs.r15),
     ] {
         code.mov(reg, value);
     }

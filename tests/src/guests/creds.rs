@@ -14,14 +14,7 @@ fn capset(effective: u64, permitted: u64, inheritable: u64) {
     let header = [0x2008_0522u32, 0];
     let low = |set: u64| set as u32;
     let high = |set: u64| (set >> 32) as u32;
-    let data = [
-        low(effective),
-        low(permitted),
-        low(inheritable),
-        high(effective),
-        high(permitted),
-        high(inheritable),
-    ];
+    let data = [low(effective), low(permitted), low(inheritable), high(effective), high(permitted), high(inheritable)];
     sys(unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), data.as_ptr()) });
 }
 

@@ -12,9 +12,7 @@ pub(super) fn fifo() {
     for name in [c"one", c"both"] {
         sys(unsafe { libc::mkfifo(name.as_ptr(), 0o600) });
     }
-    let open = |name: &str, r, w| {
-        did(File::options().read(r).write(w).custom_flags(libc::O_NONBLOCK).open(name))
-    };
+    let open = |name: &str, r, w| did(File::options().read(r).write(w).custom_flags(libc::O_NONBLOCK).open(name));
     let out = open("one", true, false);
     let into = open("one", false, true);
     let both = open("both", true, true);

@@ -238,7 +238,8 @@ pub(super) fn many() {
     let file = did(File::open("data"));
     let limit = libc::rlimit { rlim_cur: 4096, rlim_max: 4096 };
     unsafe { sys(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit)) };
-    let all: Vec<i32> = (0..1000).map(|n| unsafe { sys(libc::fcntl(file.as_raw_fd(), libc::F_DUPFD, 10 + n * 3)) }).collect();
+    let all: Vec<i32> =
+        (0..1000).map(|n| unsafe { sys(libc::fcntl(file.as_raw_fd(), libc::F_DUPFD, 10 + n * 3)) }).collect();
     ready();
     for fd in all {
         check_eq!(flag(fd), 0);

@@ -21,7 +21,9 @@ pub(super) fn listening() {
     for name in [libc::SO_KEEPALIVE, libc::SO_REUSEPORT] {
         sys(unsafe { libc::setsockopt(plain.as_raw_fd(), libc::SOL_SOCKET, name, (&raw const one).cast(), 4) });
     }
-    sys(unsafe { libc::setsockopt(plain.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_NODELAY, (&raw const one).cast(), 4) });
+    sys(unsafe {
+        libc::setsockopt(plain.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_NODELAY, (&raw const one).cast(), 4)
+    });
     // bound, and not listening
     let quiet = unsafe { sys(libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0)) };
     let addresses = [did(plain.local_addr()), did(six.local_addr())];

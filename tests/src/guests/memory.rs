@@ -149,7 +149,14 @@ pub(super) fn file() {
     ready();
     check_layout(&before);
     let at = |area: *mut u8, i: usize| unsafe { area.add(i).read_volatile() };
-    check!((0..40960).all(|i| at(private, i) == if i == 5000 { 201 } else if i == 8193 { 202 } else { bytes[i] }));
+    check!((0..40960).all(|i| at(private, i)
+        == if i == 5000 {
+            201
+        } else if i == 8193 {
+            202
+        } else {
+            bytes[i]
+        }));
     check_eq!(at(seen, 8193), 202);
     unsafe { shared.add(3).write_volatile(204) };
     check_eq!(at(seen, 8195), 204);
@@ -303,7 +310,11 @@ pub(super) fn stack() {
     fn more(depth: u64) -> u64 {
         let mut frame = [depth; 1024];
         std::hint::black_box(&mut frame);
-        if depth == 0 { 0 } else { more(depth - 1) + frame[3] }
+        if depth == 0 {
+            0
+        } else {
+            more(depth - 1) + frame[3]
+        }
     }
     check_eq!(more(600), 600 * 601 / 2);
 }

@@ -23,7 +23,8 @@ fn check_registered(own: Option<*mut u32>) {
     let r = unsafe { libc::syscall(libc::SYS_rseq, at, 32, 0, 0x5305_3053) };
     check!(r == -1 && (errno() == libc::EBUSY || errno() == libc::EINVAL));
     for _ in 0..1000 {
-        let (before, now, after) = unsafe { (at.add(1).read_volatile(), libc::sched_getcpu(), at.add(1).read_volatile()) };
+        let (before, now, after) =
+            unsafe { (at.add(1).read_volatile(), libc::sched_getcpu(), at.add(1).read_volatile()) };
         check!(before as i32 >= 0);
         if before == after {
             check_eq!(now, before as i32);

@@ -20,7 +20,11 @@ fn refuse(call: i64, error: u32, flags: u64) {
 /// How a call without arguments ends.
 fn answer(call: i64) -> i32 {
     let r = unsafe { libc::syscall(call, 0, 0, 0, 0, 0) };
-    if r < 0 { errno() } else { 0 }
+    if r < 0 {
+        errno()
+    } else {
+        0
+    }
 }
 
 const FACTS: &[&str] = &["Seccomp", "Seccomp_filters", "NoNewPrivs"];

@@ -288,8 +288,9 @@ pub struct Area {
 }
 
 /// Where, with which rights, and of which file the areas of memory are, and what was advised about them. Left out: the
-/// kernel's own notes (sd: soft-dirty, which a checkpoint changes), the numbers of files without a name, the heap, which
-/// checking uses too, and where the kernel keeps two areas that could be one.
+/// kernel's own notes (sd: soft-dirty, which a checkpoint changes; ac: accounted, which CRIU's way into a task changes), the
+/// numbers of files without a name, and that CRIU restores shared memory as memfds, the heap, which checking uses too, and
+/// where the kernel keeps two areas that could be one.
 pub fn layout() -> Vec<Area> {
     let text = did(std::fs::read_to_string("/proc/self/smaps"));
     let mut all: Vec<Area> = Vec::new();
@@ -298,7 +299,7 @@ pub fn layout() -> Vec<Area> {
         let words: Vec<&str> = line.split_whitespace().collect();
         if let Some(flags) = line.strip_prefix("VmFlags: ") {
             let Some(mut last) = all.pop_if(|_| !heap) else { continue };
-            let kept: Vec<&str> = flags.split_whitespace().filter(|f| *f != "sd").collect();
+            let kept: Vec<&str> = flags.split_whitespace().filter(|f| *f != "sd" && *f != "ac").collect();
             last.what.push_str(&kept.join(" "));
             match all.last_mut() {
                 Some(before) if before.to == last.from && before.what == last.what && last.what.contains(" 0 |") => {
@@ -312,7 +313,7 @@ pub fn layout() -> Vec<Area> {
             heap = line.ends_with("[heap]");
             if !heap {
                 let inode = if line.ends_with("(deleted)") { "-" } else { words[4] };
-                let what = format!("{} {} {inode} | {} ", words[1], words[2], words[5..].join(" "));
+                let what = format!("{} {} {inode} | {} ", words[1], words[2], words[5..].join(" ").replace("/memfd:/dev/zero", "/dev/zero"));
                 all.push(Area { from, to, what });
             }
         }

@@ -40,9 +40,9 @@ pub(super) fn pairs() {
     write(lonely.0, b"left behind");
     unsafe { libc::close(lonely.0) };
     set_option(stream.0, libc::SO_SNDBUF, 30_000);
-    set_option(stream.0, libc::SO_PASSCRED, 1);
     let buffer = option(stream.0, libc::SO_SNDBUF);
     let talk = pair(libc::SOCK_STREAM);
+    set_option(talk.0, libc::SO_PASSCRED, 1);
     let child = fork(|| {
         unsafe { libc::close(talk.0) };
         while let Ok(bytes) = read(talk.1) {
@@ -71,7 +71,7 @@ pub(super) fn pairs() {
     check_eq!(read(ended.0), Ok(b"one way".to_vec()));
     check_eq!(read(lonely.1), Ok(b"left behind".to_vec()));
     check_eq!(read(lonely.1), Ok(Vec::new()));
-    check_eq!((option(stream.0, libc::SO_SNDBUF), option(stream.0, libc::SO_PASSCRED)), (buffer, 1));
+    check_eq!((option(stream.0, libc::SO_SNDBUF), option(talk.0, libc::SO_PASSCRED)), (buffer, 1));
     check_eq!(unsafe { libc::fcntl(packets.0, libc::F_GETFD) }, libc::FD_CLOEXEC);
     write(stream.0, b"new");
     check_eq!(read(stream.1), Ok(b"new".to_vec()));

@@ -22,7 +22,11 @@ enum End {
 }
 
 fn end(r: i64) -> End {
-    if r < 0 { End::Error(errno()) } else { End::Result(r) }
+    if r < 0 {
+        End::Error(errno())
+    } else {
+        End::Result(r)
+    }
 }
 
 /// A wait under way.
@@ -132,7 +136,14 @@ pub(super) fn waits() {
         })
         .lost(),
         Wait::new("clock_nanosleep, absolute", result(0), false, move || {
-            i64::from(unsafe { libc::clock_nanosleep(libc::CLOCK_MONOTONIC, libc::TIMER_ABSTIME, &raw const until, std::ptr::null_mut()) })
+            i64::from(unsafe {
+                libc::clock_nanosleep(
+                    libc::CLOCK_MONOTONIC,
+                    libc::TIMER_ABSTIME,
+                    &raw const until,
+                    std::ptr::null_mut(),
+                )
+            })
         }),
         Wait::new("futex, limit", error(libc::ETIMEDOUT), true, || futex(&NEVER, libc::FUTEX_WAIT, &short())).lost(),
         Wait::new("futex, woken", result(0), false, || loop {

@@ -31,7 +31,10 @@ fn unix_sockets() {
 
     let socket = find(ino(&bound));
     assert_eq!(socket.address(), UnixAddress::Path(path.as_os_str().as_encoded_bytes()));
-    assert_eq!((socket.socket_type, socket.state, u64::from(socket.vfs_ino.unwrap())), (2, 7, file.st_ino & 0xffff_ffff));
+    assert_eq!(
+        (socket.socket_type, socket.state, u64::from(socket.vfs_ino.unwrap())),
+        (2, 7, file.st_ino & 0xffff_ffff)
+    );
     let socket = find(ino(&listener));
     assert_eq!((socket.address(), socket.state), (UnixAddress::Abstract(&name), 10));
     assert_eq!((&socket.pending[..], socket.rqueue), (&[ino(&waiting)][..], 1));
@@ -113,7 +116,8 @@ fn packet_sockets() {
     set_packet_option(&socket, libc::PACKET_FANOUT, &[1 << 16 | 7]);
     let list = diag.packet().unwrap();
     let found = list.iter().find(|s| s.ino == ino(&socket)).unwrap();
-    let ring = packet::PacketRing { block_size: 4096, block_count: 2, frame_size: 2048, frame_count: 4, ..Default::default() };
+    let ring =
+        packet::PacketRing { block_size: 4096, block_count: 2, frame_size: 2048, frame_count: 4, ..Default::default() };
     assert_eq!((found.rx_ring, found.tx_ring, found.fanout), (Some(ring), None, Some(1 << 16 | 7)));
     assert_eq!(found.info.unwrap().index, 1);
 }
@@ -134,7 +138,13 @@ fn set_packet_option(socket: &OwnedFd, option: i32, value: &[u32]) {
     let length = u32::try_from(std::mem::size_of_val(value)).unwrap();
     // SAFETY: the kernel only reads `length` bytes, all of which belong to `value`.
     let result = unsafe {
-        libc::setsockopt(std::os::fd::AsRawFd::as_raw_fd(socket), libc::SOL_PACKET, option, value.as_ptr().cast(), length)
+        libc::setsockopt(
+            std::os::fd::AsRawFd::as_raw_fd(socket),
+            libc::SOL_PACKET,
+            option,
+            value.as_ptr().cast(),
+            length,
+        )
     };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
