@@ -18,11 +18,25 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[
     ("inventory", "dump_uptime", "clocks went on"),
     ("core", "gpregs", "the program ran in between"),
     ("core", "fpregs", "the program ran in between"),
+    ("core", "tc.flags", "the kernel's flags of a task: a restored one was cloned and has not called exec"),
+    ("core", "vusec", "timers went on"),
+    ("core", "vsec", "timers went on"),
+    ("core", "vnsec", "timers went on"),
+    ("core", "overrun", "timers went on"),
+    ("files", "tfd.vsec", "timers went on"),
+    ("files", "tfd.vnsec", "timers went on"),
+    ("files", "tfd.ticks", "timers went on"),
+    ("ids", "time_ns_id", "a plain restore enters a time namespace of its own, so that clocks go on"),
+    ("ghost-file", "atim.tv_sec", "it was read for the dump"),
+    ("ghost-file", "atim.tv_usec", "it was read for the dump"),
 ];
+
+/// O_TMPFILE without O_DIRECTORY: how a file was made, which is not what it is.
+const HOW_IT_WAS_MADE: u64 = 0o20_000_000 | 0o200_000;
 
 /// Fields that hold numbers which only say what is the same as what: kernels and dumps choose them anew. They are compared
 /// by the order in which they are first seen.
-const NAMES: &[&str] = &[];
+const NUMBERS: &[&[&str]] = &[&["pipe_id"], &["shmid"], &["ino", "peer", "inode"]];
 
 /// What differs, one line each, but for what has a reason to.
 pub fn checkpoints(first: &Path, second: &Path) -> Vec<String> {
@@ -58,7 +72,95 @@ impl Checkpoint {
             all.insert(name, value);
         }
         assert!(!all.is_empty(), "no images in {}", folder.display());
+        let mut seen = vec![BTreeMap::new(); NUMBERS.len()];
+        for value in all.values_mut() {
+            settle(value);
+            rename(value, &mut seen);
+        }
         Checkpoint(all)
+    }
+}
+
+/// Gives one form to what can be said in several.
+fn settle(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            for (key, value) in fields.iter_mut() {
+                match (key.as_str(), &mut *value) {
+                    // the kernel lists them by where they lie in its memory
+                    ("tfd", Value::Array(watches)) => {
+                        watches.sort_by_key(|w| w["tfd"].as_u64());
+                        for watch in watches {
+                            // errors and hang-ups: asked for or not, but that a spent one-shot waits for nothing, until it
+                            // is added again
+                            watch["events"] = (watch["events"].as_u64().unwrap_or(0) | 0x18).into();
+                        }
+                    }
+                    // two areas, or one that is as long as both: nobody can tell
+                    ("vmas", Value::Array(areas)) => join(areas),
+                    ("name", Value::String(name)) => *name = unnamed(name),
+                    ("flags", Value::Number(n)) => {
+                        let flags = n.as_u64().unwrap_or(0);
+                        if flags & HOW_IT_WAS_MADE == HOW_IT_WAS_MADE {
+                            *value = (flags & !HOW_IT_WAS_MADE).into();
+                        }
+                    }
+                    _ => {}
+                }
+                settle(value);
+            }
+        }
+        Value::Array(values) => values.iter_mut().for_each(settle),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+/// A file that has lost its name: its last one may have got an ending that nobody else uses, and the kernel makes up one
+/// (#INODE) for a file that never had any.
+fn unnamed(name: &str) -> String {
+    let name = name.strip_suffix(".cr_link").unwrap_or(name);
+    match name.rsplit_once("/#") {
+        Some((folder, number)) if number.bytes().all(|b| b.is_ascii_digit()) => format!("{folder}/#"),
+        _ => name.to_owned(),
+    }
+}
+
+/// Joins private areas without a file that lie side by side and differ in nothing else.
+fn join(areas: &mut Vec<Value>) {
+    let rest = |area: &Value| {
+        let mut area = area.clone();
+        area["start"] = Value::Null;
+        area["end"] = Value::Null;
+        area
+    };
+    let mut joined: Vec<Value> = Vec::new();
+    for area in areas.drain(..) {
+        match joined.last_mut() {
+            Some(last) if last["end"] == area["start"] && area["shmid"] == 0 && rest(last) == rest(&area) => {
+                last["end"] = area["end"].clone();
+            }
+            _ => joined.push(area),
+        }
+    }
+    *areas = joined;
+}
+
+/// Gives new numbers to what [`NUMBERS`] lists.
+fn rename(value: &mut Value, seen: &mut [BTreeMap<u64, u64>]) {
+    match value {
+        Value::Object(fields) => {
+            for (key, value) in fields.iter_mut() {
+                match (NUMBERS.iter().position(|names| names.contains(&key.as_str())), value.as_u64()) {
+                    (Some(kind), Some(number)) if number != 0 => {
+                        let next = seen[kind].len() as u64 + 1;
+                        *value = (*seen[kind].entry(number).or_insert(next)).into();
+                    }
+                    _ => rename(value, seen),
+                }
+            }
+        }
+        Value::Array(values) => values.iter_mut().for_each(|v| rename(v, seen)),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
     }
 }
 

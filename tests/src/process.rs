@@ -120,6 +120,21 @@ pub struct Output {
     pub text: String,
 }
 
+/// The program will lead a session of its own.
+pub fn in_own_session(command: &mut Command) -> &mut Command {
+    use std::os::unix::process::CommandExt as _;
+    // SAFETY: between fork and exec only these system calls are made.
+    unsafe {
+        command.pre_exec(|| {
+            libc::close_range(3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as i32);
+            if libc::setsid() < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(())
+        })
+    }
+}
+
 /// Runs a program. What it prints goes through a file, which nobody it leaves behind can keep us waiting with.
 ///
 /// # Errors

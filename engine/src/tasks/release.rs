@@ -103,18 +103,39 @@ pub fn still_there(pid: i32, sibling: bool) -> Result<()> {
     }
 }
 
-/// Makes a task with a pid that may still belong to the dumped one, whose parent has not waited for it yet: its parent gets a
-/// second for that.
+/// Makes a task with a pid that may still be in use: by the dumped tasks, dead and not yet waited for, as process, group or
+/// session. Whoever has to wait for them gets a few seconds for that, as long as no living process has the id.
 pub fn when_reaped(pid: i32, mut make: impl FnMut() -> Result<i32>) -> Result<i32> {
+    const LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
     let began = std::time::Instant::now();
     loop {
         match make() {
-            Err(e) if e.errno() == libc::EEXIST && !ptrace::exists(pid) && began.elapsed().as_secs() < 1 => {
-                std::thread::sleep(std::time::Duration::from_millis(1));
+            Err(e) if e.errno() == libc::EEXIST && began.elapsed() < LIMIT && !lives(pid) => {
+                std::thread::sleep(std::time::Duration::from_millis(2));
             }
             other => return other,
         }
     }
+}
+
+/// True if a process that is not dead has `id` as its own id, group or session.
+fn lives(id: i32) -> bool {
+    let mut buffer = Vec::new();
+    let pids = std::fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+    let mut used = ptrace::exists(id);
+    for pid in pids {
+        if used {
+            break;
+        }
+        if crate::proc::read_proc(format!("/proc/{pid}/stat").as_ref(), &mut buffer).is_ok() {
+            if let Ok(stat) = crate::proc::stat::parse(&buffer) {
+                use crate::proc::status::TaskState;
+                let dead = matches!(stat.state, TaskState::Zombie | TaskState::Dead);
+                used = !dead && (stat.pgrp == id || stat.session == id);
+            }
+        }
+    }
+    used
 }
 
 /// True if `pid` descends from `root`: nobody else's process is ever killed.

@@ -40,6 +40,7 @@ pub(super) fn creds() {
     ready();
     check_eq!(status(FACTS), before);
     check_eq!(fs_ids(), fs);
+    check_eq!(unsafe { libc::prctl(libc::PR_GET_DUMPABLE, 0, 0, 0, 0) }, 1);
 }
 
 /// The ids that files are judged by.
@@ -85,6 +86,7 @@ pub(super) fn threads() {
     let before = status(FACTS);
     ready();
     check_eq!(status(FACTS), before);
+    check_eq!(unsafe { libc::prctl(libc::PR_GET_DUMPABLE, 0, 0, 0, 0) }, 1);
     shared.set(1, 1);
     for thread in all {
         check!(thread.join().is_ok());

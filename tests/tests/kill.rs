@@ -1,0 +1,294 @@
+//! The engine is killed (SIGKILL), at every step and at random: a dump harms nobody, a restore leaves all or nothing.
+//!
+//! $STANDSTILL_KILLS says how many random kills there are (200), $STANDSTILL_SEED which.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use standstill_tests::engine::Engine;
+use standstill_tests::guests::support::How;
+use standstill_tests::process;
+use standstill_tests::run::Run;
+use standstill_tests::skip::skip;
+
+/// Who is left behind can be told only if nobody else starts processes.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn alone() -> std::sync::MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// What a watcher knows of the guest that all this is done to.
+struct Watch {
+    run: Run,
+    /// Blocked signals, as each thread had them when nobody had touched it.
+    masks: BTreeMap<i32, BTreeSet<String>>,
+    /// Our own children then.
+    children: HashSet<i32>,
+}
+
+fn field(pid: i32, tid: i32, name: &str) -> String {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
+    text.lines().find_map(|l| l.strip_prefix(name)).unwrap_or("").trim_start_matches(':').trim().to_owned()
+}
+
+impl Watch {
+    fn start(name: &str) -> Watch {
+        let run = Run::start(name);
+        let mut masks: BTreeMap<i32, BTreeSet<String>> = BTreeMap::new();
+        for _ in 0..300 {
+            for tid in process::threads(run.pid) {
+                masks.entry(tid).or_default().insert(field(run.pid, tid, "SigBlk"));
+            }
+            std::thread::sleep(Duration::from_micros(300));
+        }
+        Watch { run, masks, children: process::own_children() }
+    }
+
+    /// The guest goes on, and nothing of the engine is left.
+    fn check(&self, when: &str) {
+        let pid = self.run.pid;
+        if let Ok(why) = fs::read_to_string(self.run.file("result")) {
+            panic!("{when}: the guest failed: {why}");
+        }
+        let beats = |folder: &Path| fs::read(folder).unwrap_or_default().chunks(8).take(4).map(<[u8]>::to_vec).collect::<Vec<_>>();
+        let counters = self.run.file("counters");
+        let before = beats(&counters);
+        let mut waiting = String::new();
+        let fine = within(Duration::from_secs(10), || {
+            waiting.clear();
+            if !process::alive(pid) {
+                panic!("{when}: the guest is dead");
+            }
+            for (&tid, masks) in &self.masks {
+                let tracer = field(pid, tid, "TracerPid");
+                if tracer != "0" {
+                    waiting.push_str(&format!("thread {tid} is traced by {tracer}; "));
+                }
+                let mask = field(pid, tid, "SigBlk");
+                if !masks.contains(&mask) {
+                    waiting.push_str(&format!("thread {tid} blocks {mask}; "));
+                }
+            }
+            let stuck = beats(&counters).iter().zip(&before).filter(|(now, then)| now == then).count();
+            if stuck > 0 {
+                waiting.push_str(&format!("{stuck} of its threads do not go on; "));
+            }
+            let left: Vec<i32> = process::own_children().difference(&self.children).copied().collect();
+            for child in left {
+                if process::reap(child).is_none() {
+                    waiting.push_str(&format!("process {child} is left behind; "));
+                }
+            }
+            waiting.is_empty()
+        });
+        assert!(fine, "{when}: {waiting}\n{}", process::describe(pid));
+    }
+
+    /// The last dump is left alone: it succeeds, and removes what dead engines have left in the guest.
+    fn end(mut self) {
+        let images = self.run.images("last");
+        self.run.dump_running(&Engine::ours(), &images);
+        self.check("at the end");
+        let maps = fs::read_to_string(format!("/proc/{}/maps", self.run.pid)).unwrap_or_default();
+        let leaked: Vec<&str> = maps.lines().filter(|l| l.contains("anon_shmem:standstill")).collect();
+        assert!(leaked.is_empty(), "left in the guest: {leaked:#?}");
+        self.run.check(How::Running);
+    }
+}
+
+fn within(limit: Duration, mut holds: impl FnMut() -> bool) -> bool {
+    let began = Instant::now();
+    while !holds() {
+        if began.elapsed() > limit {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    true
+}
+
+/// strace, if it is there and may trace; `inject` kills at a ptrace request.
+fn strace(test: &str) -> Option<()> {
+    let tried = Command::new("strace").args(["-e", "trace=none", "true"]).stderr(Stdio::null()).status();
+    match tried {
+        Ok(status) if status.success() => Some(()),
+        Ok(status) => {
+            skip(test, &format!("strace cannot trace here ({status})"));
+            None
+        }
+        Err(e) => {
+            skip(test, &format!("strace: {e}"));
+            None
+        }
+    }
+}
+
+/// Runs the engine under strace; it is killed when it makes its `n`th ptrace request, and true says that it was.
+fn killed_at(n: u32, engine: &Command, trace: &Path) -> bool {
+    let mut command = Command::new("strace");
+    command.args(["-f", "-q", "-e", "trace=ptrace", "-e", &format!("inject=ptrace:signal=KILL:when={n}")]);
+    command.arg("-o").arg(trace).arg(engine.get_program()).args(engine.get_args());
+    let output = process::run(&mut command, Duration::from_secs(60)).unwrap_or_else(|e| panic!("strace: {e}"));
+    match output.code {
+        Some(0) => false,
+        Some(137) => true,
+        other => panic!("request {n}: the engine ended with {other:?}:\n{}", output.text),
+    }
+}
+
+/// A number that looks random, and is the same for the same seed.
+fn random(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
+}
+
+fn seed() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let seed = number("STANDSTILL_SEED", now.map_or(1, |d| d.as_secs()));
+    eprintln!("seed {seed}");
+    seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1
+}
+
+#[test]
+fn a_dump_killed_at_each_request() {
+    let Some(()) = strace("a_dump_killed_at_each_request") else { return };
+    let _alone = alone();
+    let watch = Watch::start("storm");
+    let images = watch.run.images("images");
+    fs::create_dir_all(&images).unwrap_or_else(|e| panic!("{e}"));
+    let pid = watch.run.pid.to_string();
+    let dump = Engine::ours().command("dump", &images, &["-R", "-t", &pid]);
+    let trace = watch.run.folder.join("strace");
+    // how many there are differs a little from run to run
+    let mut whole = 0;
+    let mut n = 0;
+    while whole < 5 {
+        n += 1;
+        assert!(n < 5000, "a dump of one process does not need {n} requests");
+        if !killed_at(n, &dump, &trace) {
+            whole += 1;
+        }
+        watch.check(&format!("killed at request {n}"));
+    }
+    eprintln!("killed at each of {n} requests");
+    assert!(n > 20, "only {n} requests");
+    watch.end();
+}
+
+#[test]
+fn a_dump_killed_at_random() {
+    let _alone = alone();
+    let watch = Watch::start("storm");
+    let images = watch.run.images("images");
+    fs::create_dir_all(&images).unwrap_or_else(|e| panic!("{e}"));
+    let pid = watch.run.pid.to_string();
+    let engine = Engine::ours();
+    let dump = || {
+        let mut command = engine.command("dump", &images, &["-R", "-t", &pid]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.spawn().unwrap_or_else(|e| panic!("{e}"))
+    };
+    let mut longest = Duration::ZERO;
+    for _ in 0..5 {
+        let began = Instant::now();
+        let status = dump().wait().unwrap_or_else(|e| panic!("{e}"));
+        assert!(status.success(), "a dump that nobody disturbs failed");
+        longest = longest.max(began.elapsed());
+    }
+    let mut state = seed();
+    let (kills, mut hit) = (number("STANDSTILL_KILLS", 200), 0);
+    for n in 0..kills {
+        let mut child = dump();
+        let micros = u64::try_from(longest.as_micros()).unwrap_or(u64::MAX);
+        std::thread::sleep(Duration::from_micros(random(&mut state) % micros));
+        let _ = child.kill();
+        let status = child.wait().unwrap_or_else(|e| panic!("{e}"));
+        hit += u64::from(!status.success());
+        watch.check(&format!("random kill {n}"));
+    }
+    eprintln!("{hit} of {kills} dumps were killed in time");
+    assert!(hit * 4 > kills, "only {hit} of {kills} dumps were killed in time");
+    watch.end();
+}
+
+/// Brings the guest back by a restore that is killed, and says whether it did.
+fn all_or_nothing(run: &mut Run, images: &Path, children: &HashSet<i32>, when: &str) -> bool {
+    // what ends with its tracer does so at once, but not before we look
+    std::thread::sleep(Duration::from_millis(5));
+    let mut left = BTreeSet::new();
+    let settled = within(Duration::from_secs(10), || {
+        left = process::own_children().difference(children).copied().filter(|&c| process::reap(c).is_none()).collect();
+        left.is_empty() || left.iter().all(|&c| c == run.pid && process::alive(c) && field(c, c, "TracerPid") == "0")
+    });
+    let texts: Vec<String> = left.iter().map(|p| process::describe(*p)).collect();
+    assert!(settled, "{when}: left behind: {left:?}\n{}", texts.concat());
+    if left.is_empty() {
+        return false;
+    }
+    // it was let go before the kill: then it is whole, and can be dumped again
+    run.dump(&Engine::ours(), images);
+    true
+}
+
+#[test]
+fn a_restore_killed_at_each_request() {
+    let Some(()) = strace("a_restore_killed_at_each_request") else { return };
+    let _alone = alone();
+    let children = process::own_children();
+    let mut run = Run::start("threads");
+    let images = run.images("images");
+    run.dump(&Engine::ours(), &images);
+    let trace = run.folder.join("strace");
+    let restore = Engine::ours().command("restore", &images, &["-d"]);
+    let (mut whole, mut n) = (0, 0);
+    while whole < 3 {
+        n += 1;
+        assert!(n < 5000, "a restore of one process does not need {n} requests");
+        if !killed_at(n, &restore, &trace) {
+            whole += 1;
+        }
+        all_or_nothing(&mut run, &images, &children, &format!("killed at request {n}"));
+    }
+    eprintln!("killed at each of {n} requests");
+    run.restore(&Engine::ours(), &images);
+    run.check(How::Restored);
+}
+
+#[test]
+fn a_restore_killed_at_random() {
+    let _alone = alone();
+    let children = process::own_children();
+    let mut run = Run::start("tree");
+    let images = run.images("images");
+    let engine = Engine::ours();
+    run.dump(&engine, &images);
+    let began = Instant::now();
+    run.restore(&engine, &images);
+    let micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+    run.dump(&engine, &images);
+    let mut state = seed();
+    let (kills, mut whole) = (number("STANDSTILL_KILLS", 200) / 2, 0);
+    for n in 0..kills {
+        let mut command = engine.command("restore", &images, &["-d"]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut child = command.spawn().unwrap_or_else(|e| panic!("{e}"));
+        std::thread::sleep(Duration::from_micros(random(&mut state) % micros));
+        let _ = child.kill();
+        let _ = child.wait();
+        whole += u64::from(all_or_nothing(&mut run, &images, &children, &format!("random kill {n}")));
+    }
+    eprintln!("{whole} of {kills} restores were done before they were killed");
+    run.restore(&engine, &images);
+    run.check(How::Restored);
+}
