@@ -82,7 +82,7 @@ pub fn run(opts: &Options) -> Result<DumpReport> {
 
 fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     let mut phases = Phases::start();
-    images.remove(ImageKind::Inventory, ())?;
+    remove_old_images(images)?;
     let robust = RobustList::new()?;
     let frozen = freeze::freeze(root, Duration::from_secs(u64::from(opts.timeout)))?;
     phases.mark("freezing");
@@ -230,6 +230,18 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
         DumpReport { frozen: frozen_at.elapsed(), total: phases.total(), pages, shared_pages, tasks: alive.len() };
     crate::stats::write_dump(opts, &phases, &report, scanned)?;
     Ok(report)
+}
+
+/// An older checkpoint in the same folder is none any more: its inventory goes first, then all else of it, so that nothing
+/// of it can be taken for part of the new one. What is not an image stays.
+fn remove_old_images(images: &Images) -> Result<()> {
+    images.remove(ImageKind::Inventory, ())?;
+    for name in images.store().list()? {
+        if name.ends_with(".img") && ImageKind::from_file_name(&name).is_some() {
+            images.store().remove(&name)?;
+        }
+    }
+    Ok(())
 }
 
 /// What goes into images that are written once.

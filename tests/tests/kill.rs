@@ -39,6 +39,7 @@ fn field(pid: i32, tid: i32, name: &str) -> String {
 impl Watch {
     fn start(name: &str) -> Watch {
         let run = Run::start(name);
+        fs::write(run.file("engines-die"), "").unwrap_or_else(|e| panic!("{e}"));
         let mut masks: BTreeMap<i32, BTreeSet<String>> = BTreeMap::new();
         for _ in 0..300 {
             for tid in process::threads(run.pid) {

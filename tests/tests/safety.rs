@@ -67,6 +67,7 @@ fn no_folder_for_images() {
 #[test]
 fn signals_to_the_engine() {
     let mut run = Run::start("storm");
+    fs::write(run.file("engines-die"), "").unwrap_or_else(|e| panic!("{e}"));
     let (engine, images) = (Engine::ours(), run.images("images"));
     fs::create_dir_all(&images).unwrap_or_else(|e| panic!("{e}"));
     let pid = run.pid.to_string();

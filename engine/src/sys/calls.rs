@@ -269,3 +269,27 @@ pub fn replace(fd: BorrowedFd<'_>, place: BorrowedFd<'_>) -> Result<()> {
     // SAFETY: both are open; the owner of `place` keeps owning its number.
     answer("dup3", unsafe { libc::dup3(fd.as_raw_fd(), place.as_raw_fd(), libc::O_CLOEXEC) }.into()).map(drop)
 }
+
+/// Signals that are blocked in this thread for as long as this lives.
+#[derive(Debug)]
+pub struct BlockedSignals {
+    before: u64,
+}
+
+impl BlockedSignals {
+    /// Blocks the signals of `mask` (bit n - 1 for signal n) besides those that are.
+    pub fn new(mask: u64) -> Result<BlockedSignals> {
+        let mut before = 0u64;
+        // SAFETY: two words that live across the call.
+        let r = unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_BLOCK, &raw const mask, &raw mut before, 8) };
+        answer("rt_sigprocmask", r)?;
+        Ok(BlockedSignals { before })
+    }
+}
+
+impl Drop for BlockedSignals {
+    fn drop(&mut self) {
+        // SAFETY: the word lives across the call.
+        unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const self.before, 0, 8) };
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::error::{At, Error, Result};
+use crate::error::{At, Call, Error, Result};
 use crate::sys::ptrace::Stop;
 use crate::sys::{calls, ptrace};
 use crate::tracee::{ALL_SIGNALS, STOP_LIMIT};
@@ -157,16 +157,50 @@ pub fn is_descendant(pid: i32, root: i32) -> bool {
     false
 }
 
-/// Waits for the restored program, whose parent we are; its exit code, or 128 + N for signal N.
+/// Signals that are meant for the program while we wait for it in its parent's place.
+const PASSED_ON: [i32; 10] = [
+    libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGALRM, libc::SIGCONT,
+    libc::SIGWINCH, libc::SIGTSTP,
+];
+
+/// Waits for the restored program, whose parent we are, and passes signals on to it; its exit code, or 128 + N for signal N.
+///
+/// Signals are taken in this thread only, and only while it waits. A program in our own process group has those of the
+/// terminal from the terminal.
 pub fn wait(pid: i32) -> Result<i32> {
-    loop {
-        if let Some((_, status)) = calls::wait_child(pid, libc::__WALL)? {
+    let pidfd = calls::pidfd_open(pid, 0)?;
+    let same_group = own_session_and_group().1 == group_of(pid);
+    let from_terminal = [libc::SIGINT, libc::SIGQUIT, libc::SIGTSTP, libc::SIGWINCH];
+    let mask = PASSED_ON.iter().fold(0u64, |m, s| m | 1 << (s - 1));
+    let blocked = calls::BlockedSignals::new(mask)?;
+    let signals = calls::signalfd(mask, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)?;
+    let code = loop {
+        if let Some((_, status)) = calls::wait_child(pid, libc::__WALL | libc::WNOHANG)? {
             if libc::WIFEXITED(status) {
-                return Ok(libc::WEXITSTATUS(status));
+                break libc::WEXITSTATUS(status);
             }
             if libc::WIFSIGNALED(status) {
-                return Ok(128 + libc::WTERMSIG(status));
+                break 128 + libc::WTERMSIG(status);
             }
         }
-    }
+        use rustix::event::{poll, PollFd, PollFlags};
+        let mut fds = [PollFd::new(&pidfd, PollFlags::IN), PollFd::new(&signals, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e).call("poll"),
+        }
+        let mut info = [0u8; 128];
+        while rustix::io::read(&signals, &mut info).is_ok_and(|n| n == info.len()) {
+            let signal = i32::from_le_bytes([info[0], info[1], info[2], info[3]]);
+            if !(same_group && from_terminal.contains(&signal)) {
+                let _ = calls::kill(pid, signal);
+            }
+        }
+    };
+    drop(blocked);
+    Ok(code)
+}
+
+fn group_of(pid: i32) -> i32 {
+    rustix::process::Pid::from_raw(pid).and_then(|p| rustix::process::getpgid(Some(p)).ok()).map_or(0, |p| p.as_raw_nonzero().get())
 }
