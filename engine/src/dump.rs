@@ -15,16 +15,17 @@ use standstill_images::proto::{
 use standstill_images::{FolderStore, ImageKind, Images};
 
 use crate::error::{At, Error, Place, Result};
-use crate::files::{memfd, DumpFiles};
+use crate::files::{locks, memfd, DumpFiles};
 use crate::memory::{self, drain};
 use crate::options::{FinalState, Options, Persona};
 use crate::plan::Plan;
 use crate::proc::maps::VmaName;
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
+use crate::sys::interrupt;
 use crate::sys::memory as remote;
 use crate::sys::ptrace;
-use crate::tasks::{core, facts::Facts, finish, freeze, ids, seccomp};
+use crate::tasks::{core, facts::Facts, finish, freeze, ids, leftovers, seccomp};
 use crate::tracee::{Answers, Infected, Stopped};
 
 /// What a dump did.
@@ -73,6 +74,8 @@ pub fn run(opts: &Options) -> Result<DumpReport> {
     opts.refuse_unsupported().map_err(|e| Error::Usage { what: e.to_string() })?;
     let root = opts.required_pid().map_err(|e| Error::Usage { what: e.to_string() })?;
     let images = Images::new(FolderStore::open(&opts.images_dir)?);
+    // SIGINT and the like end a dump in order, where that can be seen to; the threads that we start have them blocked, too
+    let _interrupts = interrupt::Watch::new()?;
     // all of ptrace belongs to one thread, which outlives its tracees
     std::thread::scope(|scope| match scope.spawn(|| dump(opts, root, &images)).join() {
         Ok(result) => result,
@@ -86,6 +89,7 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     let robust = RobustList::new()?;
     let frozen = freeze::freeze(root, Duration::from_secs(u64::from(opts.timeout)))?;
     phases.mark("freezing");
+    interrupt::check()?;
     let frozen_at = Instant::now();
     tracing::info!("{} tasks stand still", frozen.len());
 
@@ -101,10 +105,12 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     let mut numbers = ids::Ids::new()?;
     give_ids(&mut tasks, &mut numbers)?;
     refuse_gpus(&tasks)?;
+    refuse_locks(opts, &tasks)?;
     let mut files =
         DumpFiles::new(opts, images, heads.iter().map(|h| h.0).collect(), numbers.root.net_ns_id.unwrap_or(0));
     let fdinfos = dump_files(&mut tasks, &mut files)?;
     phases.mark("reading");
+    interrupt::check()?;
 
     // from here on tasks are changed, and put right again when `infected` is dropped
     let mut infected = Vec::with_capacity(tasks.len());
@@ -122,6 +128,8 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
             let mut plan = Plan::new();
             in_threads.push(core::ask_thread(&mut plan));
             if i == 0 {
+                host.name_area(&mut plan);
+                leftovers::remove(&alive.facts, &mut plan);
                 in_task = Some(core::ask_task(&alive.facts, &mut plan));
             }
             plans.push(plan);
@@ -136,6 +144,7 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
         answers.push(host.finish()?);
     }
     phases.mark("asking");
+    interrupt::check()?;
 
     let time_ns = tasks.iter().find_map(|t| match &t.kind {
         Kind::Alive(a) => a.ids.time_ns_id,
@@ -198,10 +207,13 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
         drain.write(images, *pid, *pages_id, vdso.map(|(at, bytes)| (*at, bytes.as_slice())))
     })?;
     let shared = AtomicU64::new(0);
-    memfd::jobs(&mut files).par_iter().try_for_each(|job| {
-        job.run(images).map(|bytes| drop(shared.fetch_add(bytes / memory::PAGE, Ordering::Relaxed)))
+    memfd::jobs(&mut files).par_iter().try_for_each(|job| -> Result<()> {
+        let bytes = job.run(images)?;
+        shared.fetch_add(bytes / memory::PAGE, Ordering::Relaxed);
+        Ok(())
     })?;
     phases.mark("memory");
+    interrupt::check()?;
     files.finish()?;
     images.write_entries(ImageKind::Pstree, (), written.pstree)?;
     images.write_one(ImageKind::Seccomp, (), &SeccompEntry { seccomp_filters: filters })?;
@@ -251,7 +263,7 @@ struct Written {
     clocks: Option<((u64, u64), (u64, u64))>,
 }
 
-/// Filters are held off while the executor runs; waits that only our stop ended are wound back.
+/// Filters are held off while the executor runs; pending signals are copied.
 fn suspend_seccomp_and_settle(opts: &Options, threads: &mut [Vec<Stopped>]) -> Result<()> {
     let mut buffer = Vec::new();
     for thread in threads.iter_mut().flatten() {
@@ -273,7 +285,6 @@ fn suspend_seccomp_and_settle(opts: &Options, threads: &mut [Vec<Stopped>]) -> R
         if status.shared_pending != 0 && status.tgid == tid {
             thread.shared_pending = ptrace::pending_signals(tid, true).task(tid)?;
         }
-        thread.wind_back_wait();
         leave_sequence(thread).task(tid)?;
     }
     Ok(())
@@ -323,7 +334,8 @@ fn read(heads: &[Head], threads: &[Vec<Stopped>]) -> Result<Vec<Task>> {
                     let filtered = f.status.seccomp == Some(seccomp::FILTER as u32);
                     chains.push(if filtered { seccomp::read(thread.tid()).task(thread.tid())? } else { Vec::new() });
                 }
-                let vdso = read_vdso(&facts).task(pid)?;
+                leftovers::check_areas(&facts, threads).task(pid)?;
+                let vdso = read_vdso(&facts, threads).task(pid)?;
                 Kind::Alive(Box::new(Alive {
                     facts,
                     ids: Default::default(),
@@ -340,11 +352,21 @@ fn read(heads: &[Head], threads: &[Vec<Stopped>]) -> Result<Vec<Task>> {
     Ok(tasks)
 }
 
-fn read_vdso(facts: &Facts) -> Result<Option<(u64, Vec<u8>)>> {
+/// The vdso of a task, as the kernel made it: what an engine that was killed left in its zero tail is not part of it.
+fn read_vdso(facts: &Facts, threads: &[Stopped]) -> Result<Option<(u64, Vec<u8>)>> {
     let Some(area) = facts.areas.iter().find(|a| a.name() == VmaName::Vdso) else { return Ok(None) };
     let mut bytes = vec![0; usize::try_from(area.size()).unwrap_or(0)];
     if remote::read_remote(facts.pid, area.start, &mut bytes)? != bytes.len() {
         return Err(Error::Gone);
+    }
+    let own = memory::vdso::own()?;
+    let used = own.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1);
+    if bytes.len() == own.len() && bytes[..used] == own[..used] && bytes[used..] != own[used..] {
+        let tail = area.start + used as u64..area.end;
+        for thread in threads {
+            leftovers::none_in(thread, &tail)?;
+        }
+        bytes[used..].fill(0);
     }
     Ok(Some((area.start, bytes)))
 }
@@ -394,6 +416,17 @@ fn refuse_gpus(tasks: &[Task]) -> Result<()> {
     Ok(())
 }
 
+/// A task that holds a lock that is not to be carried is refused.
+fn refuse_locks(opts: &Options, tasks: &[Task]) -> Result<()> {
+    for task in tasks {
+        let Kind::Alive(alive) = &task.kind else { continue };
+        for d in &alive.facts.descriptors {
+            locks::refuse(d, opts).at(Place::Fd(d.fd)).task(task.pid)?;
+        }
+    }
+    Ok(())
+}
+
 /// Descriptors, areas, exe, root and working folder, in CRIU's order of ids: areas first.
 fn dump_files(tasks: &mut [Task], files: &mut DumpFiles<'_>) -> Result<Vec<(u32, Vec<FdinfoEntry>)>> {
     let mut all: Vec<(u32, Vec<FdinfoEntry>)> = Vec::new();
@@ -402,9 +435,12 @@ fn dump_files(tasks: &mut [Task], files: &mut DumpFiles<'_>) -> Result<Vec<(u32,
         let (pid, facts) = (task.pid, &alive.facts);
         let vmas = memory::areas::entries(pid, &facts.areas, files).task(pid)?;
         if !all.iter().any(|(id, _)| *id == alive.ids.files_id) {
+            let own = ns_pid(pid, Some(facts.status()))?;
             let mut entries = Vec::with_capacity(facts.descriptors.len());
             for d in &facts.descriptors {
-                entries.push(files.descriptor(d).at(Place::Fd(d.fd)).task(pid)?);
+                let entry = files.descriptor(d).at(Place::Fd(d.fd)).task(pid)?;
+                locks::dump(d, entry.id, own, files).at(Place::Fd(d.fd)).task(pid)?;
+                entries.push(entry);
             }
             all.push((alive.ids.files_id, entries));
         }

@@ -22,8 +22,8 @@ use crate::plan::{Arg, Plan};
 use crate::proc;
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
-use crate::sys::{calls, memory as remote, ptrace, spawn};
-use crate::tasks::revive::{Birth, Script, Table, Vdso, BEFORE_CREDS, FILLED, FORKED, READY};
+use crate::sys::{calls, ptrace, spawn};
+use crate::tasks::revive::{Birth, Script, Table, Vdso, BEFORE_CREDS, FILLED, FORKED, POWERLESS, READY};
 use crate::tasks::tree::{Alive, Kind, Tree};
 use crate::tasks::{core, registers, release};
 
@@ -164,7 +164,7 @@ fn build<'r>(
     phases.mark("opening");
 
     let count = tree.nodes.len() + tree.alive().map(|(_, _, a)| a.threads.len()).sum::<usize>();
-    let len = arena_size(tree, &draft.tables, count);
+    let len = arena_size(tree, &draft.tables, files.locks.len(), count);
     let start = free_address(tree, birth, Arena::span(len))?;
     let mut arena = Arena::new(Arena::base_in(start), len, robust)?;
     let mut slots: Vec<Slot> = Vec::with_capacity(tree.nodes.len());
@@ -261,6 +261,8 @@ fn build<'r>(
         }
     }
     arena.go(BEFORE_CREDS);
+    arena.gather(POWERLESS, STAGE_LIMIT, alive)?;
+    arena.go(POWERLESS);
     arena.gather(READY, STAGE_LIMIT, alive)?;
     phases.mark("settling");
 
@@ -364,12 +366,7 @@ fn birth() -> Result<Birth> {
         .filter(|a| matches!(a.name(), VmaName::Vdso | VmaName::Vvar | VmaName::VvarVclock))
         .map(|a| (a.start, a.size()))
         .collect();
-    let mut bytes = vec![0; usize::try_from(layout.vdso_end - layout.vdso).unwrap_or(0)];
-    if !bytes.is_empty()
-        && remote::read_remote(i32::try_from(std::process::id()).unwrap_or(0), layout.vdso, &mut bytes)? != bytes.len()
-    {
-        return Err(Error::Gone);
-    }
+    let bytes = crate::memory::vdso::own()?.to_vec();
     Ok(Birth { status, limits, oom_score_adj, loginuid, vdso: Vdso { layout, pieces, bytes }, personality })
 }
 
@@ -412,13 +409,13 @@ fn open_files(opts: &Options, images: &Images, tree: &Tree, files: &mut RestoreF
     let mut highest = 0u32;
     for (_, node, a) in tree.alive() {
         let id = a.ids.files_id;
-        if !draft.tables.contains_key(&id) {
+        if let std::collections::hash_map::Entry::Vacant(free) = draft.tables.entry(id) {
             let entries: Vec<FdinfoEntry> = images.read_entries_if_there(ImageKind::Fdinfo, id)?;
             highest = entries.iter().map(|e| e.fd).max().unwrap_or(0).max(highest);
-            draft.tables.insert(id, entries);
+            free.insert(entries);
         }
-        let fs: Option<FsEntry> = images.read_one_if_there(ImageKind::Fs, u32::try_from(node.pid).unwrap_or(0))?;
-        draft.fs.extend(fs.map(|fs| (node.pid, fs)));
+        let fs: FsEntry = images.read_one(ImageKind::Fs, u32::try_from(node.pid).unwrap_or(0))?;
+        draft.fs.insert(node.pid, fs);
     }
     if highest >= 1 << 24 {
         return Err(Error::lie("fdinfo", format!("descriptor {highest}")));
@@ -456,8 +453,8 @@ fn open_files(opts: &Options, images: &Images, tree: &Tree, files: &mut RestoreF
             draft.areas.insert(key, transfer.add(fd.at(Place::File(id)).task(node.pid)?));
         }
         let exe = a.memory.mm.exe_file_id;
-        if !draft.exes.contains_key(&exe) {
-            draft.exes.insert(exe, transfer.add(regular::exe(files, exe).at(Place::File(exe)).task(node.pid)?));
+        if let std::collections::hash_map::Entry::Vacant(free) = draft.exes.entry(exe) {
+            free.insert(transfer.add(regular::exe(files, exe).at(Place::File(exe)).task(node.pid)?));
         }
         let pid = u32::try_from(node.pid).unwrap_or(0);
         for n in 0..a.memory.layers() {
@@ -497,10 +494,10 @@ fn open_late(files: &mut RestoreFiles<'_>, late: &HashMap<u32, OwnedFd>) -> Resu
     Ok(())
 }
 
-fn arena_size(tree: &Tree, tables: &HashMap<u32, Vec<FdinfoEntry>>, tasks: usize) -> usize {
+fn arena_size(tree: &Tree, tables: &HashMap<u32, Vec<FdinfoEntry>>, locks: usize, tasks: usize) -> usize {
     let areas: usize = tree.alive().map(|(_, _, a)| a.memory.mm.vmas.len() * 8 + a.memory.operations()).sum();
     let fds: usize = tables.values().map(|t| t.len() * 12).sum::<usize>() * tree.nodes.len().min(4);
-    Arena::size_for(tasks, areas + fds + tasks * 256, (64 << 10) * tasks + (8 << 20))
+    Arena::size_for(tasks, areas + fds + locks + tasks * 256, (64 << 10) * tasks + locks * 32 + (8 << 20))
 }
 
 /// A gap of `len` bytes that no task uses, nor a fresh process.
@@ -533,6 +530,7 @@ fn expect(tree: &Tree, arena: &mut Arena) {
     arena.expect(FORKED, tree.nodes.len() as u32);
     arena.expect(FILLED, alive + helpers);
     arena.expect(BEFORE_CREDS, threads);
+    arena.expect(POWERLESS, threads);
     arena.expect(READY, threads);
 }
 

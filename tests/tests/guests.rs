@@ -70,6 +70,7 @@ guests! {
     inet_udp
     limits
     limits_sched
+    locks
     membarrier
     memfd
     memfd_sealed

@@ -26,6 +26,7 @@ pub mod eventfd;
 pub mod fifo;
 pub mod ghost;
 pub mod inotify;
+pub mod locks;
 pub mod memfd;
 pub mod nsfile;
 mod paths;
@@ -115,6 +116,8 @@ pub struct DumpFiles<'a> {
     pub inet: sockets::inet::Dumped,
     /// Terminals.
     pub ttys: tty::Dumped,
+    /// Locks.
+    pub locks: locks::Dumped,
     /// Id of the network namespace that the sockets are in (as in the ids image).
     pub net_ns: u32,
     entries: Vec<FileEntry>,
@@ -140,6 +143,7 @@ impl<'a> DumpFiles<'a> {
             unix: Default::default(),
             inet: Default::default(),
             ttys: Default::default(),
+            locks: Default::default(),
             net_ns,
             entries: Vec::new(),
             next: 1,
@@ -266,6 +270,7 @@ impl<'a> DumpFiles<'a> {
         fifo::finish(self)?;
         memfd::finish(self)?;
         tty::finish(self)?;
+        locks::finish(self)?;
         regular::finish(self)?;
         self.images.write_entries(ImageKind::Files, (), self.entries.drain(..))?;
         Ok(())
@@ -297,6 +302,8 @@ pub struct RestoreFiles<'a> {
     pub inet: sockets::inet::Restored,
     /// Terminals.
     pub ttys: tty::Restored,
+    /// Locks.
+    pub locks: locks::Restored,
     /// What must be removed when the restore is over, whether it worked or not.
     pub litter: Vec<PathBuf>,
     opening: HashSet<u32>,
@@ -324,6 +331,7 @@ impl<'a> RestoreFiles<'a> {
             unix: Default::default(),
             inet: Default::default(),
             ttys: Default::default(),
+            locks: Default::default(),
             litter: Vec::new(),
             opening: HashSet::new(),
         };
@@ -332,6 +340,7 @@ impl<'a> RestoreFiles<'a> {
         memfd::read(&mut files)?;
         pipe::read(&mut files)?;
         tty::read(&mut files)?;
+        locks::read(&mut files)?;
         Ok(files)
     }
 

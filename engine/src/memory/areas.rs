@@ -13,6 +13,7 @@ use standstill_images::proto::VmaEntry;
 use super::status;
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{memfd, regular, DumpFiles};
+use crate::tracee::AREA_NAME;
 use crate::proc::maps::{VmFlags, Vma, VmaName};
 
 const MADVICE: [(VmFlags, u32); 8] = [
@@ -30,6 +31,10 @@ const MADVICE: [(VmFlags, u32); 8] = [
 pub fn entries(pid: i32, areas: &[Vma], files: &mut DumpFiles<'_>) -> Result<Vec<VmaEntry>> {
     let mut all: Vec<VmaEntry> = Vec::with_capacity(areas.len());
     for area in areas {
+        // what an engine left that was killed while it was in the task; nobody runs there any more
+        if area.name() == VmaName::NamedSharedAnonymous(AREA_NAME) {
+            continue;
+        }
         let entry = entry(pid, area, files).at(Place::Area(area.start, area.end))?;
         // [vvar] and [vvar_vclock] are one area in images
         if let Some(last) = all

@@ -175,6 +175,7 @@ impl Drain {
         }
         let mut filled = 0usize;
         let mut ranges: Vec<(u64, usize)> = Vec::new();
+        crate::sys::interrupt::check()?;
         let mut flush = |ranges: &mut Vec<(u64, usize)>, filled: &mut usize, buf: &mut Vec<u8>| -> Result<()> {
             if *filled == 0 {
                 return Ok(());

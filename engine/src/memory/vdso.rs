@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use goblin::elf::Elf;
 
-use crate::error::{Error, Result};
+use crate::error::{Call, Error, Result};
 use crate::proc::maps::{Vma, VmaName};
 
 /// Where a process has vdso and vvar.
@@ -70,6 +70,24 @@ impl Layout {
     }
 }
 
+/// The running kernel's vdso, from this process.
+pub fn own() -> Result<&'static [u8]> {
+    use std::sync::OnceLock;
+    static OWN: OnceLock<Vec<u8>> = OnceLock::new();
+    if let Some(bytes) = OWN.get() {
+        return Ok(bytes);
+    }
+    let mut text = Vec::new();
+    crate::proc::read_proc("/proc/self/maps".as_ref(), &mut text).call("read(/proc/self/maps)")?;
+    let l = Layout::of(&crate::proc::maps::parse(&text)?);
+    let mut bytes = vec![0; usize::try_from(l.vdso_end - l.vdso).unwrap_or(0)];
+    let own = i32::try_from(std::process::id()).unwrap_or(0);
+    if !bytes.is_empty() && crate::sys::memory::read_remote(own, l.vdso, &mut bytes)? != bytes.len() {
+        return Err(Error::Gone);
+    }
+    Ok(OWN.get_or_init(|| bytes))
+}
+
 /// The functions that a vdso offers, by name.
 fn functions(image: &[u8]) -> Result<BTreeMap<String, u64>> {
     let bad = |_| Error::lie("pages", "the vdso is no ELF image");
@@ -111,26 +129,16 @@ pub fn redirect(old: &[u8], new: &[u8], new_at: u64) -> Result<Vec<u8>> {
 mod tests {
     use super::*;
 
-    fn own() -> Vec<u8> {
-        let text = std::fs::read("/proc/self/maps").unwrap();
-        let areas = crate::proc::maps::parse(&text).unwrap();
-        let l = Layout::of(&areas);
-        let mut image = vec![0; (l.vdso_end - l.vdso) as usize];
-        let pid = std::process::id() as i32;
-        assert_eq!(crate::sys::memory::read_remote(pid, l.vdso, &mut image).unwrap(), image.len());
-        image
-    }
-
     #[test]
     fn every_function_jumps() {
-        let image = own();
-        let code = redirect(&image, &image, 0x7000_0000).unwrap();
-        let time = functions(&image).unwrap()["__vdso_clock_gettime"];
+        let image = own().unwrap();
+        let code = redirect(image, image, 0x7000_0000).unwrap();
+        let time = functions(image).unwrap()["__vdso_clock_gettime"];
         assert_eq!(code[time as usize..time as usize + 2], [0x48, 0xb8]);
     }
 
     #[test]
     fn what_is_no_elf_is_refused() {
-        assert!(redirect(&[7; 4096], &own(), 0).is_err());
+        assert!(redirect(&[7; 4096], own().unwrap(), 0).is_err());
     }
 }

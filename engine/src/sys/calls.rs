@@ -115,10 +115,8 @@ pub fn ioctl_value(fd: BorrowedFd<'_>, call: &'static str, request: u64, value: 
 pub fn getsockopt(fd: BorrowedFd<'_>, level: i32, name: i32, buffer: &mut [u8]) -> Result<usize> {
     let mut len = buffer.len() as libc::socklen_t;
     // SAFETY: `len` is the size of `buffer`.
-    answer(
-        "getsockopt",
-        unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, buffer.as_mut_ptr().cast(), &raw mut len) }.into(),
-    )?;
+    let r = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, buffer.as_mut_ptr().cast(), &raw mut len) };
+    answer("getsockopt", r.into())?;
     Ok(len as usize)
 }
 

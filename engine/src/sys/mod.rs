@@ -6,6 +6,7 @@ pub mod calls;
 pub mod cpu;
 pub mod diag;
 pub mod futex;
+pub mod interrupt;
 pub mod memory;
 pub mod probe;
 pub mod ptrace;

@@ -256,6 +256,11 @@ pub fn alone() {
     ALONE.store(true, std::sync::atomic::Ordering::Relaxed);
 }
 
+/// True after [`alone`].
+pub fn is_alone() -> bool {
+    ALONE.load(std::sync::atomic::Ordering::Relaxed)
+}
+
 fn child_signal() -> libc::sigset_t {
     // SAFETY: sigset_t is plain data, filled by the two calls.
     unsafe {
@@ -272,7 +277,7 @@ pub fn wait_stop(tid: i32, limit: Duration) -> Result<Stop> {
         reaped(tid);
         return Ok(stop);
     }
-    let alone = ALONE.load(std::sync::atomic::Ordering::Relaxed);
+    let alone = is_alone();
     let began = Instant::now();
     let mut turns = 0u32;
     loop {

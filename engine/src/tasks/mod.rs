@@ -6,6 +6,7 @@ pub mod facts;
 pub mod finish;
 pub mod freeze;
 pub mod ids;
+pub mod leftovers;
 pub mod registers;
 pub mod release;
 pub mod revive;

@@ -6,17 +6,18 @@
 //! | 1 | every process exists, and private memory is filled | opens files that need living tasks (/proc/PID, pidfds) |
 //! | 2 | groups are joined, threads exist, files are in place | seals memfds, waits for zombies |
 //! | 3 | only what takes away power is left: seccomp, credentials | seizes all, holds filters off |
-//! | 4 | nothing is left | sets registers, unmaps the executor, lets go |
+//! | 4 | everyone has its credentials, each change of which made the process undumpable | |
+//! | 5 | nothing is left | sets registers, unmaps the executor, lets go |
 
 use std::collections::HashMap;
 
-use standstill_images::proto::{FdinfoEntry, FsEntry, SaEntry, SeccompEntry, ThreadCoreEntry};
+use standstill_images::proto::{FdinfoEntry, FileLockEntry, FsEntry, SaEntry, SeccompEntry, ThreadCoreEntry};
 use standstill_restorer::plan::{Code, Expect};
 
 use super::tree::{Alive, Kind, Node, Tree};
 use super::{core, creds, seccomp};
 use crate::error::{At, Error, Result};
-use crate::files::RestoreFiles;
+use crate::files::{locks, RestoreFiles};
 use crate::memory::rebuild::{Figures, Inherited, Numbers};
 use crate::memory::vdso::{self, Layout};
 use crate::plan::arena::{Arena, Slot};
@@ -30,8 +31,10 @@ pub const FORKED: usize = 1;
 pub const FILLED: usize = 2;
 /// Only seccomp and credentials are left.
 pub const BEFORE_CREDS: usize = 3;
+/// Everyone has its credentials.
+pub const POWERLESS: usize = 4;
 /// Nothing is left.
-pub const READY: usize = 4;
+pub const READY: usize = 5;
 
 /// The engine's own state, which tasks are born with.
 #[derive(Debug)]
@@ -123,6 +126,7 @@ impl Script<'_> {
             }
             seen_tables.entry(self.files_id(i)).or_insert(node.pid);
         }
+        let locks = self.locks()?;
         for i in 0..self.tree.nodes.len() {
             let node = &self.tree.nodes[i];
             let plan = match &node.kind {
@@ -131,8 +135,9 @@ impl Script<'_> {
                 Kind::Alive(alive) => {
                     let inherited = self.tree.memory_parent(i).and_then(|p| made.get(&p));
                     let owns_table = seen_tables.get(&self.files_id(i)) == Some(&node.pid);
+                    let locks = owns_table.then(|| locks.get(&self.files_id(i)).map_or(&[][..], Vec::as_slice));
                     let (plan, areas) = self
-                        .process(i, node, alive, inherited, owns_table, &first_holder, arena, &mut figures)
+                        .process(i, node, alive, inherited, locks, &first_holder, arena, &mut figures)
                         .task(node.pid)?;
                     made.insert(i, areas);
                     for (tid, entry) in alive.threads.iter().skip(1) {
@@ -159,6 +164,16 @@ impl Script<'_> {
             Kind::Alive(a) => a.ids.files_id,
             Kind::Dead { .. } | Kind::Helper => 0,
         }
+    }
+
+    /// Locks by the descriptor table of the task that holds them.
+    fn locks(&self) -> Result<HashMap<u32, Vec<FileLockEntry>>> {
+        let locks = &self.table.restore.locks;
+        if locks.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let of: HashMap<i32, u32> = self.tree.alive().map(|(_, node, a)| (node.pid, a.ids.files_id)).collect();
+        locks.by_table(|pid| of.get(&pid).copied(), &self.table.tables)
     }
 
     fn entries(&self, i: usize) -> Result<&[FdinfoEntry]> {
@@ -218,7 +233,7 @@ impl Script<'_> {
         node: &Node,
         alive: &Alive,
         inherited: Option<&Inherited>,
-        owns_table: bool,
+        locks: Option<&[FileLockEntry]>,
         first_holder: &HashMap<u32, (usize, i32)>,
         arena: &mut Arena,
         figures: &mut Figures,
@@ -267,7 +282,7 @@ impl Script<'_> {
             let (info, _) = core::parts(entry)?;
             self.clone_thread(*tid, slot, info.clear_tid_addr, arena, &mut plan);
         }
-        if owns_table {
+        if locks.is_some() {
             self.descriptors(i, first_holder, &mut plan)?;
         }
         self.place_vdso(alive, &mut plan)?;
@@ -281,7 +296,7 @@ impl Script<'_> {
         );
         let loginuid = tc.loginuid.filter(|&v| v != u32::MAX && Some(v) != self.birth.loginuid);
         self.write_self("/proc/self/loginuid", loginuid, &mut plan);
-        self.folders(node, owns_table, &mut plan)?;
+        self.folders(node, locks.is_some(), &mut plan)?;
         let there: &[SaEntry] = &[];
         stage(FILLED, &mut plan);
         self.await_children(node, &mut plan);
@@ -306,7 +321,8 @@ impl Script<'_> {
         }
         signals::restore_queue(tc.signals_s.as_ref(), node.pid, None, &mut plan)?;
         self.thread_state(node, thread_core, info.clear_tid_addr, node.pid, &mut plan)?;
-        self.lose_power(thread_core, alive.memory.mm.dumpable, owns_table, &mut plan)?;
+        self.lose_power(thread_core, locks, &mut plan)?;
+        dumpable(alive.memory.mm.dumpable, &mut plan);
         if let Some(t) = &tc.timers {
             timers::arm(t, &mut plan)?;
         }
@@ -326,7 +342,7 @@ impl Script<'_> {
     ) -> Result<()> {
         debug_assert!(!leader);
         self.thread_state(node, core, tid_address, tid, plan)?;
-        self.lose_power(core, None, false, plan)?;
+        self.lose_power(core, None, plan)?;
         stage(READY, plan);
         Ok(())
     }
@@ -362,39 +378,29 @@ impl Script<'_> {
         Ok(())
     }
 
-    /// seccomp and credentials: after this, little is allowed.
+    /// Locks, seccomp and credentials: after this, little is allowed. Only the one who sets a table up has `locks`.
     fn lose_power(
         &self,
         core: &ThreadCoreEntry,
-        dumpable: Option<i32>,
-        owns_table: bool,
+        locks: Option<&[FileLockEntry]>,
         plan: &mut Plan,
     ) -> Result<()> {
         const PR_SET_PDEATHSIG: i32 = 1;
-        const PR_SET_DUMPABLE: i32 = 4;
         stage(BEFORE_CREDS, plan);
-        if owns_table {
+        if let Some(locks) = locks {
             // those that share the table are done with our descriptors, too, when they come to this stage
             plan.call("our descriptors", libc::SYS_close_range, &[self.table.base.into(), u32::MAX.into(), 0.into()]);
+            // a process that closes any descriptor of a file loses its locks on it
+            locks::restore(locks, plan)?;
         }
         seccomp::restore(core, self.filters, plan)?;
         if let Some(c) = &core.creds {
             creds::restore(c, &self.birth.status, plan)?;
         }
-        match dumpable {
-            Some(d @ (0 | 1)) => {
-                plan.call("dumpable", libc::SYS_prctl, &[PR_SET_DUMPABLE.into(), d.into()]);
-            }
-            // 2 cannot be set, it comes from changing credentials; 0 is as strict
-            Some(_) => {
-                let now = plan.ask("dumpable", libc::SYS_prctl, &[3.into()]);
-                let _ = now;
-            }
-            None => {}
-        }
         if let Some(signal) = core.pdeath_sig {
             plan.call("parent's death signal", libc::SYS_prctl, &[PR_SET_PDEATHSIG.into(), signal.into()]);
         }
+        stage(POWERLESS, plan);
         Ok(())
     }
 
@@ -697,6 +703,14 @@ fn personality_of(raw: u32) -> Option<u32> {
         return Some(raw);
     }
     u32::from_str_radix(&raw.to_string(), 16).ok()
+}
+
+/// 0 and 1 are set; 2 cannot be, it comes from changing credentials as it came before (prctl(2)).
+fn dumpable(wanted: Option<i32>, plan: &mut Plan) {
+    const PR_SET_DUMPABLE: i32 = 4;
+    if let Some(d @ (0 | 1)) = wanted {
+        plan.call("dumpable", libc::SYS_prctl, &[PR_SET_DUMPABLE.into(), d.into()]);
+    }
 }
 
 fn name(comm: &[u8], plan: &mut Plan) {

@@ -23,7 +23,7 @@ use crate::sys::ptrace::{self, Stop};
 /// The executor.
 pub const BLOB: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/executor.bin"));
 /// The name that a leaked area carries, where the kernel can name shared memory.
-pub const AREA_NAME: &str = "standstill";
+pub const AREA_NAME: &[u8] = b"standstill";
 
 const PAGE: usize = 4096;
 const STACK: usize = 4096;
@@ -79,7 +79,7 @@ impl Area {
 
 /// A plan that was asked in one thread, and where its parts lie.
 #[derive(Debug)]
-pub struct Question {
+struct Question {
     plan: Plan,
     data: usize,
     results: usize,
@@ -177,6 +177,14 @@ impl<'a> Infected<'a> {
     /// Where the executor is, so that a dump leaves it out.
     pub fn area(&self) -> Area {
         self.area
+    }
+
+    /// Adds to the first plan that the area gets its name.
+    pub fn name_area(&self, plan: &mut Plan) {
+        const PR_SET_VMA: i32 = 0x5356_4d41;
+        let name = plan.string(AREA_NAME);
+        let args = [PR_SET_VMA.into(), 0.into(), self.area.address.into(), self.area.len.into(), name.into()];
+        plan.ask("name of the executor's area", libc::SYS_prctl, &args);
     }
 
     fn enter(&mut self) -> Result<()> {

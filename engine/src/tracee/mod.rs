@@ -10,7 +10,7 @@
 mod infected;
 mod stopped;
 
-pub use infected::{write_control, Answers, Area, Infected, BLOB};
+pub use infected::{write_control, Answers, Area, Infected, AREA_NAME, BLOB};
 pub use stopped::{undo_winding, Held, Stopped};
 
 use std::time::Duration;

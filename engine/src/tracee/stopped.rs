@@ -137,6 +137,10 @@ impl Held {
             ))
             .task(tid);
         }
+        // at once: whoever kills us from here on leaves a call behind that goes on
+        if stopped.wind_back_wait() {
+            ptrace::set_registers(tid, &stopped.registers).task(tid)?;
+        }
         stopped.mask = ptrace::signal_mask(tid).task(tid)?;
         stopped.xstate = ptrace::xstate(tid).task(tid)?;
         stopped.rseq = ptrace::rseq(tid).task(tid)?;
@@ -163,12 +167,14 @@ impl Stopped {
     }
 
     /// Lets a wait go on that returned EINTR only because of our stop. The kernel decides when the thread is let go: with a
-    /// handler to run it is EINTR, else the call begins again, and the program never hears of the stop.
-    pub fn wind_back_wait(&mut self) {
+    /// handler to run it is EINTR, else the call begins again, and the program never hears of the stop. True if there was one.
+    fn wind_back_wait(&mut self) -> bool {
         let r = &mut self.registers;
-        if r.ax as i64 == EINTR && i64::try_from(r.orig_ax).is_ok_and(interrupted_by_stops) {
+        let interrupted = r.ax as i64 == EINTR && i64::try_from(r.orig_ax).is_ok_and(interrupted_by_stops);
+        if interrupted {
             r.ax = ERESTARTNOHAND as u64;
         }
+        interrupted
     }
 
     /// If the thread is inside a restartable sequence, moves it to the sequence's abort handler, as the kernel would have

@@ -14,6 +14,7 @@ mod fifo;
 mod files;
 mod inet;
 mod limits;
+mod locks;
 mod membarrier;
 mod memfd;
 mod memory;
@@ -81,6 +82,9 @@ impl Guest {
     const fn dump(self, dump: &'static [&'static str]) -> Guest {
         Guest { dump, ..self }
     }
+    const fn restore(self, restore: &'static [&'static str]) -> Guest {
+        Guest { restore, ..self }
+    }
     const fn criu(self, criu: Criu) -> Guest {
         Guest { criu, ..self }
     }
@@ -126,6 +130,7 @@ pub const ALL: &[Guest] = &[
     guest("inet_udp", inet::udp),
     guest("limits", limits::limits),
     guest("limits_sched", limits::sched),
+    guest("locks", locks::locks).dump(&["--file-locks"]).restore(&["--file-locks"]),
     guest("membarrier", membarrier::registrations),
     guest("memfd", memfd::memfd),
     guest("memfd_sealed", memfd::sealed),

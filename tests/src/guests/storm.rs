@@ -1,4 +1,4 @@
-//! Four busy threads and a rain of signals: what a dump is most likely to harm. Every step is checked as it is made, and
+//! Busy threads, a child, and a rain of signals: what a dump is most likely to harm. Every step is checked as it is made, and
 //! a counter for each thread, in a file, shows from outside that it goes on.
 
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
@@ -40,11 +40,20 @@ fn counters() -> &'static [AtomicU64; 512] {
 /// the test says so by a file.
 pub(super) fn storm() {
     let counters = counters();
+    let beat = |n: usize| counters[n].fetch_add(1, Ordering::Relaxed);
+    let parent = std::process::id() as i32;
+    let child = fork(|| {
+        while counters[8].load(Ordering::Relaxed) == 0 {
+            check_eq!(unsafe { libc::getppid() }, parent);
+            beat(4);
+            std::thread::sleep(std::time::Duration::from_micros(500));
+        }
+        0
+    });
     let with_info = answered as extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) as usize;
     act(libc::SIGALRM, ticked as extern "C" fn(i32) as usize, libc::SA_RESTART, &[]);
     act(libc::SIGRTMIN(), with_info, libc::SA_SIGINFO | libc::SA_RESTART, &[]);
     mask(libc::SIG_BLOCK, &[libc::SIGUSR2]);
-    let beat = |n: usize| counters[n].fetch_add(1, Ordering::Relaxed);
     let going = || !STOP.load(Ordering::Relaxed);
     let mut all = Vec::new();
     // numbers
@@ -131,6 +140,8 @@ pub(super) fn storm() {
     let seen = HANDLED.load(Ordering::Relaxed);
     eventually("alarms go on", || HANDLED.load(Ordering::Relaxed) > seen);
     STOP.store(true, Ordering::Relaxed);
+    counters[8].store(1, Ordering::Relaxed);
+    check_eq!(wait(child), 0);
     for thread in all {
         check!(thread.join().is_ok());
     }
