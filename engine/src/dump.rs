@@ -85,6 +85,7 @@ pub fn run(opts: &Options) -> Result<DumpReport> {
 
 fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     let mut phases = Phases::start();
+    let workers = Workers::new(opts)?;
     remove_old_images(images)?;
     let robust = RobustList::new()?;
     let frozen = freeze::freeze(root, Duration::from_secs(u64::from(opts.timeout)))?;
@@ -100,7 +101,7 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
         threads.push(f.threads);
     }
     suspend_seccomp_and_settle(opts, &mut threads)?;
-    let mut tasks = read(&heads, &threads)?;
+    let mut tasks = read(&heads, &threads, &workers)?;
     check_session(opts, &tasks)?;
     let mut numbers = ids::Ids::new()?;
     give_ids(&mut tasks, &mut numbers)?;
@@ -202,12 +203,12 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     }
     phases.mark("metadata");
     let pages = AtomicU64::new(0);
-    drains.par_iter().try_for_each(|(drain, pid, pages_id, vdso)| {
+    workers.each(&drains, |(drain, pid, pages_id, vdso)| {
         pages.fetch_add(drain.pages, Ordering::Relaxed);
         drain.write(images, *pid, *pages_id, vdso.map(|(at, bytes)| (*at, bytes.as_slice())))
     })?;
     let shared = AtomicU64::new(0);
-    memfd::jobs(&mut files).par_iter().try_for_each(|job| -> Result<()> {
+    workers.each(&memfd::jobs(&mut files), |job| {
         let bytes = job.run(images)?;
         shared.fetch_add(bytes / memory::PAGE, Ordering::Relaxed);
         Ok(())
@@ -254,6 +255,36 @@ fn remove_old_images(images: &Images) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The threads that read and copy side by side: rayon's, or as many as `--jobs` says.
+struct Workers {
+    own: Option<rayon::ThreadPool>,
+}
+
+impl Workers {
+    fn new(opts: &Options) -> Result<Workers> {
+        let make = |n: std::num::NonZeroUsize| {
+            rayon::ThreadPoolBuilder::new().num_threads(n.get()).build().map_err(|e| Error::Usage { what: e.to_string() })
+        };
+        Ok(Workers { own: opts.jobs.map(make).transpose()? })
+    }
+
+    fn install<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
+        match &self.own {
+            Some(pool) => pool.install(f),
+            None => f(),
+        }
+    }
+
+    /// One thing is done here, without waking anyone; more are done side by side.
+    fn each<T: Sync>(&self, all: &[T], f: impl Fn(&T) -> Result<()> + Sync + Send) -> Result<()> {
+        match all {
+            [] => Ok(()),
+            [one] if self.own.is_none() => f(one),
+            _ => self.install(|| all.par_iter().try_for_each(f)),
+        }
+    }
 }
 
 /// What goes into images that are written once.
@@ -312,16 +343,13 @@ fn leave_sequence(thread: &mut Stopped) -> Result<()> {
 type Head = (i32, i32, Option<freeze::Dead>, crate::proc::stat::Stat);
 
 /// Reads /proc of all tasks, side by side.
-fn read(heads: &[Head], threads: &[Vec<Stopped>]) -> Result<Vec<Task>> {
+fn read(heads: &[Head], threads: &[Vec<Stopped>], workers: &Workers) -> Result<Vec<Task>> {
     let tids: Vec<Vec<i32>> = threads.iter().map(|t| t.iter().map(Stopped::tid).collect()).collect();
+    let one = |(head, tids): (&Head, &Vec<i32>)| if head.2.is_some() { Ok(None) } else { Facts::read(head.0, tids).map(Some) };
     let facts: Vec<Option<Facts>> = if heads.len() == 1 {
-        vec![Some(Facts::read(heads[0].0, &tids[0])?)]
+        heads.iter().zip(&tids).map(one).collect::<Result<_>>()?
     } else {
-        heads
-            .par_iter()
-            .zip(&tids)
-            .map(|((pid, _, dead, _), tids)| if dead.is_some() { Ok(None) } else { Facts::read(*pid, tids).map(Some) })
-            .collect::<Result<_>>()?
+        workers.install(|| heads.par_iter().zip(&tids).map(one).collect::<Result<_>>())?
     };
     let mut tasks = Vec::with_capacity(heads.len());
     for ((head, facts), threads) in heads.iter().zip(facts).zip(threads) {

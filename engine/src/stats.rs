@@ -66,6 +66,25 @@ pub fn write_dump(opts: &Options, phases: &Phases, report: &DumpReport, scanned:
         shpages_skipped_parent: Some(0),
         shpages_written: Some(report.shared_pages),
     };
+    if opts.display_stats {
+        println!("Displaying dump stats:");
+        for (what, micros) in [
+            ("Freezing time", dump.freezing_time),
+            ("Frozen time", dump.frozen_time),
+            ("Memory dump time", dump.memdump_time),
+            ("Memory write time", dump.memwrite_time),
+        ] {
+            println!("{what}: {micros} us");
+        }
+        for (what, pages) in [
+            ("Memory pages scanned", dump.pages_scanned),
+            ("Memory pages skipped from parent", dump.pages_skipped_parent),
+            ("Memory pages written", dump.pages_written),
+            ("Lazy memory pages", dump.pages_lazy),
+        ] {
+            println!("{what}: {pages} ({pages:#x})");
+        }
+    }
     write(opts, ImageKind::StatsDump, StatsEntry { dump: Some(dump), restore: None })
 }
 
@@ -85,6 +104,14 @@ pub fn write_restore(
         restore_time: micros(total),
         pages_restored: Some(pages),
     };
+    if opts.display_stats {
+        println!("Displaying restore stats:");
+        println!("Pages compared: {compared} ({compared:#x})");
+        println!("Pages skipped COW: {shared} ({shared:#x})");
+        println!("Pages restored: {pages} ({pages:#x})");
+        println!("Restore time: {} us", restore.restore_time);
+        println!("Forking time: {} us", restore.forking_time);
+    }
     write(opts, ImageKind::StatsRestore, StatsEntry { dump: None, restore: Some(restore) })
 }
 

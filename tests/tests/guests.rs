@@ -71,6 +71,12 @@ guests! {
     limits
     limits_sched
     locks
+    locks_flock
+    locks_inherited
+    locks_many
+    locks_ofd
+    locks_posix
+    locks_waiting
     membarrier
     memfd
     memfd_sealed
@@ -126,6 +132,7 @@ guests! {
 refused! {
     refused_big_ghost
     refused_io_uring
+    refused_lease
     refused_lock
     refused_outside_pipe
     refused_packets

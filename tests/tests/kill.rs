@@ -60,14 +60,15 @@ impl Watch {
     fn check(&self, when: &str) {
         let pid = self.run.pid;
         if let Ok(why) = fs::read_to_string(self.run.file("result")) {
-            panic!("{when}: the guest failed: {why}");
+            let status = process::reap(pid);
+            panic!("{when}: the guest failed: {why} (status of its first process: {status:x?})");
         }
         let before = beats(&self.run);
         let mut waiting = String::new();
         let fine = within(Duration::from_secs(10), || {
             waiting.clear();
             if !process::alive(pid) {
-                panic!("{when}: the guest is dead");
+                panic!("{when}: the guest is dead, with status {:x?}", process::reap(pid));
             }
             for (&tid, masks) in &self.masks {
                 let tracer = field(pid, tid, "TracerPid");
@@ -79,9 +80,10 @@ impl Watch {
                     waiting.push_str(&format!("thread {tid} blocks {mask}; "));
                 }
             }
-            let stuck = beats(&self.run).iter().zip(&before).filter(|(now, then)| now == then).count();
-            if stuck > 0 {
-                waiting.push_str(&format!("{stuck} of its threads do not go on; "));
+            for (n, (now, then)) in beats(&self.run).iter().zip(&before).enumerate() {
+                if now == then {
+                    waiting.push_str(&format!("its counter {n} stands still; "));
+                }
             }
             let left: Vec<i32> = process::own_children().difference(&self.children).copied().collect();
             for child in left {
@@ -91,7 +93,8 @@ impl Watch {
             }
             waiting.is_empty()
         });
-        assert!(fine, "{when}: {waiting}\n{}", process::describe(pid));
+        let texts = || self.run.tree.iter().map(|p| process::describe(*p)).collect::<String>();
+        assert!(fine, "{when}: {waiting}\n{}", texts());
     }
 
     /// The last dump is left alone: it succeeds, and removes what dead engines have left in the guest.

@@ -28,6 +28,15 @@ pub(super) fn io_uring() {
     ready();
 }
 
+/// A lease, which --file-locks is not for.
+pub(super) fn lease() {
+    did(std::fs::write("leased", b"x"));
+    let file = did(File::open("leased"));
+    unsafe { sys(libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK)) };
+    ready();
+    check_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLEASE) }, libc::F_RDLCK);
+}
+
 /// A lock, without --file-locks.
 pub(super) fn lock() {
     let file = did(File::create("locked"));
