@@ -265,7 +265,10 @@ struct Workers {
 impl Workers {
     fn new(opts: &Options) -> Result<Workers> {
         let make = |n: std::num::NonZeroUsize| {
-            rayon::ThreadPoolBuilder::new().num_threads(n.get()).build().map_err(|e| Error::Usage { what: e.to_string() })
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(n.get())
+                .build()
+                .map_err(|e| Error::Usage { what: e.to_string() })
         };
         Ok(Workers { own: opts.jobs.map(make).transpose()? })
     }
@@ -345,7 +348,13 @@ type Head = (i32, i32, Option<freeze::Dead>, crate::proc::stat::Stat);
 /// Reads /proc of all tasks, side by side.
 fn read(heads: &[Head], threads: &[Vec<Stopped>], workers: &Workers) -> Result<Vec<Task>> {
     let tids: Vec<Vec<i32>> = threads.iter().map(|t| t.iter().map(Stopped::tid).collect()).collect();
-    let one = |(head, tids): (&Head, &Vec<i32>)| if head.2.is_some() { Ok(None) } else { Facts::read(head.0, tids).map(Some) };
+    let one = |(head, tids): (&Head, &Vec<i32>)| {
+        if head.2.is_some() {
+            Ok(None)
+        } else {
+            Facts::read(head.0, tids).map(Some)
+        }
+    };
     let facts: Vec<Option<Facts>> = if heads.len() == 1 {
         heads.iter().zip(&tids).map(one).collect::<Result<_>>()?
     } else {

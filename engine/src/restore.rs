@@ -410,7 +410,7 @@ fn open_files(opts: &Options, images: &Images, tree: &Tree, files: &mut RestoreF
     for (_, node, a) in tree.alive() {
         let id = a.ids.files_id;
         if let std::collections::hash_map::Entry::Vacant(free) = draft.tables.entry(id) {
-            let entries: Vec<FdinfoEntry> = images.read_entries_if_there(ImageKind::Fdinfo, id)?;
+            let entries: Vec<FdinfoEntry> = images.read_entries(ImageKind::Fdinfo, id)?;
             highest = entries.iter().map(|e| e.fd).max().unwrap_or(0).max(highest);
             free.insert(entries);
         }

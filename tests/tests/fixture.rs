@@ -59,7 +59,11 @@ fn a_checkpoint_of_criu() {
     let log = fs::read_to_string(images.join("restore.log")).unwrap_or_default();
     if !std::is_x86_feature_detected!("avx512f") {
         assert_eq!(output.code, Some(3), "{}", output.text);
-        assert!(output.text.contains("AVX-512") || output.text.contains("avx512"), "the refusal names it: {}", output.text);
+        assert!(
+            output.text.contains("AVX-512") || output.text.contains("avx512"),
+            "the refusal names it: {}",
+            output.text
+        );
         skip("a_checkpoint_of_criu", "this CPU has no AVX-512, which the checkpoint uses; the refusal says so");
         return;
     }

@@ -70,7 +70,6 @@ guests! {
     inet_udp
     limits
     limits_sched
-    locks
     locks_flock
     locks_inherited
     locks_many

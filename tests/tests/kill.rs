@@ -140,7 +140,16 @@ fn strace(test: &str) -> Option<()> {
 fn killed_at(n: u32, engine: &Command, trace: &Path) -> bool {
     let mut command = Command::new("strace");
     // with its threads, and without the tasks that it restores, which it must be able to trace itself
-    command.args(["-f", "-q", "-b", "execve", "-e", "trace=ptrace", "-e", &format!("inject=ptrace:signal=KILL:when={n}")]);
+    command.args([
+        "-f",
+        "-q",
+        "-b",
+        "execve",
+        "-e",
+        "trace=ptrace",
+        "-e",
+        &format!("inject=ptrace:signal=KILL:when={n}"),
+    ]);
     command.arg("-o").arg(trace).arg(engine.get_program()).args(engine.get_args());
     let output = process::run(&mut command, Duration::from_secs(60)).unwrap_or_else(|e| panic!("strace: {e}"));
     match output.code {

@@ -120,7 +120,11 @@ fn half_a_checkpoint() {
         .unwrap_or_else(|e| panic!("{e}"))
         .flatten()
         .map(|e| e.file_name().to_string_lossy().into_owned())
-        .filter(|n| ["core", "mm", "pagemap", "pages", "fs", "pstree", "files", "inventory", "fdinfo"].iter().any(|k| n.starts_with(k)))
+        .filter(|n| {
+            ["core", "mm", "pagemap", "pages", "fs", "pstree", "files", "inventory", "fdinfo"]
+                .iter()
+                .any(|k| n.starts_with(k))
+        })
         .collect();
     for name in &names {
         let (path, kept) = (images.join(name), images.join("kept"));
@@ -133,7 +137,8 @@ fn half_a_checkpoint() {
         }
     }
     std::thread::sleep(Duration::from_millis(20));
-    let left: Vec<i32> = process::own_children().difference(&children).copied().filter(|&c| process::reap(c).is_none()).collect();
+    let left: Vec<i32> =
+        process::own_children().difference(&children).copied().filter(|&c| process::reap(c).is_none()).collect();
     let left: Vec<i32> = left.into_iter().filter(|p| run.tree.contains(p)).collect();
     assert!(left.is_empty(), "left behind: {left:?}");
     run.restore(&engine, &images);

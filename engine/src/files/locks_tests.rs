@@ -61,7 +61,8 @@ fn shape(e: &FileLockEntry) -> (u32, u32, i64, i64) {
 fn with_lines(fd: &OwnedFd, lines: &str) -> Descriptor {
     let mut d = descriptor(fd);
     let text: String = lines.lines().map(|line| format!("lock:\t{}\n", line.trim())).collect();
-    d.info.locks = crate::proc::fdinfo::parse(format!("pos:\t0\nflags:\t02\nmnt_id:\t1\n{text}").as_bytes()).unwrap().locks;
+    d.info.locks =
+        crate::proc::fdinfo::parse(format!("pos:\t0\nflags:\t02\nmnt_id:\t1\n{text}").as_bytes()).unwrap().locks;
     d
 }
 

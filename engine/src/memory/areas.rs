@@ -13,8 +13,8 @@ use standstill_images::proto::VmaEntry;
 use super::status;
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{memfd, regular, DumpFiles};
-use crate::tracee::AREA_NAME;
 use crate::proc::maps::{VmFlags, Vma, VmaName};
+use crate::tracee::AREA_NAME;
 
 const MADVICE: [(VmFlags, u32); 8] = [
     (VmFlags::SEQUENTIAL, 2),

@@ -218,7 +218,8 @@ impl Drain {
         if let Some(memory) = &self.family {
             let mut at = 0;
             for &(address, len) in ranges {
-                remote::read_at(memory, address, &mut buf[at..at + len]).at(Place::Area(address, address + len as u64))?;
+                remote::read_at(memory, address, &mut buf[at..at + len])
+                    .at(Place::Area(address, address + len as u64))?;
                 at += len;
             }
             return Ok(());

@@ -279,7 +279,8 @@ impl BlockedSignals {
     pub fn new(mask: u64) -> Result<BlockedSignals> {
         let mut before = 0u64;
         // SAFETY: two words that live across the call.
-        let r = unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_BLOCK, &raw const mask, &raw mut before, 8) };
+        let r =
+            unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_BLOCK, &raw const mask, &raw mut before, 8) };
         answer("rt_sigprocmask", r)?;
         Ok(BlockedSignals { before })
     }

@@ -45,5 +45,9 @@ pub fn check() -> Result<()> {
     let mut pending = 0u64;
     // SAFETY: a place for one word.
     unsafe { libc::syscall(libc::SYS_rt_sigpending, &raw mut pending, 8) };
-    if pending & mask() != 0 { Err(Error::Interrupted) } else { Ok(()) }
+    if pending & mask() != 0 {
+        Err(Error::Interrupted)
+    } else {
+        Ok(())
+    }
 }

@@ -21,10 +21,14 @@ pub fn none_in(thread: &Stopped, range: &Range<u64>) -> Result<()> {
         let mut stack = vec![0; STACK];
         // up to the end of the stack's area, whatever of it can be read
         let n = memory::read_remote(thread.tid(), r.sp & !7, &mut stack).unwrap_or(0);
-        inside = stack[..n].chunks_exact(8).filter_map(|w| w.try_into().ok()).any(|w| range.contains(&u64::from_le_bytes(w)));
+        inside = stack[..n]
+            .chunks_exact(8)
+            .filter_map(|w| w.try_into().ok())
+            .any(|w| range.contains(&u64::from_le_bytes(w)));
     }
     if inside {
-        return Err(Error::refused("a task that an earlier, killed dump has not left yet", "try again in a moment")).task(thread.tid());
+        return Err(Error::refused("a task that an earlier, killed dump has not left yet", "try again in a moment"))
+            .task(thread.tid());
     }
     Ok(())
 }

@@ -67,9 +67,33 @@ pub fn from_entry(e: &UserX86RegsEntry) -> Result<Registers> {
         return Err(Error::refused("a 32-bit task", "Standstill restores 64-bit x86 tasks only"));
     }
     let r = Registers {
-        r15: e.r15, r14: e.r14, r13: e.r13, r12: e.r12, bp: e.bp, bx: e.bx, r11: e.r11, r10: e.r10, r9: e.r9, r8: e.r8,
-        ax: e.ax, cx: e.cx, dx: e.dx, si: e.si, di: e.di, orig_ax: u64::MAX, ip: e.ip, cs: e.cs, flags: e.flags,
-        sp: e.sp, ss: e.ss, fs_base: e.fs_base, gs_base: e.gs_base, ds: e.ds, es: e.es, fs: e.fs, gs: e.gs,
+        r15: e.r15,
+        r14: e.r14,
+        r13: e.r13,
+        r12: e.r12,
+        bp: e.bp,
+        bx: e.bx,
+        r11: e.r11,
+        r10: e.r10,
+        r9: e.r9,
+        r8: e.r8,
+        ax: e.ax,
+        cx: e.cx,
+        dx: e.dx,
+        si: e.si,
+        di: e.di,
+        orig_ax: u64::MAX,
+        ip: e.ip,
+        cs: e.cs,
+        flags: e.flags,
+        sp: e.sp,
+        ss: e.ss,
+        fs_base: e.fs_base,
+        gs_base: e.gs_base,
+        ds: e.ds,
+        es: e.es,
+        fs: e.fs,
+        gs: e.gs,
     };
     let wound_back = e.orig_ax as i64 >= 0 && e.orig_ax == e.ax;
     Ok(if wound_back { undo_winding(r) } else { r })

@@ -121,7 +121,11 @@ pub fn when_reaped(pid: i32, mut make: impl FnMut() -> Result<i32>) -> Result<i3
 /// True if a process that is not dead has `id` as its own id, group or session.
 fn lives(id: i32) -> bool {
     let mut buffer = Vec::new();
-    let pids = std::fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+    let pids = std::fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
     let mut used = ptrace::exists(id);
     for pid in pids {
         if used {
@@ -159,8 +163,16 @@ pub fn is_descendant(pid: i32, root: i32) -> bool {
 
 /// Signals that are meant for the program while we wait for it in its parent's place.
 const PASSED_ON: [i32; 10] = [
-    libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGALRM, libc::SIGCONT,
-    libc::SIGWINCH, libc::SIGTSTP,
+    libc::SIGTERM,
+    libc::SIGINT,
+    libc::SIGHUP,
+    libc::SIGQUIT,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGALRM,
+    libc::SIGCONT,
+    libc::SIGWINCH,
+    libc::SIGTSTP,
 ];
 
 /// Waits for the restored program, whose parent we are, and passes signals on to it; its exit code, or 128 + N for signal N.
@@ -202,5 +214,7 @@ pub fn wait(pid: i32) -> Result<i32> {
 }
 
 fn group_of(pid: i32) -> i32 {
-    rustix::process::Pid::from_raw(pid).and_then(|p| rustix::process::getpgid(Some(p)).ok()).map_or(0, |p| p.as_raw_nonzero().get())
+    rustix::process::Pid::from_raw(pid)
+        .and_then(|p| rustix::process::getpgid(Some(p)).ok())
+        .map_or(0, |p| p.as_raw_nonzero().get())
 }

@@ -379,12 +379,7 @@ impl Script<'_> {
     }
 
     /// Locks, seccomp and credentials: after this, little is allowed. Only the one who sets a table up has `locks`.
-    fn lose_power(
-        &self,
-        core: &ThreadCoreEntry,
-        locks: Option<&[FileLockEntry]>,
-        plan: &mut Plan,
-    ) -> Result<()> {
+    fn lose_power(&self, core: &ThreadCoreEntry, locks: Option<&[FileLockEntry]>, plan: &mut Plan) -> Result<()> {
         const PR_SET_PDEATHSIG: i32 = 1;
         stage(BEFORE_CREDS, plan);
         if let Some(locks) = locks {

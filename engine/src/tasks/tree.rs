@@ -172,7 +172,9 @@ impl Tree {
         for i in 1..self.nodes.len() {
             let (pid, sid) = (self.nodes[i].pid, self.nodes[i].sid);
             let Some(parent) = self.nodes[i].parent else { continue };
-            if sid == 0 || leaders.contains(&sid) && self.nodes.iter().all(|n| n.pid != sid || !matches!(n.kind, Kind::Helper)) {
+            if sid == 0
+                || leaders.contains(&sid) && self.nodes.iter().all(|n| n.pid != sid || !matches!(n.kind, Kind::Helper))
+            {
                 continue;
             }
             if (ours && sid == job_sid) || self.nodes[parent].sid == sid {
@@ -185,7 +187,11 @@ impl Tree {
             let helper = known.unwrap_or(self.nodes.len());
             if known.is_none() {
                 if !leaders.insert(sid) {
-                    return Err(Error::refused(format!("a session ({sid}) in several places of the tree"), "keep its leader alive")).task(pid);
+                    return Err(Error::refused(
+                        format!("a session ({sid}) in several places of the tree"),
+                        "keep its leader alive",
+                    ))
+                    .task(pid);
                 }
                 self.nodes[parent].children.push(helper);
                 self.nodes.push(Node {
@@ -215,7 +221,15 @@ impl Tree {
             let parent = self.nodes[i].parent.filter(|&p| self.nodes[p].sid == sid).unwrap_or(0);
             let at = self.nodes.len();
             self.nodes[parent].children.push(at);
-            self.nodes.push(Node { pid: pgid, parent: Some(parent), children: Vec::new(), pgid, sid, born_sid: None, kind: Kind::Helper });
+            self.nodes.push(Node {
+                pid: pgid,
+                parent: Some(parent),
+                children: Vec::new(),
+                pgid,
+                sid,
+                born_sid: None,
+                kind: Kind::Helper,
+            });
         }
         Ok(())
     }
@@ -243,7 +257,10 @@ impl Tree {
 
     /// Tasks that a helper made, and that its parent takes in when the helper ends.
     pub fn adopts(&self, i: usize) -> bool {
-        self.nodes[i].children.iter().any(|&c| matches!(self.nodes[c].kind, Kind::Helper) && !self.nodes[c].children.is_empty())
+        self.nodes[i]
+            .children
+            .iter()
+            .any(|&c| matches!(self.nodes[c].kind, Kind::Helper) && !self.nodes[c].children.is_empty())
     }
 
     /// Finds out who must be born in which session, children before parents.

@@ -225,8 +225,7 @@ impl<'a> Infected<'a> {
             write_control(&shared, self.area.slot(i), &control);
         }
         self.shared = Some(shared);
-        // from here on the way back lies in the area; the tail is as it was until the executor leaves
-        memory::write_at(&self.memory, self.tail, &[0; STUB_SIZE])
+        Ok(())
     }
 
     /// One system call of the stopped group leader, from the trampoline.
@@ -294,6 +293,10 @@ impl<'a> Infected<'a> {
                 futex::wake(&self.shared()?.at::<Control>(slot).turn);
             } else {
                 self.run_thread(i)?;
+                if i == 0 {
+                    // the way back lies in the area now, and so does the leader: the tail is as it was until we leave
+                    memory::write_at(&self.memory, self.tail, &[0; STUB_SIZE])?;
+                }
             }
             match self.asked.get_mut(i) {
                 Some(q) => *q = question,

@@ -70,10 +70,17 @@ fn interrupted_by_stops(nr: i64) -> bool {
 /// begins again or a handler makes it end with EINTR. Which of its codes it was follows from the call.
 pub fn undo_winding(mut r: Registers) -> Registers {
     let nr = r.ax as i64;
-    let only_without_handler = interrupted_by_stops(nr) && !matches!(nr, libc::SYS_read | libc::SYS_readv | libc::SYS_write | libc::SYS_writev)
+    let only_without_handler = interrupted_by_stops(nr)
+        && !matches!(nr, libc::SYS_read | libc::SYS_readv | libc::SYS_write | libc::SYS_writev)
         || matches!(
             nr,
-            libc::SYS_pause | libc::SYS_rt_sigsuspend | libc::SYS_select | libc::SYS_pselect6 | libc::SYS_ppoll | libc::SYS_msgrcv | libc::SYS_msgsnd
+            libc::SYS_pause
+                | libc::SYS_rt_sigsuspend
+                | libc::SYS_select
+                | libc::SYS_pselect6
+                | libc::SYS_ppoll
+                | libc::SYS_msgrcv
+                | libc::SYS_msgsnd
         );
     r.orig_ax = r.ax;
     r.ax = (if only_without_handler { ERESTARTNOHAND } else { ERESTARTSYS }) as u64;

@@ -61,10 +61,14 @@ pub(super) fn whole() {
     check_eq!(flock(&both, libc::LOCK_SH), 0);
     let other = open("both");
     check_eq!(flock(&other, libc::LOCK_SH), 0);
-    // the first to open this one holds nothing of it later
+    // this one is in the hands of a child when its opener has closed it
     let kept = open("kept");
     check_eq!(flock(&kept, libc::LOCK_EX), 0);
     let child = fork(|| {
+        // only that one is to live on here
+        for file in [&exclusive, &copy, &both, &other] {
+            unsafe { sys(libc::close(file.as_raw_fd())) };
+        }
         shared.set(0, 1);
         shared.wait(0, 2);
         0

@@ -15,7 +15,6 @@ mod files;
 mod inet;
 mod limits;
 mod locks;
-mod locks;
 mod membarrier;
 mod memfd;
 mod memory;
@@ -86,9 +85,6 @@ impl Guest {
     const fn restore(self, restore: &'static [&'static str]) -> Guest {
         Guest { restore, ..self }
     }
-    const fn restore(self, restore: &'static [&'static str]) -> Guest {
-        Guest { restore, ..self }
-    }
     const fn criu(self, criu: Criu) -> Guest {
         Guest { criu, ..self }
     }
@@ -139,7 +135,6 @@ pub const ALL: &[Guest] = &[
     guest("inet_udp", inet::udp),
     guest("limits", limits::limits),
     guest("limits_sched", limits::sched),
-    guest("locks", locks::locks).dump(&["--file-locks"]).restore(&["--file-locks"]),
     locks("locks_flock", locks::whole),
     locks("locks_inherited", locks::inherited).criu(Criu::RestoresOnly("CRIU 4.2 loses a child's locks there")),
     locks("locks_many", locks::many),
@@ -186,7 +181,9 @@ pub const ALL: &[Guest] = &[
     guest("timers_posix", timers::posix),
     guest("tree", tree::tree),
     guest("tree_100", tree::hundred),
-    guest("tree_orphans", tree::orphans).changes("orphans are taken in in another order").criu(Criu::DumpsOnly("CRIU 4.2 gives one of them to another parent")),
+    guest("tree_orphans", tree::orphans)
+        .changes("orphans are taken in in another order")
+        .criu(Criu::DumpsOnly("CRIU 4.2 gives one of them to another parent")),
     guest("tree_sessions", tree::sessions),
     guest("tree_stopped", tree::stopped),
     guest("tree_zombies", tree::zombies),
@@ -194,8 +191,14 @@ pub const ALL: &[Guest] = &[
     guest("unix_listening", unix::listening),
     guest("unix_pairs", unix::pairs),
     guest("waits", waits::waits).changes("its threads end one by one").dumps(4).criu(Criu::RestoresOnly(EINTR)),
-    guest("waits_alarm", waits::alarm).changes("signals come and go").dumps(20).criu(Criu::Cannot("CRIU 4.2 hangs a read that an alarm was to end")),
-    guest("waits_sockets", waits::sockets).changes("its threads end one by one").dumps(4).criu(Criu::RestoresOnly(EINTR)),
+    guest("waits_alarm", waits::alarm)
+        .changes("signals come and go")
+        .dumps(20)
+        .criu(Criu::Cannot("CRIU 4.2 hangs a read that an alarm was to end")),
+    guest("waits_sockets", waits::sockets)
+        .changes("its threads end one by one")
+        .dumps(4)
+        .criu(Criu::RestoresOnly(EINTR)),
     guest("refused_big_ghost", refused::big_ghost).dump(&["--ghost-limit", "4096"]).refused(&["ghost-limit"]),
     guest("refused_io_uring", refused::io_uring).refused(&["io_uring"]),
     guest("refused_lease", refused::lease).dump(&["--file-locks"]).refused(&["lease"]),

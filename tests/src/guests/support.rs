@@ -313,7 +313,12 @@ pub fn layout() -> Vec<Area> {
             heap = line.ends_with("[heap]");
             if !heap {
                 let inode = if line.ends_with("(deleted)") { "-" } else { words[4] };
-                let what = format!("{} {} {inode} | {} ", words[1], words[2], words[5..].join(" ").replace("/memfd:/dev/zero", "/dev/zero"));
+                let what = format!(
+                    "{} {} {inode} | {} ",
+                    words[1],
+                    words[2],
+                    words[5..].join(" ").replace("/memfd:/dev/zero", "/dev/zero")
+                );
                 all.push(Area { from, to, what });
             }
         }
