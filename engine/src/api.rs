@@ -167,7 +167,7 @@ impl Restore {
         self
     }
 
-    /// Locks on files are carried.
+    /// Locks on files come back. They do without this, too: an image with locks says that they are wanted.
     pub fn file_locks(mut self) -> Restore {
         self.options.file_locks = true;
         self

@@ -115,7 +115,7 @@ impl PageMap {
             return Err(PagesFault::Empty);
         }
         let address = entry.vaddr;
-        if address % self.page_size != 0 {
+        if !address.is_multiple_of(self.page_size) {
             return Err(PagesFault::Unaligned);
         }
         let bytes = pages.checked_mul(self.page_size).ok_or(PagesFault::Overflow)?;
@@ -396,7 +396,7 @@ impl PageMapWriter {
         if pages == 0 {
             return Ok(());
         }
-        if address % self.page_size != 0 {
+        if !address.is_multiple_of(self.page_size) {
             return Err(fault(PagesFault::Unaligned));
         }
         if address < self.end {

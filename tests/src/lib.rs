@@ -7,7 +7,8 @@
 
 pub mod compare;
 pub mod engine;
-#[allow(unsafe_code, clippy::undocumented_unsafe_blocks)] // a guest is its system calls; nothing else runs in it
+#[allow(unsafe_code, clippy::undocumented_unsafe_blocks, clippy::not_unsafe_ptr_arg_deref)]
+// a guest is its system calls; nothing else runs in it
 pub mod guests;
 #[allow(unsafe_code)]
 pub mod process;

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 /// when we have seen them.
 pub fn adopt() {
     static ONCE: Once = Once::new();
-    // SAFETY: changes a flag of this process.
     ONCE.call_once(|| {
+        // SAFETY: changes a flag of this process.
         let r = unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
         assert_eq!(r, 0, "PR_SET_CHILD_SUBREAPER");
     });

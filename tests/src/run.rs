@@ -38,6 +38,8 @@ impl Run {
         let mut command = Command::new(programs().join("guest"));
         command.arg(name).arg(&files);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        // waited for where all that we adopt is
+        #[allow(clippy::zombie_processes)]
         let child = command.spawn().unwrap_or_else(|e| panic!("starting the guest: {e}"));
         let pid = i32::try_from(child.id()).unwrap_or(0);
         let mut run = Run { guest, folder, pid, tree: vec![pid] };

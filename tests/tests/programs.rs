@@ -23,9 +23,12 @@ struct Program {
 
 impl Program {
     /// Starts a program in a session of its own, with nothing of ours open.
+    #[allow(clippy::zombie_processes)] // it is waited for by its id, as who takes its place after a restore must be
     fn start(name: &str, folder: PathBuf, command: &mut Command) -> Program {
         process::adopt();
         command.current_dir(&folder).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        // waited for where all that we adopt is
+        #[allow(clippy::zombie_processes)]
         let child = process::in_own_session(command).spawn().unwrap_or_else(|e| panic!("{name}: {e}"));
         let pid = i32::try_from(child.id()).unwrap_or(0);
         Program { folder, pid, tree: vec![pid] }

@@ -372,7 +372,7 @@ fn make(entry: &MemfdInodeEntry, images: &Images) -> Result<OwnedFd> {
 /// descriptor of it (that needs CAP_CHECKPOINT_RESTORE).
 fn anonymous(entry: &MemfdInodeEntry) -> Result<Option<OwnedFd>> {
     let plain = entry.name == ANONYMOUS && entry.seals == SEAL_SEAL && entry.hugetlb_flag.is_none();
-    if !plain || entry.size == 0 || entry.size % PAGE != 0 {
+    if !plain || entry.size == 0 || !entry.size.is_multiple_of(PAGE) {
         return Ok(None);
     }
     let too_large = || Error::lie(IMAGE, format!("{} bytes of shared memory", entry.size));

@@ -285,7 +285,7 @@ pub(crate) fn int(digits: &[u8]) -> Option<i64> {
 
 /// Bytes from pairs of hexadecimal digits.
 pub(crate) fn hex_bytes(text: &[u8]) -> Option<Vec<u8>> {
-    if text.len() % 2 != 0 {
+    if !text.len().is_multiple_of(2) {
         return None;
     }
     text.chunks_exact(2).map(|pair| uint(pair, 16).and_then(|n| u8::try_from(n).ok())).collect()

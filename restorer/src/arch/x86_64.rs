@@ -83,13 +83,18 @@ const SI: u8 = 6;
 const DI: u8 = 7;
 
 /// Appends the way back to `code`, whose first byte will lie at `at`.
+///
+/// The program's stack pointer comes first: from then on a signal may come at any instruction, and its frame goes where
+/// the program would have had it. So nothing here may use a stack, and the flags are made without one.
 fn put_way_back<const N: usize>(code: &mut Code<N>, at: u64, regs: &Registers, mask: u64) {
-    // data first (jumped over), so that its addresses are known: mask, flags, ip
-    code.put(&[0xeb, 24]);
+    const OVERFLOW: u64 = 1 << 11;
+    const DIRECTION: u64 = 1 << 10;
+    // data first (jumped over), so that its addresses are known: mask, ip
+    code.put(&[0xeb, 16]);
     let data = at + code.len as u64;
     code.put(&mask.to_le_bytes());
-    code.put(&regs.flags.to_le_bytes());
     code.put(&regs.ip.to_le_bytes());
+    code.mov(SP, regs.sp);
     // rt_sigprocmask(SIG_SETMASK, &mask, NULL, 8)
     code.mov(AX, 14);
     code.mov(DI, 2);
@@ -97,14 +102,19 @@ fn put_way_back<const N: usize>(code: &mut Code<N>, at: u64, regs: &Registers, m
     code.mov(DX, 0);
     code.mov(10, 8);
     code.syscall();
-    code.mov(SP, data + 8);
-    code.put(&[0x9d]); // popfq
+    // OF: 0x7f + 1 overflows, xor does not; SF, ZF, AF, PF, CF: sahf; DF: std or cld
+    if regs.flags & OVERFLOW != 0 {
+        code.put(&[0xb0, 0x7f, 0xfe, 0xc0]); // mov al, 0x7f; inc al
+    } else {
+        code.put(&[0x31, 0xc0]); // xor eax, eax
+    }
+    code.put(&[0xb4, regs.flags as u8, 0x9e]); // mov ah, low byte; sahf
+    code.put(&[if regs.flags & DIRECTION != 0 { 0xfd } else { 0xfc }]);
     for (reg, value) in [
         (AX, regs.ax),
         (CX, regs.cx),
         (DX, regs.dx),
         (BX, regs.bx),
-        (SP, regs.sp),
         (BP, regs.bp),
         (SI, regs.si),
         (DI, regs.di),
@@ -121,7 +131,7 @@ fn put_way_back<const N: usize>(code: &mut Code<N>, at: u64, regs: &Registers, m
     }
     // jmp [rip + disp32]
     let end = at + code.len as u64 + 6;
-    let distance = (data + 16).wrapping_sub(end) as i64 as i32;
+    let distance = (data + 8).wrapping_sub(end) as i64 as i32;
     code.put(&[0xff, 0x25]);
     code.put(&distance.to_le_bytes());
 }
@@ -180,4 +190,21 @@ pub fn boot(b: &Boot) -> [u8; BOOT_SIZE] {
     code.mov(AX, b.entry);
     code.put(&[0xff, 0xe0]); // jmp rax
     code.bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stubs_fit() {
+        let regs = Registers { flags: 1 << 11, ..Registers::default() };
+        let stub = trampoline(0x7000_0000, &regs, !0);
+        // room is left behind the last instruction, so nothing was cut off
+        assert_eq!(stub[STUB_SIZE - 8..], [0; 8]);
+        assert_eq!(stub[..4], [0x0f, 0x05, 0xeb, 16]);
+        let boot =
+            boot(&Boot { fd: 3, address: 1 << 46, code: 1 << 20, data: 1 << 30, entry: !0, control: !0, stack: !0 });
+        assert_eq!(boot[BOOT_SIZE - 8..], [0; 8]);
+    }
 }

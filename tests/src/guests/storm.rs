@@ -80,7 +80,7 @@ pub(super) fn storm() {
         while going() {
             write(into, &n.to_ne_bytes());
             n = n.wrapping_add(1);
-            if n % 64 == 0 {
+            if n.is_multiple_of(64) {
                 std::thread::sleep(std::time::Duration::from_micros(200));
             }
         }

@@ -196,6 +196,7 @@ pub struct Shared(&'static [AtomicU64; 512]);
 
 impl Shared {
     /// One page of shared anonymous memory.
+    #[allow(clippy::new_without_default)]
     pub fn new() -> Shared {
         let at = map(0, 4096, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
         Shared(unsafe { &*at.cast() })
