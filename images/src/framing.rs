@@ -270,7 +270,7 @@ impl<'a> Reader<'a> {
 /// How many bytes a writer collects before it hands them on.
 const BUFFER: usize = 64 * 1024;
 
-/// Writes one image. Nothing is complete before [`Self::finish`].
+/// Writes one image. Nothing is complete before its output is finished.
 #[derive(Debug)]
 #[must_use = "an image is complete only when it is finished"]
 pub struct Writer<W> {

@@ -1,4 +1,4 @@
-//! Two checkpoints of one program that only waited in between: they say the same, but for [`EXCEPTIONS`].
+//! Two checkpoints of one program that only waited in between: they say the same, but for `EXCEPTIONS`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -145,7 +145,7 @@ fn join(areas: &mut Vec<Value>) {
     *areas = joined;
 }
 
-/// Gives new numbers to what [`NUMBERS`] lists.
+/// Gives new numbers to what `NUMBERS` lists.
 fn rename(value: &mut Value, seen: &mut [BTreeMap<u64, u64>]) {
     match value {
         Value::Object(fields) => {

@@ -1,4 +1,4 @@
-//! The kernel's code in every process, [vdso], and its data, [vvar].
+//! The kernel's code in every process, `[vdso]`, and its data, `[vvar]`.
 //!
 //! A fresh process has the running kernel's. If the image's is the same, byte for byte, both are moved to where they were
 //! (mremap(2)). If the kernel is another one, programs still have addresses into the old code; so the old code stays where
@@ -15,11 +15,11 @@ use crate::proc::maps::{Vma, VmaName};
 /// Where a process has vdso and vvar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Layout {
-    /// First address of [vvar] (with [vvar_vclock]); equal to `vvar_end` if there is none.
+    /// First address of `[vvar]` (with `[vvar_vclock]`); equal to `vvar_end` if there is none.
     pub vvar: u64,
     /// First address behind it.
     pub vvar_end: u64,
-    /// First address of [vdso]; equal to `vdso_end` if there is none.
+    /// First address of `[vdso]`; equal to `vdso_end` if there is none.
     pub vdso: u64,
     /// First address behind it.
     pub vdso_end: u64,

@@ -1,4 +1,4 @@
-//! What an engine that was killed left in a task: a trampoline in the zero tail of [vdso], and its executor's area, which
+//! What an engine that was killed left in a task: a trampoline in the zero tail of `[vdso]`, and its executor's area, which
 //! carries a name. The next dump takes both away, when no thread can come back to them.
 
 use std::ops::Range;

@@ -1,7 +1,7 @@
 //! A process with the executor in it.
 //!
 //! Nothing of the program is overwritten. The first system calls run from a [trampoline](standstill_restorer::arch) in the
-//! zero tail of [vdso]; they map the executor's area, shared anonymous memory that the engine then opens through
+//! zero tail of `[vdso]`; they map the executor's area, shared anonymous memory that the engine then opens through
 //! `/proc/PID/map_files`. The area has the blob and, for each thread, machine code that leads back, a control, a stack and
 //! room for one plan.
 
@@ -132,7 +132,7 @@ pub struct Infected<'a> {
 impl<'a> Infected<'a> {
     /// Puts the executor into a stopped process; `threads` are all of its threads, the group leader first.
     ///
-    /// `codes` are places where it has code, with what is there: [vdso] first, then others; the first that ends in enough
+    /// `codes` are places where it has code, with what is there: `[vdso]` first, then others; the first that ends in enough
     /// zeros is used for the trampoline.
     pub fn infect(threads: Vec<Stopped>, codes: &[(u64, &[u8])], robust: &'a RobustList) -> Result<Infected<'a>> {
         let Some(leader) = threads.first() else { return Err(Error::Gone) };
