@@ -159,6 +159,12 @@ impl Script<'_> {
         Ok((root.ok_or(Error::Gone)?, figures))
     }
 
+    /// About how long it takes, in microseconds, from arming timers to letting everyone go.
+    fn grace(&self) -> u64 {
+        let threads = self.tree.nodes.len() + self.threads.len();
+        (3_000 + 50 * threads as u64).min(200_000)
+    }
+
     fn files_id(&self, i: usize) -> u32 {
         match &self.tree.nodes[i].kind {
             Kind::Alive(a) => a.ids.files_id,
@@ -324,7 +330,7 @@ impl Script<'_> {
         self.lose_power(thread_core, locks, &mut plan)?;
         dumpable(alive.memory.mm.dumpable, &mut plan);
         if let Some(t) = &tc.timers {
-            timers::arm(t, &mut plan)?;
+            timers::arm(t, self.grace(), &mut plan)?;
         }
         stage(READY, &mut plan);
         Ok((plan, for_children))

@@ -123,7 +123,11 @@ pub fn restore_posix(timers: &TaskTimersEntry, plan: &mut Plan) -> Result<()> {
 }
 
 /// Arms everything; the last thing before the program runs.
-pub fn arm(timers: &TaskTimersEntry, plan: &mut Plan) -> Result<()> {
+///
+/// Between this and the program's first instruction lie registers to set and tasks to let go. Timers that count real
+/// time get `grace` microseconds more, so that none is over before the program is back: it may just be about to begin the
+/// wait that the signal is to end. A timer may be late, never early.
+pub fn arm(timers: &TaskTimersEntry, grace: u64, plan: &mut Plan) -> Result<()> {
     for (which, t) in [&timers.real, &timers.virt, &timers.prof].into_iter().enumerate() {
         if (t.isec, t.iusec, t.vsec, t.vusec) == (0, 0, 0, 0) {
             continue;
@@ -131,7 +135,11 @@ pub fn arm(timers: &TaskTimersEntry, plan: &mut Plan) -> Result<()> {
         if t.iusec >= 1_000_000 || t.vusec >= 1_000_000 || (t.isec | t.vsec) >> 63 != 0 {
             return Err(Error::lie("core", format!("interval timer {which} has no time")));
         }
-        let (vsec, vusec) = if (t.vsec, t.vusec) == (0, 0) { (t.isec, t.iusec) } else { (t.vsec, t.vusec) };
+        let (mut vsec, mut vusec) = if (t.vsec, t.vusec) == (0, 0) { (t.isec, t.iusec) } else { (t.vsec, t.vusec) };
+        if which == 0 {
+            let all = vusec + grace;
+            (vsec, vusec) = (vsec.saturating_add(all / 1_000_000), all % 1_000_000);
+        }
         let data = plan.words(&[t.isec, t.iusec, vsec, vusec]);
         plan.call("interval timer", libc::SYS_setitimer, &[which.into(), data.into(), 0.into()]);
     }
@@ -143,6 +151,10 @@ pub fn arm(timers: &TaskTimersEntry, plan: &mut Plan) -> Result<()> {
         if t.insec >= 1_000_000_000 || vnsec >= 1_000_000_000 || (t.isec | vsec) >> 63 != 0 {
             return Err(Error::lie("core", format!("timer {} has no time", t.it_id)));
         }
+        // CLOCK_REALTIME, CLOCK_MONOTONIC, CLOCK_BOOTTIME and their alarms; the others count CPU time
+        let real = matches!(t.clock_id, 0 | 1 | 7..=11);
+        let all = vnsec + if real { grace * 1000 } else { 0 };
+        let (vsec, vnsec) = (vsec.saturating_add(all / 1_000_000_000), all % 1_000_000_000);
         let data = plan.words(&[t.isec, t.insec, vsec, vnsec]);
         plan.call("POSIX timer", libc::SYS_timer_settime, &[t.it_id.into(), 0.into(), data.into(), 0.into()]);
     }
