@@ -143,6 +143,8 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     let mut answers: Vec<Vec<Answers>> = Vec::with_capacity(infected.len());
     for host in &mut infected {
         answers.push(host.finish()?);
+        // after the timers were asked: one that is over by now has left a signal, and one of the two is in the images
+        host.read_signals()?;
     }
     phases.mark("asking");
     interrupt::check()?;
@@ -297,7 +299,7 @@ struct Written {
     clocks: Option<((u64, u64), (u64, u64))>,
 }
 
-/// Filters are held off while the executor runs; pending signals are copied.
+/// Filters are held off while the executor runs.
 fn suspend_seccomp_and_settle(opts: &Options, threads: &mut [Vec<Stopped>]) -> Result<()> {
     let mut buffer = Vec::new();
     for thread in threads.iter_mut().flatten() {
@@ -312,12 +314,6 @@ fn suspend_seccomp_and_settle(opts: &Options, threads: &mut [Vec<Stopped>]) -> R
         let trap = 1u64 << (libc::SIGTRAP - 1);
         if opts.personality == Persona::Criu && (status.sig_pending | status.shared_pending) & trap != 0 {
             return Err(Error::Usage { what: format!("Can't dump the {tid} thread with a pending SIGTRAP.") });
-        }
-        if status.sig_pending != 0 {
-            thread.pending = ptrace::pending_signals(tid, false).task(tid)?;
-        }
-        if status.shared_pending != 0 && status.tgid == tid {
-            thread.shared_pending = ptrace::pending_signals(tid, true).task(tid)?;
         }
         leave_sequence(thread).task(tid)?;
     }

@@ -125,6 +125,7 @@ pub struct Infected<'a> {
     /// Trampoline in the vdso: address, and the bytes that were there (all zero).
     tail: u64,
     running: bool,
+    halted: bool,
     asked: Vec<Question>,
     cured: bool,
 }
@@ -157,6 +158,7 @@ impl<'a> Infected<'a> {
             memory,
             tail,
             running: false,
+            halted: false,
             asked: Vec::new(),
             cured: false,
         };
@@ -386,9 +388,7 @@ impl<'a> Infected<'a> {
 
     /// Binds all threads to end with us (PTRACE_O_EXITKILL); they are stopped after that.
     pub fn bind(&mut self) -> Result<()> {
-        if self.running {
-            self.halt()?;
-        }
+        self.halt()?;
         for thread in &self.threads {
             ptrace::set_options(thread.tid(), ptrace::EXITKILL).task(thread.tid())?;
         }
@@ -404,8 +404,25 @@ impl<'a> Infected<'a> {
         std::mem::take(&mut self.threads).into_iter().for_each(Stopped::forget);
     }
 
-    /// Stops all threads, which run the executor.
+    /// Stops all threads, which run the executor, and reads what signals wait for them: the last ones came, or were made by
+    /// timers, while questions were asked.
+    pub fn read_signals(&mut self) -> Result<()> {
+        self.halt()?;
+        for (i, thread) in self.threads.iter_mut().enumerate() {
+            let tid = thread.tid();
+            thread.pending = ptrace::pending_signals(tid, false).task(tid)?;
+            if i == 0 {
+                thread.shared_pending = ptrace::pending_signals(tid, true).task(tid)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops all threads, if they run the executor.
     fn halt(&mut self) -> Result<()> {
+        if !self.running || std::mem::replace(&mut self.halted, true) {
+            return Ok(());
+        }
         for thread in &self.threads {
             ptrace::interrupt(thread.tid()).task(thread.tid())?;
         }
@@ -431,9 +448,7 @@ impl<'a> Infected<'a> {
         if std::mem::replace(&mut self.cured, true) {
             return Ok(());
         }
-        if self.running {
-            self.halt()?;
-        }
+        self.halt()?;
         // everyone back to where it was, the leader last: it unmaps the area, which nobody may be in then
         for thread in self.threads.iter().skip(1).filter(|_| self.running) {
             self.put_back(thread)?;
