@@ -138,7 +138,9 @@ fn own() {
     let mut buffer = Vec::new();
     for entry in std::fs::read_dir("/proc/self/fdinfo").unwrap().flatten() {
         if crate::proc::read_proc(&entry.path(), &mut buffer).is_ok() {
-            let info = parse(&buffer).unwrap();
+            let mut info = parse(&buffer).unwrap();
+            // another test's terminal: the kernel's note of its number, which a dump asks for otherwise
+            info.other.retain(|(name, _)| name != b"tty-index");
             assert_eq!(info.other, [], "{}", String::from_utf8_lossy(&buffer));
         }
     }

@@ -45,8 +45,8 @@ pub(super) fn open(index: u32, cx: &mut RestoreFiles<'_>) -> Result<()> {
         let slave = open_slave(libc::O_RDWR as u32)?;
         terminal::set_modes(master.as_fd(), &terminal::raw_modes())?;
         // What was read from one side had been written to the other.
-        under_way(master.as_fd(), data.get(&(index << 1)))?;
-        under_way(slave.as_fd(), data.get(&(index << 1 | 1)))?;
+        under_way(master.as_fd(), slave.as_fd(), data.get(&(index << 1)))?;
+        under_way(slave.as_fd(), master.as_fd(), data.get(&(index << 1 | 1)))?;
     }
     for info in [slave_info, master_info].into_iter().flatten() {
         settle(master.as_fd(), info)?;
@@ -132,8 +132,9 @@ fn belongs(slave: BorrowedFd<'_>, info: &TtyInfoEntry, mode: Option<u32>) -> Res
     }
 }
 
-/// Puts bytes back that were under way. A terminal promises no delivery: what does not fit is named, and lost.
-fn under_way(side: BorrowedFd<'_>, bytes: Option<&Vec<u8>>) -> Result<()> {
+/// Puts bytes back that were under way, into `side`, and sees them arrive at `other`: the kernel carries them over in its own
+/// time, and with the modes that the terminal has then. It promises no delivery: what does not fit is named, and lost.
+fn under_way(side: BorrowedFd<'_>, other: BorrowedFd<'_>, bytes: Option<&Vec<u8>>) -> Result<()> {
     let Some(bytes) = bytes else { return Ok(()) };
     let before = rustix::fs::fcntl_getfl(side).call("fcntl(F_GETFL)")?;
     rustix::fs::fcntl_setfl(side, before | OFlags::NONBLOCK).call("fcntl(F_SETFL)")?;
@@ -143,6 +144,15 @@ fn under_way(side: BorrowedFd<'_>, bytes: Option<&Vec<u8>>) -> Result<()> {
     }
     if !rest.is_empty() {
         tracing::warn!(lost = rest.len(), "data under way in a terminal did not fit");
+    }
+    let written = (bytes.len() - rest.len()) as u64;
+    let began = std::time::Instant::now();
+    while rustix::io::ioctl_fionread(other).call("ioctl(FIONREAD)")? < written {
+        if began.elapsed() > std::time::Duration::from_secs(1) {
+            tracing::warn!(written, "data under way in a terminal did not arrive");
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_micros(100));
     }
     rustix::fs::fcntl_setfl(side, before).call("fcntl(F_SETFL)")
 }
