@@ -165,7 +165,7 @@ fn build<'r>(
 
     let count = tree.nodes.len() + tree.alive().map(|(_, _, a)| a.threads.len()).sum::<usize>();
     let len = arena_size(tree, &draft.tables, files.locks.len(), count);
-    let start = free_address(tree, birth, Arena::span(len))?;
+    let start = free_address(tree, Arena::span(len))?;
     let mut arena = Arena::new(Arena::base_in(start), len, robust)?;
     let mut slots: Vec<Slot> = Vec::with_capacity(tree.nodes.len());
     let mut threads = HashMap::new();
@@ -235,7 +235,7 @@ fn build<'r>(
         .task(root)?;
     nursery.root = pid;
     drop(theirs);
-    let alive = || release::still_there(pid, sibling);
+    let alive = || release::still_there(pid);
     arena.finish(slots[0], STAGE_LIMIT, alive).task(pid)?;
     let preamble = preamble(&arena, birth, parked, base, transfer.list.len(), clocks.as_ref(), pid)?;
     arena.load(slots[0], pid, preamble)?;
@@ -501,12 +501,11 @@ fn arena_size(tree: &Tree, tables: &HashMap<u32, Vec<FdinfoEntry>>, locks: usize
 }
 
 /// A gap of `len` bytes that no task uses, nor a fresh process.
-fn free_address(tree: &Tree, birth: &Birth, len: u64) -> Result<u64> {
+fn free_address(tree: &Tree, len: u64) -> Result<u64> {
     const LOWEST: u64 = 0x1_0000_0000;
     const HIGHEST: u64 = 0x5000_0000_0000;
     let mut taken: Vec<(u64, u64)> =
         tree.alive().flat_map(|(_, _, a)| a.memory.occupied().collect::<Vec<_>>()).collect();
-    let _ = birth;
     taken.sort_unstable();
     let mut at = LOWEST;
     for (start, end) in taken {

@@ -45,19 +45,17 @@ pub fn actions(answers: &Answers, room: Data) -> Vec<SaEntry> {
         .collect()
 }
 
-/// Sets the actions that are not the default, which a fresh process has; a child has those of its parent instead, so
-/// the caller passes what is there.
-pub fn restore_actions(wanted: &[SaEntry], there: &[SaEntry], plan: &mut Plan) -> Result<()> {
+/// Sets the actions that are not the default, which all tasks have until then: their parents set theirs after they were made.
+pub fn restore_actions(wanted: &[SaEntry], plan: &mut Plan) -> Result<()> {
     if !wanted.is_empty() && wanted.len() != 62 {
         return Err(Error::lie("core", format!("{} signal actions instead of 62", wanted.len())));
     }
-    for (i, (signal, action)) in settable().zip(wanted).enumerate() {
+    for (signal, action) in settable().zip(wanted) {
         if action.compat_sigaction == Some(true) {
             return Err(Error::refused("a signal action of a 32-bit task", "Standstill restores 64-bit tasks only"));
         }
         let words = [action.sigaction, action.flags, action.restorer, action.mask];
-        let before = there.get(i).map_or([0; 4], |a| [a.sigaction, a.flags, a.restorer, a.mask]);
-        if words == before {
+        if words == [0; 4] {
             continue;
         }
         let data = plan.words(&words);

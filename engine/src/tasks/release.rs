@@ -94,8 +94,7 @@ pub fn own_session_and_group() -> (i32, i32) {
 }
 
 /// An error once the first task is gone.
-pub fn still_there(pid: i32, sibling: bool) -> Result<()> {
-    let _ = sibling;
+pub fn still_there(pid: i32) -> Result<()> {
     if ptrace::exists(pid) {
         Ok(())
     } else {

@@ -11,7 +11,7 @@
 
 use std::collections::HashMap;
 
-use standstill_images::proto::{FdinfoEntry, FileLockEntry, FsEntry, SaEntry, SeccompEntry, ThreadCoreEntry};
+use standstill_images::proto::{FdinfoEntry, FileLockEntry, FsEntry, SeccompEntry, ThreadCoreEntry};
 use standstill_restorer::plan::{Code, Expect};
 
 use super::tree::{Alive, Kind, Node, Tree};
@@ -144,7 +144,7 @@ impl Script<'_> {
                         let slot = *self.threads.get(tid).ok_or(Error::Gone)?;
                         let mut plan = Plan::new();
                         let (info, core) = core::parts(entry)?;
-                        self.thread(node, core, info.clear_tid_addr, *tid, false, &mut plan).task(*tid)?;
+                        self.thread(node, core, info.clear_tid_addr, *tid, &mut plan).task(*tid)?;
                         arena.load(slot, *tid, plan)?;
                     }
                     plan
@@ -283,10 +283,9 @@ impl Script<'_> {
         if node.pgid != node.pid && node.pgid != 0 {
             plan.call("process group", libc::SYS_setpgid, &[0.into(), node.pgid.into()]);
         }
-        for (tid, entry) in alive.threads.iter().skip(1) {
+        for (tid, _) in alive.threads.iter().skip(1) {
             let slot = *self.threads.get(tid).ok_or(Error::Gone)?;
-            let (info, _) = core::parts(entry)?;
-            self.clone_thread(*tid, slot, info.clear_tid_addr, arena, &mut plan);
+            self.clone_thread(*tid, slot, arena, &mut plan);
         }
         if locks.is_some() {
             self.descriptors(i, first_holder, &mut plan)?;
@@ -302,15 +301,14 @@ impl Script<'_> {
         );
         let loginuid = tc.loginuid.filter(|&v| v != u32::MAX && Some(v) != self.birth.loginuid);
         self.write_self("/proc/self/loginuid", loginuid, &mut plan);
-        self.folders(node, locks.is_some(), &mut plan)?;
-        let there: &[SaEntry] = &[];
+        self.folders(node, &mut plan)?;
         stage(FILLED, &mut plan);
         self.await_children(node, &mut plan);
         if let Some(&(fd, group)) = self.table.terminals.get(&node.pid) {
             crate::files::tty::take_control(fd, group, &mut plan);
         }
         // inherited actions are all default: nobody sets them before its children exist
-        signals::restore_actions(&tc.sigactions, there, &mut plan)?;
+        signals::restore_actions(&tc.sigactions, &mut plan)?;
         if let Some(t) = &tc.timers {
             timers::restore_posix(t, &mut plan)?;
         }
@@ -337,16 +335,7 @@ impl Script<'_> {
     }
 
     /// The plan of a thread that is not the leader.
-    fn thread(
-        &self,
-        node: &Node,
-        core: &ThreadCoreEntry,
-        tid_address: u64,
-        tid: i32,
-        leader: bool,
-        plan: &mut Plan,
-    ) -> Result<()> {
-        debug_assert!(!leader);
+    fn thread(&self, node: &Node, core: &ThreadCoreEntry, tid_address: u64, tid: i32, plan: &mut Plan) -> Result<()> {
         self.thread_state(node, core, tid_address, tid, plan)?;
         self.lose_power(core, None, plan)?;
         stage(READY, plan);
@@ -417,7 +406,7 @@ impl Script<'_> {
             }
         }
         let slot = self.slots[c];
-        let args = clone_args(flags, libc::SIGCHLD as u64, child.pid, arena.stack(slot), 0, plan);
+        let args = clone_args(flags, libc::SIGCHLD as u64, child.pid, arena.stack(slot), plan);
         let control = arena.control(slot);
         plan.op(
             Code::Clone,
@@ -430,15 +419,14 @@ impl Script<'_> {
         Ok(())
     }
 
-    fn clone_thread(&self, tid: i32, slot: Slot, tid_address: u64, arena: &Arena, plan: &mut Plan) {
+    fn clone_thread(&self, tid: i32, slot: Slot, arena: &Arena, plan: &mut Plan) {
         let flags = (libc::CLONE_VM
             | libc::CLONE_FS
             | libc::CLONE_FILES
             | libc::CLONE_SIGHAND
             | libc::CLONE_THREAD
             | libc::CLONE_SYSVSEM) as u64;
-        let _ = tid_address;
-        let args = clone_args(flags, 0, tid, arena.stack(slot), 0, plan);
+        let args = clone_args(flags, 0, tid, arena.stack(slot), plan);
         let control = arena.control(slot);
         plan.op(
             Code::Clone,
@@ -639,8 +627,7 @@ impl Script<'_> {
     }
 
     /// Root, then working folder, then umask; a task that shares them with its parent leaves them alone.
-    fn folders(&self, node: &Node, owns_table: bool, plan: &mut Plan) -> Result<()> {
-        let _ = owns_table;
+    fn folders(&self, node: &Node, plan: &mut Plan) -> Result<()> {
         let fs_id = |n: &Node| match &n.kind {
             Kind::Alive(a) => Some(a.ids.fs_id),
             Kind::Dead { .. } | Kind::Helper => None,
@@ -725,16 +712,9 @@ fn stage(n: usize, plan: &mut Plan) {
 }
 
 /// struct clone_args (clone3(2)).
-fn clone_args(
-    flags: u64,
-    exit_signal: u64,
-    pid: i32,
-    stack: (u64, u64),
-    tid_address: u64,
-    plan: &mut Plan,
-) -> crate::plan::Data {
+fn clone_args(flags: u64, exit_signal: u64, pid: i32, stack: (u64, u64), plan: &mut Plan) -> crate::plan::Data {
     let pids = plan.bytes(&pid.to_le_bytes());
-    let words = [flags, 0, tid_address, 0, exit_signal, stack.0, stack.1, 0, 0, 1, 0];
+    let words = [flags, 0, 0, 0, exit_signal, stack.0, stack.1, 0, 0, 1, 0];
     let args = plan.words(&words);
     plan.pointer(args, 64, pids);
     args
