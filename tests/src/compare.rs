@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
+use base64::engine::general_purpose::STANDARD;
+use base64::Engine as _;
 use serde_json::Value;
 use standstill_images::json::{self, Style};
 use standstill_images::ImageKind;
@@ -109,10 +111,24 @@ fn settle(value: &mut Value) {
                 }
                 settle(value);
             }
+            // a timer may just be over at one of the two: its signal waits in that image
+            if let Some(Value::Array(signals)) = fields.get_mut("signals") {
+                signals.retain(|s| !from_a_timer(s));
+            }
+            fields.retain(|key, value| key != "signals" || *value != Value::Array(Vec::new()));
         }
         Value::Array(values) => values.iter_mut().for_each(settle),
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
     }
+}
+
+/// Whether a waiting signal is what a timer sends: SI_TIMER, or SIGALRM from the kernel.
+fn from_a_timer(signal: &Value) -> bool {
+    let text: String = signal["siginfo"].as_str().unwrap_or_default().split_whitespace().collect();
+    let Ok(bytes) = STANDARD.decode(text) else { return false };
+    let int = |at: usize| bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, i32::from_ne_bytes);
+    let (number, code) = (int(0), int(8));
+    code == libc::SI_TIMER || (number == libc::SIGALRM && code == libc::SI_KERNEL)
 }
 
 /// A file that has lost its name: its last one may have got an ending that nobody else uses, and the kernel makes up one

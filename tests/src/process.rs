@@ -193,3 +193,26 @@ pub fn describe(pid: i32) -> String {
     }
     text
 }
+
+/// All numbers of more than three digits in a text.
+pub fn numbers(text: &str) -> HashSet<i32> {
+    let words = text.split(|c: char| !c.is_ascii_digit());
+    words.filter(|w| w.len() > 3).filter_map(|w| w.parse().ok()).collect()
+}
+
+/// Which processes and threads have one of these ids, as their own, their group's or their session's: for a report.
+pub fn users(ids: &HashSet<i32>) -> String {
+    let mut text = String::new();
+    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = process.file_name().to_str().and_then(|n| n.parse::<i32>().ok()) else { continue };
+        for tid in threads(pid) {
+            let stat = fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).unwrap_or_default();
+            let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or("").split_whitespace().take(4).collect();
+            let own = [pid, tid].into_iter().chain(fields.iter().filter_map(|f| f.parse().ok()));
+            if own.into_iter().any(|id| ids.contains(&id)) {
+                text.push_str(&format!("  {pid}/{tid}: {}\n", stat.trim()));
+            }
+        }
+    }
+    text
+}

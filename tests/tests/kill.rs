@@ -138,6 +138,7 @@ fn strace(test: &str) -> Option<()> {
 
 /// Runs the engine under strace; it is killed when it makes its `n`th ptrace request, and true says that it was.
 fn killed_at(n: u32, engine: &Command, trace: &Path) -> bool {
+    let mut last = String::new();
     for _ in 0..20 {
         let mut command = Command::new("strace");
         // with its threads, and without the tasks that it restores, which it must be able to trace itself
@@ -149,11 +150,14 @@ fn killed_at(n: u32, engine: &Command, trace: &Path) -> bool {
             Some(0) => return false,
             Some(137) => return true,
             // somebody else has got one of the ids, for a moment
-            Some(1) if output.text.contains("File exists") => std::thread::sleep(Duration::from_millis(100)),
+            Some(1) if output.text.contains("File exists") => {
+                last = format!("{}\n{}", output.text, process::users(&process::numbers(&output.text)));
+                std::thread::sleep(Duration::from_millis(100));
+            }
             other => panic!("request {n}: the engine ended with {other:?}:\n{}", output.text),
         }
     }
-    panic!("request {n}: the ids of the guest are in use all the time")
+    panic!("request {n}: the ids of the guest are in use all the time:\n{last}")
 }
 
 /// A number that looks random, and is the same for the same seed.

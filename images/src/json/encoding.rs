@@ -1,6 +1,7 @@
 //! Bytes as text: base64 in lines, and quoted-printable.
 
-const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+use base64::engine::general_purpose::STANDARD;
+use base64::Engine as _;
 
 /// How many bytes make a line of 76 characters.
 const BASE64_LINE: usize = 57;
@@ -9,17 +10,7 @@ const BASE64_LINE: usize = 57;
 pub(super) fn base64(bytes: &[u8]) -> String {
     let mut out = String::with_capacity(bytes.len() / 3 * 4 + bytes.len() / BASE64_LINE + 8);
     for line in bytes.chunks(BASE64_LINE) {
-        for group in line.chunks(3) {
-            let bits = group.iter().fold(0_u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - group.len()));
-            for place in 0..4 {
-                if place <= group.len() {
-                    let digit = (bits >> (18 - 6 * place)) & 0x3f;
-                    out.push(char::from(ALPHABET[digit as usize]));
-                } else {
-                    out.push('=');
-                }
-            }
-        }
+        STANDARD.encode_string(line, &mut out);
         out.push('\n');
     }
     out
@@ -27,35 +18,8 @@ pub(super) fn base64(bytes: &[u8]) -> String {
 
 /// Base64, in which white space means nothing.
 pub(super) fn from_base64(text: &str) -> Option<Vec<u8>> {
-    let mut out = Vec::with_capacity(text.len() / 4 * 3);
-    let (mut bits, mut digits, mut padding) = (0_u32, 0_usize, 0_usize);
-    for byte in text.bytes().filter(|byte| !byte.is_ascii_whitespace()) {
-        if byte == b'=' {
-            padding += 1;
-            continue;
-        }
-        let digit = ALPHABET.iter().position(|known| *known == byte)?;
-        if padding > 0 {
-            return None;
-        }
-        bits = bits << 6 | u32::try_from(digit).ok()?;
-        digits += 1;
-        if digits % 4 == 0 {
-            let [_, group @ ..] = bits.to_be_bytes();
-            out.extend_from_slice(&group);
-            bits = 0;
-        }
-    }
-    match (digits % 4, padding) {
-        (0, 0) => {}
-        (2, 2) => out.push(u8::try_from(bits >> 4).ok()?),
-        (3, 1) => {
-            let [_, _, tail @ ..] = (bits >> 2).to_be_bytes();
-            out.extend_from_slice(&tail);
-        }
-        _ => return None,
-    }
-    Some(out)
+    let digits: Vec<u8> = text.bytes().filter(|byte| !byte.is_ascii_whitespace()).collect();
+    STANDARD.decode(digits).ok()
 }
 
 /// The longest line of quoted-printable, its soft break included.
