@@ -16,10 +16,11 @@ use standstill_images::{FolderStore, ImageKind, Images};
 
 use crate::error::{At, Error, Place, Result};
 use crate::files::{locks, memfd, DumpFiles};
-use crate::memory::{self, drain};
+use crate::memory::track::{self, Tracking};
+use crate::memory::{self, dedup, drain};
 use crate::options::{FinalState, Options, Persona};
 use crate::plan::Plan;
-use crate::proc::maps::VmaName;
+use crate::proc::maps::{VmFlags, Vma, VmaName};
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::interrupt;
@@ -37,6 +38,8 @@ pub struct DumpReport {
     pub total: Duration,
     /// Pages of memory written.
     pub pages: u64,
+    /// Pages that have not changed since the parent checkpoint, which has them.
+    pub in_parent: u64,
     /// Pages of shared memory written.
     pub shared_pages: u64,
     /// Processes dumped.
@@ -73,11 +76,27 @@ struct Alive {
 pub fn run(opts: &Options) -> Result<DumpReport> {
     opts.refuse_unsupported().map_err(|e| Error::Usage { what: e.to_string() })?;
     let root = opts.required_pid().map_err(|e| Error::Usage { what: e.to_string() })?;
-    let images = Images::new(FolderStore::open(&opts.images_dir)?);
+    let images = open_images(opts)?;
+    with_own_thread(|| dump(opts, root, &images))
+}
+
+/// The folder that images go to, linked to the checkpoint that they build on.
+pub(crate) fn open_images(opts: &Options) -> Result<Images> {
+    let folder = FolderStore::open(&opts.images_dir)?;
+    folder.set_parent(opts.prev_images_dir.as_deref())?;
+    let images = Images::new(folder);
+    if let (Some(parent), None) = (&opts.prev_images_dir, images.parent()?) {
+        let what = format!("there is no checkpoint to build on: {} (seen from the image folder)", parent.display());
+        return Err(Error::Usage { what });
+    }
+    Ok(images)
+}
+
+/// Runs `work` in a thread of its own: all of ptrace belongs to one thread, which outlives its tracees.
+pub(crate) fn with_own_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     // SIGINT and the like end a dump in order, where that can be seen to; the threads that we start have them blocked, too
     let _interrupts = interrupt::Watch::new()?;
-    // all of ptrace belongs to one thread, which outlives its tracees
-    std::thread::scope(|scope| match scope.spawn(|| dump(opts, root, &images)).join() {
+    std::thread::scope(|scope| match scope.spawn(work).join() {
         Ok(result) => result,
         Err(panic) => std::panic::resume_unwind(panic),
     })
@@ -107,8 +126,12 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     give_ids(&mut tasks, &mut numbers)?;
     refuse_gpus(&tasks)?;
     refuse_locks(opts, &tasks)?;
+    let run = run_id();
+    let tracked = is_tracked(root, &tasks)?;
+    let mut tracking = begin_tracking(opts, root, heads.first().map(|h| &h.3), images)?;
     let mut files =
         DumpFiles::new(opts, images, heads.iter().map(|h| h.0).collect(), numbers.root.net_ns_id.unwrap_or(0));
+    files.memory_is_tracked = tracked;
     let fdinfos = dump_files(&mut tasks, &mut files)?;
     phases.mark("reading");
     interrupt::check()?;
@@ -118,7 +141,7 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     let mut asked = Vec::with_capacity(tasks.len());
     for (task, stopped) in tasks.iter().zip(threads) {
         let Kind::Alive(alive) = &task.kind else { continue };
-        let other = if alive.vdso.is_some() { Vec::new() } else { code_ends(&alive.facts) };
+        let other = if alive.vdso.is_some() { Vec::new() } else { code_ends(task.pid, &alive.facts.areas) };
         let codes: Vec<(u64, &[u8])> =
             alive.vdso.iter().chain(&other).map(|(at, bytes)| (*at, bytes.as_slice())).collect();
         let mut host = Infected::infect(stopped, &codes, &robust)?;
@@ -130,7 +153,7 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
             in_threads.push(core::ask_thread(&mut plan));
             if i == 0 {
                 host.name_area(&mut plan);
-                leftovers::remove(&alive.facts, &mut plan);
+                leftovers::remove(&alive.facts.areas, &mut plan);
                 in_task = Some(core::ask_task(&alive.facts, &mut plan));
             }
             plans.push(plan);
@@ -143,6 +166,12 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     let mut answers: Vec<Vec<Answers>> = Vec::with_capacity(infected.len());
     for host in &mut infected {
         answers.push(host.finish()?);
+        let stat = tasks.iter().find(|t| t.pid == host.pid()).map(|t| &t.stat);
+        if let (Some(tracking), Some(stat)) = (&mut tracking, stat) {
+            if tracking.needs_watch(host.pid(), stat) {
+                tracking.watch(host, stat)?;
+            }
+        }
         // after the timers were asked: one that is over by now has left a signal, and one of the two is in the images
         host.read_signals()?;
     }
@@ -185,7 +214,15 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
                 }
                 let pid = ns_pid(task.pid, Some(alive.facts.status()))?;
                 let pointers: Vec<u64> = host.threads().iter().map(|t| t.registers.sp).collect();
-                let drain = drain::plan(task.pid, &mut alive.mm.vmas, &pointers, heads.len() > 1).task(task.pid)?;
+                if let Some(tracking) = &mut tracking {
+                    tracking.register(task.pid, &alive.facts.areas).task(task.pid)?;
+                }
+                let marks = tracking.as_ref().map(|t| t.marks(task.pid, pid)).transpose()?.flatten();
+                let vmas = &mut alive.mm.vmas;
+                let drain = drain::plan(task.pid, vmas, &pointers, heads.len() > 1, marks.as_ref()).task(task.pid)?;
+                if let Some(tracking) = &tracking {
+                    tracking.clear(task.pid)?;
+                }
                 images.write_one(ImageKind::Mm, pid, &alive.mm)?;
                 images.write_one(ImageKind::Fs, pid, &alive.fs)?;
                 images.write_one(ImageKind::Ids, pid, &alive.ids)?;
@@ -222,9 +259,15 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     images.write_one(ImageKind::Seccomp, (), &SeccompEntry { seccomp_filters: filters })?;
     write_clocks(images, time_ns, &numbers, written.clocks)?;
     let scanned: u64 = drains.iter().map(|d| d.0.scanned).sum();
+    let in_parent: u64 = drains.iter().map(|d| d.0.in_parent).sum();
     drop(drains);
-    images.write_one(ImageKind::Inventory, (), &inventory(opts, numbers.root))?;
+    let mut inventory = inventory(opts, numbers.root, &run);
+    inventory.dump_uptime = tracking.as_ref().map(|_| track::uptime());
+    images.write_one(ImageKind::Inventory, (), &inventory)?;
     images.commit()?;
+    if opts.auto_dedup {
+        dedup::free_in_parents(images)?;
+    }
     phases.mark("inventory");
 
     let alive: Vec<i32> = infected.iter().map(Infected::pid).collect();
@@ -239,17 +282,20 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
             finish::let_go(infected, state == FinalState::Stop)?;
         }
     }
+    let frozen = frozen_at.elapsed();
     phases.mark("ending");
+    if let Some(tracking) = tracking {
+        tracking.keep(&run)?;
+    }
     let (pages, shared_pages) = (pages.into_inner(), shared.into_inner());
-    let report =
-        DumpReport { frozen: frozen_at.elapsed(), total: phases.total(), pages, shared_pages, tasks: alive.len() };
+    let report = DumpReport { frozen, total: phases.total(), pages, in_parent, shared_pages, tasks: alive.len() };
     crate::stats::write_dump(opts, &phases, &report, scanned)?;
     Ok(report)
 }
 
 /// An older checkpoint in the same folder is none any more: its inventory goes first, then all else of it, so that nothing
 /// of it can be taken for part of the new one. What is not an image stays.
-fn remove_old_images(images: &Images) -> Result<()> {
+pub(crate) fn remove_old_images(images: &Images) -> Result<()> {
     images.remove(ImageKind::Inventory, ())?;
     for name in images.store().list()? {
         if name.ends_with(".img") && ImageKind::from_file_name(&name).is_some() {
@@ -300,7 +346,7 @@ struct Written {
 }
 
 /// Filters are held off while the executor runs.
-fn suspend_seccomp_and_settle(opts: &Options, threads: &mut [Vec<Stopped>]) -> Result<()> {
+pub(crate) fn suspend_seccomp_and_settle(opts: &Options, threads: &mut [Vec<Stopped>]) -> Result<()> {
     let mut buffer = Vec::new();
     for thread in threads.iter_mut().flatten() {
         let tid = thread.tid();
@@ -367,8 +413,8 @@ fn read(heads: &[Head], threads: &[Vec<Stopped>], workers: &Workers) -> Result<V
                     let filtered = f.status.seccomp == Some(seccomp::FILTER as u32);
                     chains.push(if filtered { seccomp::read(thread.tid()).task(thread.tid())? } else { Vec::new() });
                 }
-                leftovers::check_areas(&facts, threads).task(pid)?;
-                let vdso = read_vdso(&facts, threads).task(pid)?;
+                leftovers::check_areas(&facts.areas, threads).task(pid)?;
+                let vdso = read_vdso(pid, &facts.areas, threads).task(pid)?;
                 Kind::Alive(Box::new(Alive {
                     facts,
                     ids: Default::default(),
@@ -386,10 +432,10 @@ fn read(heads: &[Head], threads: &[Vec<Stopped>], workers: &Workers) -> Result<V
 }
 
 /// The vdso of a task, as the kernel made it: what an engine that was killed left in its zero tail is not part of it.
-fn read_vdso(facts: &Facts, threads: &[Stopped]) -> Result<Option<(u64, Vec<u8>)>> {
-    let Some(area) = facts.areas.iter().find(|a| a.name() == VmaName::Vdso) else { return Ok(None) };
+pub(crate) fn read_vdso(pid: i32, areas: &[Vma], threads: &[Stopped]) -> Result<Option<(u64, Vec<u8>)>> {
+    let Some(area) = areas.iter().find(|a| a.name() == VmaName::Vdso) else { return Ok(None) };
     let mut bytes = vec![0; usize::try_from(area.size()).unwrap_or(0)];
-    if remote::read_remote(facts.pid, area.start, &mut bytes)? != bytes.len() {
+    if remote::read_remote(pid, area.start, &mut bytes)? != bytes.len() {
         return Err(Error::Gone);
     }
     let own = memory::vdso::own()?;
@@ -405,12 +451,12 @@ fn read_vdso(facts: &Facts, threads: &[Stopped]) -> Result<Option<(u64, Vec<u8>)
 }
 
 /// The last page of each piece of code that is mapped from a file: linkers fill them up with zeros.
-fn code_ends(facts: &Facts) -> Vec<(u64, Vec<u8>)> {
-    let code = facts.areas.iter().filter(|a| a.exec && a.read && !a.shared && matches!(a.name(), VmaName::File(_)));
+pub(crate) fn code_ends(pid: i32, areas: &[Vma]) -> Vec<(u64, Vec<u8>)> {
+    let code = areas.iter().filter(|a| a.exec && a.read && !a.shared && matches!(a.name(), VmaName::File(_)));
     code.filter_map(|a| {
         let mut page = vec![0; memory::PAGE as usize];
         let at = a.end - memory::PAGE;
-        (remote::read_remote(facts.pid, at, &mut page).ok()? == page.len()).then_some((at, page))
+        (remote::read_remote(pid, at, &mut page).ok()? == page.len()).then_some((at, page))
     })
     .collect()
 }
@@ -518,7 +564,7 @@ fn set_filter(entry: &mut CoreEntry, last: Option<u32>, chains: &[seccomp::Chain
 }
 
 /// The id in the innermost pid namespace of the task.
-fn ns_pid(pid: i32, status: Option<&crate::proc::status::Status>) -> Result<u32> {
+pub(crate) fn ns_pid(pid: i32, status: Option<&crate::proc::status::Status>) -> Result<u32> {
     let id = status.and_then(|s| s.ns_pid.last().copied()).unwrap_or(pid);
     u32::try_from(id).map_err(|_| Error::Gone)
 }
@@ -560,7 +606,35 @@ fn write_clocks(
     Ok(())
 }
 
-fn inventory(opts: &Options, root_ids: TaskKobjIdsEntry) -> InventoryEntry {
+/// Whether some memory of the tree is under our watch.
+fn is_tracked(root: i32, tasks: &[Task]) -> Result<bool> {
+    let watched = |t: &Task| match &t.kind {
+        Kind::Alive(a) => a.facts.areas.iter().any(|a| a.vm_flags.contains(VmFlags::UFFD_WP)),
+        Kind::Dead(_) => false,
+    };
+    if tasks.iter().any(watched) {
+        track::is_ours(root)
+    } else {
+        Ok(false)
+    }
+}
+
+/// A pass of dirty tracking, if this dump is one or builds on one.
+pub(crate) fn begin_tracking(
+    opts: &Options,
+    root: i32,
+    stat: Option<&crate::proc::stat::Stat>,
+    images: &Images,
+) -> Result<Option<Tracking>> {
+    let Some(stat) = stat.filter(|_| opts.track_mem || opts.prev_images_dir.is_some()) else { return Ok(None) };
+    if opts.personality == Persona::Criu && opts.track_mem && track::available().is_none() {
+        return Err(track::unavailable());
+    }
+    let again = opts.track_mem && opts.final_state != FinalState::Kill;
+    Tracking::begin(root, stat, images.parent()?, again).map(Some)
+}
+
+fn inventory(opts: &Options, root_ids: TaskKobjIdsEntry, run: &str) -> InventoryEntry {
     use crate::options::NetworkLock;
     InventoryEntry {
         img_version: 2,
@@ -576,12 +650,12 @@ fn inventory(opts: &Options, root_ids: TaskKobjIdsEntry) -> InventoryEntry {
             NetworkLock::Skip => 2,
         }),
         plugins_entry: Some(PluginsEntry::default()),
-        dump_criu_run_id: Some(run_id().into_bytes()),
+        dump_criu_run_id: Some(run.as_bytes().to_vec()),
         ..Default::default()
     }
 }
 
 /// A name that no other dump has.
-fn run_id() -> String {
+pub(crate) fn run_id() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/uuid").map(|s| s.trim().to_owned()).unwrap_or_default()
 }

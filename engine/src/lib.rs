@@ -44,6 +44,7 @@ pub mod log;
 pub mod memory;
 pub mod options;
 pub mod plan;
+pub mod pre_dump;
 pub mod proc;
 pub mod restore;
 pub mod signals;

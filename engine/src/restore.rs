@@ -107,6 +107,12 @@ fn restore(opts: &Options, images: &Images) -> Result<RestoreReport> {
     let poised = result?;
     cleaned?;
     let report = poised.go(opts, &mut phases)?;
+    if opts.auto_dedup {
+        // the program runs: that its images still take room is no reason to fail
+        if let Err(e) = crate::memory::dedup::free_all(images) {
+            tracing::warn!("pages that were restored could not be freed: {e}");
+        }
+    }
     Ok(report)
 }
 
@@ -224,6 +230,7 @@ fn build<'r>(
         boot: arena.boot(slots[0]),
         inherit: &[arena.fd(), theirs.as_fd()],
         sibling,
+        quiet: false,
     };
     let pid = release::when_reaped(root, || spawn::spawn(&birth_of_root))
         .map_err(|e| match e.errno() {

@@ -55,7 +55,7 @@ pub fn write_dump(opts: &Options, phases: &Phases, report: &DumpReport, scanned:
         memdump_time: micros(phases.of("memory")),
         memwrite_time: micros(phases.of("memory")),
         pages_scanned: scanned,
-        pages_skipped_parent: 0,
+        pages_skipped_parent: report.in_parent,
         pages_written: report.pages,
         irmap_resolve: None,
         pages_lazy: 0,

@@ -549,7 +549,7 @@ mod tests {
         make("3", &[(0x1000, 4, PageState::Parent), (0x9000, 1, PageState::Present)]);
         let link = |name: &str, parent: &str| {
             let folder = crate::store::FolderStore::open(base.join(name)).unwrap();
-            folder.set_parent(std::path::Path::new(parent)).unwrap();
+            folder.set_parent(Some(std::path::Path::new(parent))).unwrap();
         };
         link("2", "../1");
         link("3", "../2");

@@ -153,16 +153,19 @@ impl FolderStore {
         Self { durable, ..self }
     }
 
-    /// Makes `parent` point to another folder; a relative path is relative to this one.
+    /// Makes `parent` point to another folder, or removes the link; a relative path is relative to this one.
     ///
     /// # Errors
     /// If the link cannot be made.
-    pub fn set_parent(&self, path: &Path) -> Result<()> {
+    pub fn set_parent(&self, path: Option<&Path>) -> Result<()> {
         match rustix::fs::unlinkat(&self.folder, PARENT, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => {}
             Err(errno) => return Err(failed(PARENT, "replace")(errno)),
         }
-        rustix::fs::symlinkat(path, &self.folder, PARENT).map_err(failed(PARENT, "link"))
+        match path {
+            Some(path) => rustix::fs::symlinkat(path, &self.folder, PARENT).map_err(failed(PARENT, "link")),
+            None => Ok(()),
+        }
     }
 
     fn file(&self, name: &str) -> Result<(File, u64)> {

@@ -30,8 +30,10 @@ pub enum Code {
     Reap = 9,
     /// `args[2]` bytes at `args[0]` to the terminal, pipe or socket `args[1]`, whole or fail.
     WriteFull = 10,
-    /// Unblock nothing: jump to the raw state at `args[0]`; used by a task that leaves without the engine.
+    /// Ends the process with status `args[0]`.
     Exit = 11,
+    /// Wait until the 32-bit word at `args[0]` is not zero, for as long as the engine lives.
+    Await = 12,
 }
 
 /// How an operand is read.
@@ -72,8 +74,9 @@ pub struct Op {
     pub kinds: [u8; 6],
     /// An [`Expect`].
     pub expect: u8,
-    /// Zero.
-    pub reserved: u8,
+    /// Not zero: it is run even if an operation before it failed or the engine is gone. The result of an operation that
+    /// was not run reads as -1.
+    pub always: u8,
     /// The operands.
     pub args: [u64; 6],
     /// What [`Expect`] compares with.

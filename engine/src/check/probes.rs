@@ -227,6 +227,9 @@ pub(super) fn can_map_vdso() -> Found {
 }
 
 pub(super) fn mem_dirty_track() -> Found {
+    if crate::memory::track::available() == Some(crate::memory::scan::Marks::Protection) {
+        return Ok(());
+    }
     Ok(probe::soft_dirty()?)
 }
 

@@ -42,7 +42,86 @@ pub fn run_pre_dump(options: &Options) -> i32 {
         error!("Cannot pre-dump with --lazy-pages");
         return 1;
     }
-    super::unavailable::run("pre-dump")
+    if !crate::pre_dump::has_use(options) {
+        error!("{}", crate::memory::track::unavailable());
+        return 1;
+    }
+    if !super::supported(options) {
+        return 1;
+    }
+    let start = Instant::now();
+    match crate::pre_dump::run(options) {
+        Ok(report) => {
+            info!("Pre-dumping finished successfully");
+            if options.personality == Persona::Standstill {
+                print(&pre_dump_summary(options, &report, start.elapsed()));
+            }
+            0
+        }
+        Err(e) => {
+            error!("{}", chain(&e));
+            error!("Pre-dumping FAILED.");
+            1
+        }
+    }
+}
+
+/// Frees what newer checkpoints of a chain replace.
+pub fn run_dedup(options: &Options) -> i32 {
+    let freed = standstill_images::Images::open_folder(&options.images_dir)
+        .map_err(crate::Error::from)
+        .and_then(crate::memory::dedup::free_in_chain);
+    match freed {
+        Ok(freed) => {
+            if options.personality == Persona::Standstill {
+                print(&format!("{} freed\n", human_size(freed)));
+            }
+            0
+        }
+        Err(e) => {
+            error!("{}", chain(&e));
+            1
+        }
+    }
+}
+
+/// Ends the tracking of a tree's memory.
+pub fn run_untrack(options: &Options) -> i32 {
+    let ended = match options.required_pid() {
+        Ok(pid) => crate::memory::track::end(pid).map_err(|e| chain(&e)),
+        Err(e) => Err(e.to_string()),
+    };
+    match ended {
+        Ok(true) => 0,
+        Ok(false) => {
+            error!("no memory is tracked there");
+            1
+        }
+        Err(e) => {
+            error!("{e}");
+            1
+        }
+    }
+}
+
+/// What was taken, how long the tree stood still, and what comes next.
+fn pre_dump_summary(options: &Options, report: &crate::DumpReport, took: Duration) -> String {
+    if options.json {
+        let v = serde_json::json!({
+            "images": options.images_dir, "pages": report.pages, "pages_in_parent": report.in_parent,
+            "seconds": took.as_secs_f64(), "frozen_seconds": report.frozen.as_secs_f64(),
+        });
+        return format!("{v}\n");
+    }
+    format!(
+        "{} written, {} unchanged, in {} (frozen {}); next: standstill dump -t {} --prev-images-dir {} -D DIR\n",
+        human_size(report.pages * crate::memory::PAGE),
+        human_size(report.in_parent * crate::memory::PAGE),
+        human_time(took),
+        human_time(report.frozen),
+        options.pid.unwrap_or(0),
+        options.images_dir.display(),
+    )
 }
 
 /// Size, time, and how to restore.

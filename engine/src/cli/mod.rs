@@ -40,6 +40,7 @@ pub enum Verb {
     Service,
     Swrk,
     Dedup,
+    Untrack,
     CpuinfoDump,
     CpuinfoCheck,
     Exec,
@@ -116,7 +117,7 @@ fn perform(line: CommandLine, program: &OsStr) -> Result<i32, UsageError> {
         error!("command is required");
         return Err(UsageError);
     };
-    let (verb, rest) = verb(name, &words[1..])?;
+    let (verb, rest) = verb(name, &words[1..], options.personality)?;
     if verb == Verb::Swrk {
         return Ok(unavailable::swrk(rest, options));
     }
@@ -142,7 +143,8 @@ fn perform(line: CommandLine, program: &OsStr) -> Result<i32, UsageError> {
         Verb::PageServer => unavailable::run("page-server"),
         Verb::LazyPages => unavailable::run("lazy-pages"),
         Verb::Service | Verb::Swrk => unavailable::run("service"),
-        Verb::Dedup => unavailable::run("dedup"),
+        Verb::Dedup => dump::run_dedup(&options),
+        Verb::Untrack => dump::run_untrack(&options),
         Verb::Exec => {
             error!("The \"exec\" action is deprecated by the Compel library.");
             255
@@ -156,7 +158,11 @@ fn perform(line: CommandLine, program: &OsStr) -> Result<i32, UsageError> {
 }
 
 /// The verb, and the words after it.
-fn verb<'a>(name: &OsStr, rest: &'a [OsString]) -> Result<(Verb, &'a [OsString]), UsageError> {
+fn verb<'a>(
+    name: &OsStr,
+    rest: &'a [OsString],
+    persona: Persona,
+) -> Result<(Verb, &'a [OsString]), UsageError> {
     let verb = match name.to_str().unwrap_or_default() {
         "dump" => Verb::Dump,
         "pre-dump" => Verb::PreDump,
@@ -167,6 +173,7 @@ fn verb<'a>(name: &OsStr, rest: &'a [OsString]) -> Result<(Verb, &'a [OsString])
         "service" => Verb::Service,
         "swrk" => Verb::Swrk,
         "dedup" => Verb::Dedup,
+        "untrack" if persona == Persona::Standstill => Verb::Untrack,
         "exec" => Verb::Exec,
         "show" => Verb::Show,
         "cpuinfo" => match rest.split_first() {

@@ -118,6 +118,8 @@ pub struct DumpFiles<'a> {
     pub ttys: tty::Dumped,
     /// Locks.
     pub locks: locks::Dumped,
+    /// Memory of the tree is under the watch of an earlier pass of ours.
+    pub memory_is_tracked: bool,
     /// Id of the network namespace that the sockets are in (as in the ids image).
     pub net_ns: u32,
     entries: Vec<FileEntry>,
@@ -144,6 +146,7 @@ impl<'a> DumpFiles<'a> {
             inet: Default::default(),
             ttys: Default::default(),
             locks: Default::default(),
+            memory_is_tracked: false,
             net_ns,
             entries: Vec::new(),
             next: 1,

@@ -78,7 +78,8 @@ fn entry(pid: i32, area: &Vma, files: &mut DumpFiles<'_>) -> Result<VmaEntry> {
     }
     let madvice = MADVICE.iter().filter(|(f, _)| flag(*f)).fold(0u64, |bits, (_, n)| bits | 1 << n);
     e.madv = (madvice != 0).then_some(madvice);
-    if flag(VmFlags::UFFD_MISSING) || flag(VmFlags::UFFD_WP) || flag(VmFlags::UFFD_MINOR) {
+    let protected = flag(VmFlags::UFFD_WP) && !files.memory_is_tracked;
+    if flag(VmFlags::UFFD_MISSING) || flag(VmFlags::UFFD_MINOR) || protected {
         return Err(Error::refused(
             "memory that a userfaultfd watches",
             "end the userfaultfd handling before the dump",
@@ -190,6 +191,38 @@ fn file_area(pid: i32, area: &Vma, files: &mut DumpFiles<'_>, e: &mut VmaEntry) 
     };
     e.shmid = u64::from(id);
     Ok(())
+}
+
+/// What a pre-dump needs of an area whose memory is private: where it is, and what it is; `None` for others. Hugetlb
+/// memory is for the dump, too.
+pub fn outline(area: &Vma) -> Option<VmaEntry> {
+    let of = match area.name() {
+        VmaName::Anonymous | VmaName::NamedAnonymous(_) | VmaName::Stack | VmaName::Heap => status::ANON_PRIVATE,
+        VmaName::Memfd(_) | VmaName::File(_) | VmaName::SharedAnonymous | VmaName::NamedSharedAnonymous(_) => {
+            status::FILE_PRIVATE
+        }
+        VmaName::Vdso
+        | VmaName::Vvar
+        | VmaName::VvarVclock
+        | VmaName::Vsyscall
+        | VmaName::Uprobes
+        | VmaName::SysV(_)
+        | VmaName::AnonymousHuge
+        | VmaName::AioRing
+        | VmaName::AnonInode(_)
+        | VmaName::Socket(_)
+        | VmaName::UnknownSpecial(_) => return None,
+    };
+    let anonymous = if of == status::ANON_PRIVATE { libc::MAP_ANONYMOUS } else { 0 };
+    (!area.shared).then(|| VmaEntry {
+        start: area.start,
+        end: area.end,
+        prot: u32::from(area.read) | u32::from(area.write) << 1 | u32::from(area.exec) << 2,
+        flags: (libc::MAP_PRIVATE | anonymous) as u32,
+        status: status::REGULAR | of,
+        fd: -1,
+        ..Default::default()
+    })
 }
 
 /// Private areas hold pages of the task's own.

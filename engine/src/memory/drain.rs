@@ -11,6 +11,7 @@ use standstill_images::proto::{PagemapEntry, PagemapHead, VmaEntry};
 use standstill_images::{ImageKind, Images};
 
 use super::scan::Pagemap;
+use super::track::TaskMarks;
 use super::{areas, page, status, PAGE};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::sys::memory as remote;
@@ -28,8 +29,13 @@ pub struct Drain {
     /// what it reads (kernel 5.19); /proc/PID/mem does not.
     family: Option<File>,
     runs: Vec<Run>,
-    /// Pages in all.
+    /// The task runs while its pages are copied: what it has taken away meanwhile reads as zeros. No mark says of such
+    /// a page that it has not changed since, so the next dump does not take it from this one.
+    running: bool,
+    /// Pages to copy.
     pub pages: u64,
+    /// Pages that the parent has.
+    pub in_parent: u64,
     /// Pages looked at.
     pub scanned: u64,
 }
@@ -40,14 +46,23 @@ struct Run {
     bytes: u64,
     readable: bool,
     lazy: bool,
+    /// It has not changed since the parent, which has it.
+    in_parent: bool,
 }
 
 /// Finds the pages of `entries` that must be stored, and adds the pseudo entries of guard regions.
 /// `vdso` is what the vdso held before we touched it: a copy of it is stored whole.
 /// `family`: other tasks of the tree may share its pages.
-pub fn plan(pid: i32, entries: &mut Vec<VmaEntry>, stack_pointers: &[u64], family: bool) -> Result<Drain> {
+/// `marks` tell which pages have changed; if it is said to them, pages are protected again.
+pub fn plan(
+    pid: i32,
+    entries: &mut Vec<VmaEntry>,
+    stack_pointers: &[u64],
+    family: bool,
+    marks: Option<&TaskMarks<'_>>,
+) -> Result<Drain> {
     let family = if family { Some(remote::open_memory(pid)?) } else { None };
-    let mut drain = Drain { pid, family, runs: Vec::new(), pages: 0, scanned: 0 };
+    let mut drain = Drain { pid, family, runs: Vec::new(), running: false, pages: 0, in_parent: 0, scanned: 0 };
     let mut map = Pagemap::open(pid)?;
     let mut guards = Vec::new();
     for e in entries.iter() {
@@ -60,13 +75,17 @@ pub fn plan(pid: i32, entries: &mut Vec<VmaEntry>, stack_pointers: &[u64], famil
             && e.flags & (libc::MAP_LOCKED | libc::MAP_HUGETLB) as u32 == 0
             && e.status & status::VDSO == 0
             && !stack_pointers.iter().any(|sp| (e.start..e.end).contains(sp));
-        let runs = &mut drain.runs;
-        let mut add = |address, bytes| runs.push(Run { address, bytes, readable, lazy });
+        let run = |address, bytes, in_parent| Run { address, bytes, readable, lazy, in_parent };
         if e.status & status::VDSO != 0 {
-            add(e.start, e.end - e.start);
+            drain.runs.push(run(e.start, e.end - e.start, false));
             continue;
         }
-        map.content(e.start, e.end, &mut add).at(Place::Area(e.start, e.end))?;
+        let at = Place::Area(e.start, e.end);
+        match marks.filter(|m| m.cover(e.start, e.end)) {
+            None => map.content(e.start, e.end, |from, bytes| drain.runs.push(run(from, bytes, false))).at(at)?,
+            Some(marks) => changes(&mut map, e, marks, |from, bytes, there| drain.runs.push(run(from, bytes, there)))
+                .at(Place::Area(e.start, e.end))?,
+        }
         if e.status & status::ANON_PRIVATE != 0 || e.status & status::FILE_PRIVATE != 0 {
             map.guards(e.start, e.end, |start, bytes| guards.push((start, start + bytes)))
                 .at(Place::Area(e.start, e.end))?;
@@ -75,18 +94,59 @@ pub fn plan(pid: i32, entries: &mut Vec<VmaEntry>, stack_pointers: &[u64], famil
     for (start, end) in guards {
         entries.push(VmaEntry { start, end, status: status::GUARD, fd: -1, ..Default::default() });
     }
-    drain.pages = drain.runs.iter().map(|r| r.bytes / PAGE).sum();
+    let sum = |in_parent| drain.runs.iter().filter(|r| r.in_parent == in_parent).map(|r| r.bytes / PAGE).sum();
+    (drain.pages, drain.in_parent) = (sum(false), sum(true));
     Ok(drain)
 }
 
+/// The pages of an area with content, each with whether it can be taken from the parent; what has changed is protected again
+/// if there is to be a next pass.
+fn changes(
+    map: &mut Pagemap,
+    e: &VmaEntry,
+    marks: &TaskMarks<'_>,
+    mut take: impl FnMut(u64, u64, bool),
+) -> Result<()> {
+    let of_file = e.status & status::FILE_PRIVATE != 0;
+    let mut changed: Vec<(u64, u64)> = Vec::new();
+    map.changes((e.start, e.end), marks.marks, of_file, |from, bytes, written| {
+        if written {
+            changed.push((from, bytes));
+        }
+        if written || !marks.has_parent() {
+            take(from, bytes, false);
+        } else {
+            marks.split(from, bytes, &mut take);
+        }
+    })?;
+    if !marks.protect() {
+        return Ok(());
+    }
+    // a few ranges one by one; many in one walk over the whole area
+    if (changed.len() as u64) < (e.end - e.start) / PAGE / 64 {
+        changed.iter().try_for_each(|&(from, bytes)| map.protect(from, from + bytes))
+    } else {
+        map.protect(e.start, e.end)
+    }
+}
+
 impl Drain {
+    /// The task runs from now on.
+    pub fn released(&mut self) {
+        self.running = true;
+    }
+
     /// Writes `pagemap-<id>.img`, and copies the pages to `pages-<pages_id>.img`.
     pub fn write(&self, images: &Images, id: u32, pages_id: u32, vdso: Option<(u64, &[u8])>) -> Result<()> {
         let mut image = images.create(ImageKind::Pagemap, id)?;
         image.write(&PagemapHead { pages_id })?;
         let mut last: Option<(u64, u64, u32)> = None;
         for run in &self.runs {
-            let flags = page::PRESENT | if run.lazy { page::LAZY } else { 0 };
+            let flags = match (run.in_parent, run.lazy) {
+                (true, _) => page::PARENT,
+                (false, true) => page::PRESENT | page::LAZY,
+                (false, false) => page::PRESENT,
+            };
             match &mut last {
                 Some((start, bytes, f)) if *start + *bytes == run.address && *f == flags => *bytes += run.bytes,
                 _ => {
@@ -125,7 +185,7 @@ impl Drain {
     /// Calls `f` with every run, cut into pieces of at most `piece` bytes, and its place in the file.
     fn each_piece(&self, piece: u64, mut f: impl FnMut(Run, u64) -> Result<()>) -> Result<()> {
         let mut offset = 0;
-        for run in &self.runs {
+        for run in self.runs.iter().filter(|r| !r.in_parent) {
             let mut done = 0;
             while done < run.bytes {
                 let bytes = (run.bytes - done).min(piece);
@@ -218,22 +278,30 @@ impl Drain {
         if let Some(memory) = &self.family {
             let mut at = 0;
             for &(address, len) in ranges {
-                remote::read_at(memory, address, &mut buf[at..at + len])
-                    .at(Place::Area(address, address + len as u64))?;
+                let room = &mut buf[at..at + len];
+                match remote::read_at(memory, address, room) {
+                    Err(_) if self.running => self.read_what_is_there(address, room)?,
+                    result => result.at(Place::Area(address, address + len as u64))?,
+                }
                 at += len;
             }
             return Ok(());
         }
-        let n = remote::read_remote_ranges(self.pid, ranges, buf)?;
-        if n == buf.len() {
-            return Ok(());
+        match remote::read_remote_ranges(self.pid, ranges, buf) {
+            Ok(n) if n == buf.len() => return Ok(()),
+            Err(e) if !self.running || e.errno() == libc::ESRCH => return Err(e),
+            Ok(_) | Err(_) => {}
         }
         // a page that cannot be read in the ordinary way (its file was truncated, a memory error): one range at a time, by force
         let mut at = 0;
         for &(address, len) in ranges {
             let room = &mut buf[at..at + len];
             if remote::read_remote(self.pid, address, room).ok() != Some(len) {
-                self.read_forced(address, room)?;
+                if self.running {
+                    self.read_what_is_there(address, room)?;
+                } else {
+                    self.read_forced(address, room)?;
+                }
             }
             at += len;
         }
@@ -251,7 +319,21 @@ impl Drain {
         if readable && remote::read_remote(self.pid, address, buf).ok() == Some(buf.len()) {
             return Ok(());
         }
+        if self.running {
+            return self.read_what_is_there(address, buf);
+        }
         self.read_forced(address, buf)
+    }
+
+    /// Reads memory of a running task, page by page; what is not there is zero.
+    fn read_what_is_there(&self, address: u64, buf: &mut [u8]) -> Result<()> {
+        let memory = remote::open_memory(self.pid)?;
+        for (at, page) in (address..).step_by(PAGE as usize).zip(buf.chunks_mut(PAGE as usize)) {
+            if remote::read_at(&memory, at, page).is_err() {
+                page.fill(0);
+            }
+        }
+        Ok(())
     }
 
     /// Reads what has no PROT_READ, as a debugger does.

@@ -1,9 +1,11 @@
 //! Memory: areas, their pages, and what the vdso needs.
 
 pub mod areas;
+pub mod dedup;
 pub mod drain;
 pub mod rebuild;
 pub mod scan;
+pub mod track;
 pub mod vdso;
 
 /// Bits of `vma_entry.status`: what an area is.

@@ -9,13 +9,39 @@ use super::PAGE;
 use crate::error::{Call, Error, Result};
 use crate::sys::calls;
 
+const WRITTEN: u64 = 1 << 1;
 const FILE: u64 = 1 << 2;
 const PRESENT: u64 = 1 << 3;
 const SWAPPED: u64 = 1 << 4;
 const PFNZERO: u64 = 1 << 5;
+const SOFT_DIRTY: u64 = 1 << 7;
 const GUARD: u64 = 1 << 8;
+/// PM_SCAN_WP_MATCHING and PM_SCAN_CHECK_WPASYNC.
+const PROTECT: u64 = 1 | 2;
 const PAGEMAP_SCAN: u64 = 0xc060_6610;
-const BATCH: usize = 1024;
+/// No more ranges at once than the kernel collects in one go: when it needs a second one that comes to the end, it says that
+/// it stopped where the first one did (6.7 to 6.18 at least), and the same ranges would come again.
+const BATCH: usize = 512;
+
+/// What tells the pages that were written since a pass from the others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Marks {
+    /// Asynchronous write protection: whoever was written has none any more.
+    Protection,
+    /// The soft-dirty bit.
+    SoftDirty,
+}
+
+/// What is asked of PAGEMAP_SCAN: categories that are inverted, that all must be there, of which one must be there, and that
+/// are told.
+#[derive(Debug, Clone, Copy, Default)]
+struct Query {
+    flags: u64,
+    inverted: u64,
+    mask: u64,
+    any: u64,
+    told: u64,
+}
 
 /// The page table of a task.
 #[derive(Debug)]
@@ -31,46 +57,87 @@ impl Pagemap {
     pub fn open(pid: i32) -> Result<Pagemap> {
         let file = File::open(format!("/proc/{pid}/pagemap")).call("open(/proc/PID/pagemap)")?;
         let mut map = Pagemap { file, regions: vec![0; BATCH * 24], old_kernel: false, knows_guards: true };
-        map.knows_guards = map.scan(0, PAGE, [0, GUARD, 0], |_, _| {}).is_ok();
+        map.knows_guards = map.scan(0, PAGE, Query { mask: GUARD, ..Query::default() }, |_, _, _| {}).is_ok();
         Ok(map)
     }
 
     /// Ranges of private pages with content: (first address, bytes). The zero page, and pages of the file behind the
     /// area, are no content.
-    pub fn content(&mut self, start: u64, end: u64, take: impl FnMut(u64, u64)) -> Result<()> {
+    pub fn content(&mut self, start: u64, end: u64, mut take: impl FnMut(u64, u64)) -> Result<()> {
+        self.scan(start, end, self.with_content(), |from, bytes, _| take(from, bytes))
+    }
+
+    fn with_content(&self) -> Query {
         // a kernel that does not know guard pages by name (before 6.15) has none that count as swapped
         let guard = if self.knows_guards { GUARD } else { 0 };
         let nothing = PFNZERO | FILE | guard;
-        self.scan(start, end, [nothing, nothing, PRESENT | SWAPPED], take)
+        Query { inverted: nothing, mask: nothing, any: PRESENT | SWAPPED, told: FILE, flags: 0 }
+    }
+
+    /// The same ranges, each with whether it was written since the last pass.
+    ///
+    /// In an area of a file a page that is "swapped" may be none: MADV_DONTNEED leaves a note of its protection there, and
+    /// the content is the file's again. So such a page counts as written.
+    pub fn changes(
+        &mut self,
+        (start, end): (u64, u64),
+        marks: Marks,
+        of_file: bool,
+        mut take: impl FnMut(u64, u64, bool),
+    ) -> Result<()> {
+        let mark = match marks {
+            Marks::Protection => WRITTEN,
+            Marks::SoftDirty => SOFT_DIRTY,
+        };
+        let told = mark | if of_file { SWAPPED } else { 0 };
+        let query = Query { told, ..self.with_content() };
+        self.scan(start, end, query, |from, bytes, categories| take(from, bytes, categories & told != 0))
+    }
+
+    /// Protects the pages of a registered range that are there and were written; those that are not there need none, since
+    /// they will come without.
+    pub fn protect(&mut self, start: u64, end: u64) -> Result<()> {
+        let query = Query { flags: PROTECT, mask: WRITTEN, any: PRESENT | SWAPPED, ..Query::default() };
+        self.scan(start, end, query, |_, _, _| {})
     }
 
     /// Ranges that MADV_GUARD_INSTALL made inaccessible; none on kernels that do not tell (before 6.15).
-    pub fn guards(&mut self, start: u64, end: u64, take: impl FnMut(u64, u64)) -> Result<()> {
+    pub fn guards(&mut self, start: u64, end: u64, mut take: impl FnMut(u64, u64)) -> Result<()> {
         if self.old_kernel || !self.knows_guards {
             return Ok(());
         }
-        self.scan(start, end, [0, GUARD, 0], take)
+        let query = Query { mask: GUARD, told: FILE, ..Query::default() };
+        self.scan(start, end, query, |from, bytes, _| take(from, bytes))
     }
 
-    fn scan(
-        &mut self,
-        start: u64,
-        end: u64,
-        [inverted, mask, any]: [u64; 3],
-        mut take: impl FnMut(u64, u64),
-    ) -> Result<()> {
+    /// Calls `take` with ranges and what is told of them.
+    fn scan(&mut self, start: u64, end: u64, query: Query, mut take: impl FnMut(u64, u64, u64)) -> Result<()> {
         let mut at = start;
+        let room = if query.told == 0 { 0 } else { BATCH };
         while at < end {
             if self.old_kernel {
-                return self.read(at, end, take);
+                return self.read(at, end, query.told, take);
             }
+            let vector = if room == 0 { 0 } else { self.regions.as_mut_ptr() as u64 };
             // struct pm_scan_arg
-            let words =
-                [96, 0, at, end, 0, self.regions.as_mut_ptr() as u64, BATCH as u64, 0, inverted, mask, any, FILE];
+            let words = [
+                96,
+                query.flags,
+                at,
+                end,
+                0,
+                vector,
+                room as u64,
+                0,
+                query.inverted,
+                query.mask,
+                query.any,
+                query.told,
+            ];
             let mut arg: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
             let n = match calls::ioctl(self.file.as_fd(), "ioctl(PAGEMAP_SCAN)", PAGEMAP_SCAN, &mut arg) {
-                Ok(n) => usize::try_from(n).unwrap_or(0).min(BATCH),
-                Err(e) if e.errno() == libc::ENOTTY => {
+                Ok(n) => usize::try_from(n).unwrap_or(0).min(room),
+                Err(e) if e.errno() == libc::ENOTTY && query.flags == 0 => {
                     self.old_kernel = true;
                     continue;
                 }
@@ -79,7 +146,7 @@ impl Pagemap {
             for region in self.regions.chunks_exact(24).take(n) {
                 let (from, to) = (word(region, 0), word(region, 1));
                 if from < to {
-                    take(from, to - from);
+                    take(from, to - from, word(region, 2));
                 }
             }
             let walked = word(&arg, 4);
@@ -91,9 +158,9 @@ impl Pagemap {
         Ok(())
     }
 
-    /// Kernels before 6.7: a word a page; bit 63 present, 62 swapped, 61 of a file.
-    fn read(&mut self, start: u64, end: u64, mut take: impl FnMut(u64, u64)) -> Result<()> {
-        let mut run: Option<u64> = None;
+    /// Kernels before 6.7: a word a page; bit 63 present, 62 swapped, 61 of a file, 55 soft-dirty.
+    fn read(&mut self, start: u64, end: u64, told: u64, mut take: impl FnMut(u64, u64, u64)) -> Result<()> {
+        let mut run: Option<(u64, u64)> = None;
         let mut at = start;
         while at < end {
             let pages = ((end - at) / PAGE).min(self.regions.len() as u64 / 8);
@@ -101,20 +168,30 @@ impl Pagemap {
             let buf = self.regions.get_mut(..bytes).unwrap_or_default();
             self.file.read_exact_at(buf, at / PAGE * 8).call("read(/proc/PID/pagemap)")?;
             for entry in buf.chunks_exact(8) {
-                let content = word(entry, 0) >> 61 & 7;
-                if matches!(content, 4 | 2 | 6) {
-                    run.get_or_insert(at);
-                } else if let Some(from) = run.take() {
-                    take(from, at - from);
+                let entry = word(entry, 0);
+                let dirty = if entry >> 55 & 1 == 0 { 0 } else { SOFT_DIRTY };
+                let now = matches!(entry >> 61 & 7, 4 | 2 | 6).then_some(dirty & told);
+                if let Some((from, categories)) = run.filter(|(_, c)| Some(*c) != now) {
+                    take(from, at - from, categories);
+                    run = None;
+                }
+                if let (None, Some(categories)) = (run, now) {
+                    run = Some((at, categories));
                 }
                 at += PAGE;
             }
         }
-        if let Some(from) = run {
-            take(from, at - from);
+        if let Some((from, categories)) = run {
+            take(from, at - from, categories);
         }
         Ok(())
     }
+}
+
+/// Does this kernel have PAGEMAP_SCAN?
+pub fn knows_scan() -> bool {
+    let own = i32::try_from(std::process::id()).unwrap_or(0);
+    Pagemap::open(own).is_ok_and(|map| !map.old_kernel)
 }
 
 fn word(bytes: &[u8], n: usize) -> u64 {

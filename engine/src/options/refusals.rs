@@ -29,7 +29,6 @@ const NO_MOUNTS: &str = "mount namespaces are not carried yet";
 const NO_NETWORKS: &str = "network namespaces are not carried yet";
 const NO_CGROUPS: &str = "cgroups are not carried yet, tasks stay in ours";
 const NO_SERVER: &str = "pages go to the image folder only";
-const NO_INCREMENTS: &str = "incremental dumps are not done yet, each dump is whole";
 
 /// The list.
 #[rustfmt::skip]
@@ -39,9 +38,6 @@ pub const REFUSALS: &[Refusal] = &[
     refuse("ps-socket", |o| o.ps_socket.is_some(), NO_SERVER),
     refuse("stream", |o| o.stream, "images go to a folder only"),
     refuse("tls", |o| o.tls, "there is no encrypted transfer yet"),
-    refuse("track-mem", |o| o.track_mem, NO_INCREMENTS),
-    refuse("prev-images-dir", |o| o.prev_images_dir.is_some(), NO_INCREMENTS),
-    refuse("auto-dedup", |o| o.auto_dedup, NO_INCREMENTS),
     refuse("join-ns", |o| !o.join_ns.is_empty(), "namespaces cannot be joined yet"),
     refuse("empty-ns", |o| o.empty_ns.net, NO_NETWORKS),
     refuse("veth-pair", |o| o.external_of_kind("veth").next().is_some(), NO_NETWORKS),

@@ -60,6 +60,12 @@ pub struct Data {
     pub len: usize,
 }
 
+impl From<At> for Arg {
+    fn from(at: At) -> Arg {
+        Arg::Result(at.0)
+    }
+}
+
 impl From<Data> for Arg {
     fn from(d: Data) -> Arg {
         Arg::Data(d.offset)
@@ -147,7 +153,7 @@ impl Plan {
             nr: nr as u32,
             kinds: [0; 6],
             expect: expect as u8,
-            reserved: 0,
+            always: 0,
             args: [0; 6],
             want,
         };
@@ -190,6 +196,15 @@ impl Plan {
     /// A system call that may fail with one of these errno values.
     pub fn call_or(&mut self, label: impl Into<Label>, nr: i64, args: &[Arg], tolerated: [i32; 2]) -> At {
         self.op(Code::Syscall, nr, args, Expect::Tolerate, tolerated.map(|e| -i64::from(e)), label)
+    }
+
+    /// A system call that is made even if an operation before it failed, or the engine is gone: it undoes something.
+    pub fn always(&mut self, label: impl Into<Label>, nr: i64, args: &[Arg]) -> At {
+        let at = self.ask(label, nr, args);
+        if let Some(op) = self.ops.last_mut() {
+            op.always = 1;
+        }
+        at
     }
 
     /// A system call with one good result.

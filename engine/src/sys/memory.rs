@@ -138,6 +138,11 @@ impl Shared {
 
 /// Structures of the plan language that lie in shared memory.
 pub trait SharedPart {}
+/// One word.
+#[repr(transparent)]
+#[derive(Debug)]
+pub struct SharedWord(pub std::sync::atomic::AtomicU32);
+impl SharedPart for SharedWord {}
 impl SharedPart for standstill_restorer::plan::Control {}
 impl SharedPart for standstill_restorer::plan::Arena {}
 

@@ -11,3 +11,4 @@ pub mod memory;
 pub mod probe;
 pub mod ptrace;
 pub mod spawn;
+pub mod uffd;

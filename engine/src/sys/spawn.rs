@@ -76,7 +76,7 @@ struct CloneArgs {
 #[repr(C)]
 struct Errand {
     program: i32,
-    inherit: [i32; 4],
+    inherit: *const i32,
     count: i32,
     empty: *const libc::c_char,
     argv: *const *const libc::c_char,
@@ -98,6 +98,8 @@ pub struct Spawn<'a> {
     pub inherit: &'a [BorrowedFd<'a>],
     /// Make it our sibling instead of our child.
     pub sibling: bool,
+    /// Nobody gets a signal when it ends, and only `__WALL` waits for it.
+    pub quiet: bool,
 }
 
 /// First number that [`Spawn::inherit`] gets in the child.
@@ -110,25 +112,19 @@ pub fn spawn(s: &Spawn<'_>) -> Result<i32> {
     boot.fd = FIRST_FD as u64;
     let mut file = File::from(program);
     file.write_all(&elf(s.load_at, &arch::boot(&boot))).call("write(memfd)")?;
-    let mut inherit = [-1; 4];
     // numbers high enough that moving one does not overwrite the next
-    let moved: Vec<OwnedFd> = s
-        .inherit
-        .iter()
-        .take(4)
-        .map(|fd| rustix::io::fcntl_dupfd_cloexec(fd, 64).call("fcntl(F_DUPFD_CLOEXEC)"))
-        .collect::<Result<_>>()?;
-    for (slot, fd) in inherit.iter_mut().zip(&moved) {
-        *slot = fd.as_raw_fd();
-    }
-    let program = rustix::io::fcntl_dupfd_cloexec(&file, 64).call("fcntl(F_DUPFD_CLOEXEC)")?;
+    let above = FIRST_FD + i32::try_from(s.inherit.len()).unwrap_or(i32::MAX / 2).max(61);
+    let copy = |fd: BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(fd, above).call("fcntl(F_DUPFD_CLOEXEC)");
+    let moved: Vec<OwnedFd> = s.inherit.iter().map(|fd| copy(*fd)).collect::<Result<_>>()?;
+    let inherit: Vec<i32> = moved.iter().map(AsRawFd::as_raw_fd).collect();
+    let program = rustix::io::fcntl_dupfd_cloexec(&file, above).call("fcntl(F_DUPFD_CLOEXEC)")?;
     let name = c"standstill";
     let argv = [name.as_ptr(), std::ptr::null()];
     let envp = [std::ptr::null()];
     let mut errand = Errand {
         program: program.as_raw_fd(),
-        inherit,
-        count: moved.len() as i32,
+        inherit: inherit.as_ptr(),
+        count: inherit.len() as i32,
         empty: c"".as_ptr(),
         argv: argv.as_ptr(),
         envp: envp.as_ptr(),
@@ -146,6 +142,8 @@ pub fn spawn(s: &Spawn<'_>) -> Result<i32> {
     };
     if s.sibling {
         args.flags |= libc::CLONE_PARENT as u64;
+    }
+    if s.sibling || s.quiet {
         args.exit_signal = 0;
     }
     if s.pid != 0 {
@@ -218,7 +216,7 @@ unsafe extern "C" fn child(errand: *mut Errand) -> ! {
         raw(libc::SYS_close_range, [3, u32::MAX as usize, CLOSE_RANGE_CLOEXEC, 0, 0]);
         let mut i = 0;
         while i < e.count {
-            raw(libc::SYS_dup3, [e.inherit[i as usize & 3] as usize, (FIRST_FD + i) as usize, 0, 0, 0]);
+            raw(libc::SYS_dup3, [*e.inherit.add(i as usize) as usize, (FIRST_FD + i) as usize, 0, 0, 0]);
             i += 1;
         }
         let r = raw(

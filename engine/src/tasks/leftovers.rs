@@ -3,10 +3,9 @@
 
 use std::ops::Range;
 
-use super::facts::Facts;
 use crate::error::{At, Error, Result};
 use crate::plan::Plan;
-use crate::proc::maps::VmaName;
+use crate::proc::maps::{Vma, VmaName};
 use crate::sys::memory;
 use crate::tracee::{Stopped, AREA_NAME};
 
@@ -33,21 +32,21 @@ pub fn none_in(thread: &Stopped, range: &Range<u64>) -> Result<()> {
     Ok(())
 }
 
-fn areas(facts: &Facts) -> impl Iterator<Item = Range<u64>> + '_ {
-    facts.areas.iter().filter(|a| a.name() == VmaName::NamedSharedAnonymous(AREA_NAME)).map(|a| a.start..a.end)
+fn left(areas: &[Vma]) -> impl Iterator<Item = Range<u64>> + '_ {
+    areas.iter().filter(|a| a.name() == VmaName::NamedSharedAnonymous(AREA_NAME)).map(|a| a.start..a.end)
 }
 
 /// Checks that nobody is in an area that a dead engine left.
-pub fn check_areas(facts: &Facts, threads: &[Stopped]) -> Result<()> {
-    for range in areas(facts) {
+pub fn check_areas(areas: &[Vma], threads: &[Stopped]) -> Result<()> {
+    for range in left(areas) {
         threads.iter().try_for_each(|thread| none_in(thread, &range))?;
     }
     Ok(())
 }
 
 /// Unmaps what dead engines left.
-pub fn remove(facts: &Facts, plan: &mut Plan) {
-    for range in areas(facts) {
+pub fn remove(areas: &[Vma], plan: &mut Plan) {
+    for range in left(areas) {
         plan.call("area of a dead engine", libc::SYS_munmap, &[range.start.into(), (range.end - range.start).into()]);
     }
 }

@@ -6,18 +6,19 @@
 //! room for one plan.
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use standstill_restorer::arch::{self, Registers, STUB_SIZE};
-use standstill_restorer::plan::Control;
+use standstill_restorer::plan::{Code, Control, Expect};
 
 use super::{Stopped, ALL_SIGNALS, STOP_LIMIT};
 use crate::error::{At, Call, Error, Place, Result};
-use crate::plan::Plan;
+use crate::plan::{Arg, Plan};
+use crate::sys::calls;
 use crate::sys::futex::{self, RobustList};
-use crate::sys::memory::{self, bytes_of, Shared};
+use crate::sys::memory::{self, bytes_of, Shared, SharedWord};
 use crate::sys::ptrace::{self, Stop};
 
 /// The executor.
@@ -344,6 +345,46 @@ impl<'a> Infected<'a> {
             all.push(answers);
         }
         Ok(all)
+    }
+
+    /// A descriptor that the system call `nr` makes in the process, for us alone: it is in the process only for the moment
+    /// that we need to take a copy, and is closed there even if we die in between.
+    pub fn borrow(&mut self, label: &'static str, nr: i64, args: &[Arg]) -> Result<OwnedFd> {
+        let mut plan = Plan::new();
+        let taken = plan.bytes(&[0; 8]);
+        let made = plan.call(label, nr, args);
+        let wait = plan.op(Code::Await, 0, &[taken.into()], Expect::Any, [0; 2], "until the engine has it");
+        plan.always("the descriptor", libc::SYS_close, &[made.into()]);
+        let mut plans = vec![plan];
+        plans.resize_with(self.threads.len(), Plan::new);
+        self.start(plans)?;
+        let (pid, slot) = (self.pid(), self.area.slot(0));
+        let (results, data) = self.asked.first().map(|q| (q.results, q.data)).ok_or(Error::Gone)?;
+        let began = Instant::now();
+        loop {
+            let control: &Control = self.shared()?.at(slot);
+            let (failed, done) = (control.failed.load(Ordering::Acquire), control.done.load(Ordering::Acquire));
+            if failed != 0 || done == control.turn.load(Ordering::Relaxed) {
+                // it did not come to the wait: this tells why
+                return Err(self.finish().err().unwrap_or(Error::Gone));
+            }
+            if control.at.load(Ordering::Acquire) == wait.0 {
+                break;
+            }
+            if !ptrace::exists(pid) || began.elapsed() > ANSWER_LIMIT {
+                return Err(Error::Gone).task(pid);
+            }
+            futex::wait(&control.done, done, Duration::from_micros(50));
+        }
+        let mut number = [0; 8];
+        self.shared()?.read(results + 8 * made.0 as usize, &mut number);
+        let number = i32::try_from(i64::from_le_bytes(number)).unwrap_or(-1);
+        let copy = calls::pidfd_open(pid, 0).and_then(|pidfd| calls::pidfd_getfd(pidfd.as_fd(), number));
+        let word: &SharedWord = self.shared()?.at(data + usize::try_from(taken.offset).unwrap_or(0));
+        word.0.store(1, Ordering::Release);
+        futex::wake(&word.0);
+        self.finish()?;
+        copy.task(pid)
     }
 
     fn await_thread(&mut self, i: usize) -> Result<()> {

@@ -53,7 +53,7 @@ fn folder() {
     std::os::unix::fs::symlink("/tmp/standstill-elsewhere", path.join("link.img")).unwrap();
     assert!(matches!(store.create("link.img"), Err(Error::Io { .. })));
 
-    store.set_parent(Path::new(".")).unwrap();
+    store.set_parent(Some(Path::new("."))).unwrap();
     assert!(store.parent().unwrap().unwrap().exists("a.img").unwrap());
     std::fs::remove_dir_all(&path).unwrap();
     assert!(FolderStore::open(&path).is_err());
