@@ -14,7 +14,7 @@ use standstill_images::proto::{
 };
 use standstill_images::{FolderStore, ImageKind, Images};
 
-use crate::error::{At, Error, Place, Result};
+use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{locks, memfd, DumpFiles};
 use crate::memory::track::{self, Tracking};
 use crate::memory::{self, dedup, drain};
@@ -83,6 +83,16 @@ pub fn run(opts: &Options) -> Result<DumpReport> {
 /// The folder that images go to, linked to the checkpoint that they build on.
 pub(crate) fn open_images(opts: &Options) -> Result<Images> {
     let folder = FolderStore::open(&opts.images_dir)?;
+    if let Some(parent) = &opts.prev_images_dir {
+        // an absolute path stays one when it is joined
+        let there = rustix::fs::stat(opts.images_dir.join(parent)).map(|s| (s.st_dev, s.st_ino)).ok();
+        let here = rustix::fs::fstat(&folder).call("fstat")?;
+        if there == Some((here.st_dev, here.st_ino)) {
+            return Err(Error::Usage {
+                what: "a checkpoint cannot build on itself: --prev-images-dir is the image folder".into(),
+            });
+        }
+    }
     folder.set_parent(opts.prev_images_dir.as_deref())?;
     let images = Images::new(folder);
     if let (Some(parent), None) = (&opts.prev_images_dir, images.parent()?) {

@@ -25,7 +25,7 @@ use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::interrupt;
 use crate::tasks::freeze::{self, Frozen};
-use crate::tasks::{finish, ids, leftovers};
+use crate::tasks::{finish, ids, leftovers, release};
 use crate::tracee::{Infected, Stopped};
 
 /// Takes the memory of the tree below `opts.pid`, which goes on.
@@ -70,6 +70,7 @@ fn pre_dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     })?;
     phases.mark("memory");
     interrupt::check()?;
+    release::still_there(root)?;
     let run = dump::run_id();
     images.write_one(ImageKind::Inventory, (), &inventory(opts, &run)?)?;
     images.commit()?;

@@ -97,6 +97,11 @@ impl Engine {
         found.clone().map(|path| Engine { path, is_criu: true })
     }
 
+    /// The program.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     fn name(&self) -> &'static str {
         if self.is_criu {
             "CRIU"

@@ -114,6 +114,14 @@ guests! {
     timerfd
     timers_interval
     timers_posix
+    track_exec
+    track_file
+    track_forked
+    track_given_back
+    track_huge
+    track_moved
+    track_stacks
+    track_words
     tree
     tree_100
     tree_orphans

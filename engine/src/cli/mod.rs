@@ -158,11 +158,7 @@ fn perform(line: CommandLine, program: &OsStr) -> Result<i32, UsageError> {
 }
 
 /// The verb, and the words after it.
-fn verb<'a>(
-    name: &OsStr,
-    rest: &'a [OsString],
-    persona: Persona,
-) -> Result<(Verb, &'a [OsString]), UsageError> {
+fn verb<'a>(name: &OsStr, rest: &'a [OsString], persona: Persona) -> Result<(Verb, &'a [OsString]), UsageError> {
     let verb = match name.to_str().unwrap_or_default() {
         "dump" => Verb::Dump,
         "pre-dump" => Verb::PreDump,

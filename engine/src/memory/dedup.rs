@@ -16,11 +16,13 @@ use crate::error::{Call, Error, Result};
 /// Frees what the newest checkpoint replaces in all that it builds on; how many bytes.
 pub fn free_in_parents(images: &Images) -> Result<u64> {
     let mut freed = 0;
-    let Some(parent) = images.parent()? else { return Ok(0) };
     for (kind, id) in pagemaps(images)? {
         let map = PageMap::read(images, kind, id, PAGE)?;
+        let parents = parents(images, kind, id)?;
         for run in map.runs().iter().filter(|r| matches!(r.place, Place::Pages(_))) {
-            freed += free(&parent, kind, id, (run.address, run.end(PAGE)))?;
+            for layer in &parents {
+                freed += layer.free(run.address..run.end(PAGE))?;
+            }
         }
     }
     Ok(freed)
@@ -41,52 +43,61 @@ pub fn free_in_chain(images: Images) -> Result<u64> {
 pub fn free_all(images: &Images) -> Result<u64> {
     let mut freed = 0;
     for (kind, id) in pagemaps(images)? {
-        freed += free(images, kind, id, (0, u64::MAX & !(PAGE - 1)))?;
+        let newest = Layer::read(images, kind, id)?;
+        for layer in std::iter::once(newest).chain(parents(images, kind, id)?) {
+            freed += layer.free(0..u64::MAX & !(PAGE - 1))?;
+        }
     }
     Ok(freed)
 }
 
 fn pagemaps(images: &Images) -> Result<Vec<(ImageKind, Id)>> {
+    let names = images.store().list()?;
+    let all = names.iter().filter_map(|name| ImageKind::from_file_name(name));
+    Ok(all.filter(|(kind, _)| matches!(kind, ImageKind::Pagemap | ImageKind::ShmemPagemap)).collect())
+}
+
+/// The pagemaps of one task in the checkpoints that this one builds on, the nearest first.
+fn parents(images: &Images, kind: ImageKind, id: Id) -> Result<Vec<Layer>> {
     let mut all = Vec::new();
-    for name in images.store().list()? {
-        let Some((kind @ (ImageKind::Pagemap | ImageKind::ShmemPagemap), id)) = ImageKind::from_file_name(&name) else {
-            continue;
-        };
-        all.push((kind, id));
+    let mut next = images.parent()?;
+    // a ring of parents is found out by whoever reads pages
+    while let Some(images) = next.filter(|_| all.len() < 1024) {
+        if !images.exists(kind, id)? {
+            break;
+        }
+        all.push(Layer::read(&images, kind, id)?);
+        next = images.parent()?;
     }
     Ok(all)
 }
 
-/// Frees a range of addresses in a checkpoint and in those that it builds on.
-fn free(images: &Images, kind: ImageKind, id: Id, (start, end): (u64, u64)) -> Result<u64> {
-    let mut freed = 0;
-    let mut next: Option<Images> = None;
-    for _ in 0..1024 {
-        let images = next.as_ref().unwrap_or(images);
-        if !images.exists(kind, id)? {
-            return Ok(freed);
-        }
+/// One task in one checkpoint.
+struct Layer {
+    map: PageMap,
+    pages: File,
+}
+
+impl Layer {
+    fn read(images: &Images, kind: ImageKind, id: Id) -> Result<Layer> {
         let map = PageMap::read(images, kind, id, PAGE)?;
-        let mut file = None;
-        for run in map.in_range(start..end) {
+        let pages = open(images, map.pages_id())?;
+        Ok(Layer { map, pages })
+    }
+
+    fn free(&self, range: std::ops::Range<u64>) -> Result<u64> {
+        let mut freed = 0;
+        for run in self.map.in_range(range) {
             let Place::Pages(offset) = run.place else { continue };
-            let file = match &file {
-                Some(file) => file,
-                None => file.insert(open(images, map.pages_id())?),
-            };
             let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            match rustix::fs::fallocate(file, hole, offset, run.bytes(PAGE)) {
+            match rustix::fs::fallocate(&self.pages, hole, offset, run.bytes(PAGE)) {
                 Ok(()) => freed += run.bytes(PAGE),
-                Err(rustix::io::Errno::OPNOTSUPP) => return Ok(freed),
+                Err(rustix::io::Errno::OPNOTSUPP) => break,
                 Err(e) => return Err(e).call("fallocate(FALLOC_FL_PUNCH_HOLE)"),
             }
         }
-        match images.parent()? {
-            Some(parent) => next = Some(parent),
-            None => return Ok(freed),
-        }
+        Ok(freed)
     }
-    Ok(freed)
 }
 
 fn open(images: &Images, id: u32) -> Result<File> {

@@ -101,12 +101,7 @@ pub fn plan(
 
 /// The pages of an area with content, each with whether it can be taken from the parent; what has changed is protected again
 /// if there is to be a next pass.
-fn changes(
-    map: &mut Pagemap,
-    e: &VmaEntry,
-    marks: &TaskMarks<'_>,
-    mut take: impl FnMut(u64, u64, bool),
-) -> Result<()> {
+fn changes(map: &mut Pagemap, e: &VmaEntry, marks: &TaskMarks<'_>, mut take: impl FnMut(u64, u64, bool)) -> Result<()> {
     let of_file = e.status & status::FILE_PRIVATE != 0;
     let mut changed: Vec<(u64, u64)> = Vec::new();
     map.changes((e.start, e.end), marks.marks, of_file, |from, bytes, written| {
@@ -280,7 +275,7 @@ impl Drain {
             for &(address, len) in ranges {
                 let room = &mut buf[at..at + len];
                 match remote::read_at(memory, address, room) {
-                    Err(_) if self.running => self.read_what_is_there(address, room)?,
+                    Err(_) if self.running => self.read_what_is_there(address, room),
                     result => result.at(Place::Area(address, address + len as u64))?,
                 }
                 at += len;
@@ -289,7 +284,7 @@ impl Drain {
         }
         match remote::read_remote_ranges(self.pid, ranges, buf) {
             Ok(n) if n == buf.len() => return Ok(()),
-            Err(e) if !self.running || e.errno() == libc::ESRCH => return Err(e),
+            Err(e) if !self.running => return Err(e),
             Ok(_) | Err(_) => {}
         }
         // a page that cannot be read in the ordinary way (its file was truncated, a memory error): one range at a time, by force
@@ -298,7 +293,7 @@ impl Drain {
             let room = &mut buf[at..at + len];
             if remote::read_remote(self.pid, address, room).ok() != Some(len) {
                 if self.running {
-                    self.read_what_is_there(address, room)?;
+                    self.read_what_is_there(address, room);
                 } else {
                     self.read_forced(address, room)?;
                 }
@@ -320,20 +315,20 @@ impl Drain {
             return Ok(());
         }
         if self.running {
-            return self.read_what_is_there(address, buf);
+            self.read_what_is_there(address, buf);
+            return Ok(());
         }
         self.read_forced(address, buf)
     }
 
-    /// Reads memory of a running task, page by page; what is not there is zero.
-    fn read_what_is_there(&self, address: u64, buf: &mut [u8]) -> Result<()> {
-        let memory = remote::open_memory(self.pid)?;
+    /// Reads memory of a running task, page by page; what is not there is zero, and so is all of a task that has ended.
+    fn read_what_is_there(&self, address: u64, buf: &mut [u8]) {
+        let memory = remote::open_memory(self.pid).ok();
         for (at, page) in (address..).step_by(PAGE as usize).zip(buf.chunks_mut(PAGE as usize)) {
-            if remote::read_at(&memory, at, page).is_err() {
+            if !memory.as_ref().is_some_and(|memory| remote::read_at(memory, at, page).is_ok()) {
                 page.fill(0);
             }
         }
-        Ok(())
     }
 
     /// Reads what has no PROT_READ, as a debugger does.

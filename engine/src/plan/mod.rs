@@ -148,15 +148,8 @@ impl Plan {
         want: [i64; 2],
         label: impl Into<Label>,
     ) -> At {
-        let mut op = Op {
-            code: code as u32,
-            nr: nr as u32,
-            kinds: [0; 6],
-            expect: expect as u8,
-            always: 0,
-            args: [0; 6],
-            want,
-        };
+        let mut op =
+            Op { code: code as u32, nr: nr as u32, kinds: [0; 6], expect: expect as u8, always: 0, args: [0; 6], want };
         for (i, arg) in args.iter().enumerate().take(6) {
             let (kind, value) = match *arg {
                 Arg::Imm(v) => (Kind::Imm, v),

@@ -32,6 +32,7 @@ mod storm;
 mod threads;
 mod timerfd;
 mod timers;
+mod track;
 mod tree;
 mod unix;
 mod waits;
@@ -101,6 +102,7 @@ impl Guest {
 
 const FLAG: &str = "CRIU 4.2 restores folders without O_DIRECTORY";
 const EINTR: &str = "CRIU 4.2 ends waits with EINTR when it dumps";
+const WRITES: &str = "it goes on writing";
 const OTHER_USER: &str = "CRIU 4.2 dumps tasks of other users only with CAP_SYS_RESOURCE";
 
 /// Locks on files, which CRIU leaves out without the option at restore.
@@ -179,6 +181,14 @@ pub const ALL: &[Guest] = &[
     guest("timerfd", timerfd::timerfd),
     guest("timers_interval", timers::interval),
     guest("timers_posix", timers::posix),
+    guest("track_exec", track::exec).changes(WRITES),
+    guest("track_file", track::of_file).changes(WRITES),
+    guest("track_forked", track::forked).changes(WRITES),
+    guest("track_given_back", track::given_back).changes(WRITES),
+    guest("track_huge", track::huge).changes(WRITES),
+    guest("track_moved", track::moved).changes(WRITES),
+    guest("track_stacks", track::stacks).changes(WRITES),
+    guest("track_words", track::words).changes(WRITES),
     guest("tree", tree::tree),
     guest("tree_100", tree::hundred),
     guest("tree_orphans", tree::orphans)

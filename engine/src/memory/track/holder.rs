@@ -141,7 +141,8 @@ impl Holder {
         let (first, second) = (arena.slot()?, arena.slot()?);
         let pidfd = calls::pidfd_open(root.0, 0)?;
         let watches = processes.iter().map(|(_, _, uffd)| uffd.as_fd());
-        let inherit: Vec<BorrowedFd<'_>> = [arena.fd(), file.as_fd(), pidfd.as_fd()].into_iter().chain(watches).collect();
+        let inherit: Vec<BorrowedFd<'_>> =
+            [arena.fd(), file.as_fd(), pidfd.as_fd()].into_iter().chain(watches).collect();
         let boot = arena.boot(first);
         // an intermediate, whose end leaves the holder to init; its end is ours to learn of, nobody gets a signal
         let pid = spawn::spawn(&spawn::Spawn {
@@ -207,7 +208,9 @@ mod tests {
     fn records_go_there_and_back() {
         let record = Record { run: "a-b".into(), root: (7, 1 << 40), processes: vec![(7, 1, 6), (9, 2, 7)] };
         assert_eq!(Record::parse(record.text().as_bytes()), Some(record));
-        for wrong in ["", "{}", "[]", r#"{"run":1,"root":[1,2],"processes":[]}"#, r#"{"run":"","root":[1],"processes":[]}"#] {
+        for wrong in
+            ["", "{}", "[]", r#"{"run":1,"root":[1,2],"processes":[]}"#, r#"{"run":"","root":[1],"processes":[]}"#]
+        {
             assert_eq!(Record::parse(wrong.as_bytes()), None, "{wrong}");
         }
     }

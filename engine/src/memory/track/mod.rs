@@ -259,7 +259,12 @@ impl TaskMarks<'_> {
 fn can_be_watched(area: &Vma) -> bool {
     let special = matches!(
         area.name(),
-        VmaName::Vdso | VmaName::Vvar | VmaName::VvarVclock | VmaName::Vsyscall | VmaName::Uprobes | VmaName::AnonymousHuge
+        VmaName::Vdso
+            | VmaName::Vvar
+            | VmaName::VvarVclock
+            | VmaName::Vsyscall
+            | VmaName::Uprobes
+            | VmaName::AnonymousHuge
     );
     !area.shared && !special && !area.vm_flags.contains(VmFlags::HUGETLB) && !area.vm_flags.contains(VmFlags::DROPPABLE)
 }
