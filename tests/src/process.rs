@@ -23,6 +23,17 @@ pub fn exists(pid: i32) -> bool {
     fs::metadata(format!("/proc/{pid}")).is_ok()
 }
 
+/// Takes the status of all children that ended and were of a session: those, too, that their parent left behind.
+pub fn reap_session(session: i32) {
+    for child in own_children() {
+        let stat = fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or("").split_whitespace().take(4).collect();
+        if fields.first() == Some(&"Z") && fields.get(3).and_then(|s| s.parse().ok()) == Some(session) {
+            reap(child);
+        }
+    }
+}
+
 /// The letter of a process's state, if there is one.
 pub fn state(pid: i32) -> Option<char> {
     let text = fs::read(format!("/proc/{pid}/stat")).ok()?;

@@ -86,10 +86,18 @@ impl Run {
         if let Err(e) = engine.dump(self.pid, images, self.guest.dump) {
             panic!("{e}");
         }
+        self.is_dumped(images);
+    }
+
+    /// Waits until the guest is dead, of which `images` are.
+    pub fn is_dumped(&mut self, images: &Path) {
         if let Err(left) = process::wait_gone(&self.tree, LIMIT) {
             let texts: Vec<String> = left.iter().map(|p| process::describe(*p)).collect();
             panic!("after the dump {left:?} are still there:\n{}", texts.concat());
         }
+        // who was made after we looked, and who ended before the dump
+        process::reap_session(self.pid);
+        self.tree.retain(|pid| images.join(format!("core-{pid}.img")).exists());
     }
 
     /// Restores the guest.

@@ -76,8 +76,8 @@ impl Chain {
     fn dump(&mut self, options: &[&str]) -> String {
         self.run.look();
         let log = self.add("dump", options);
-        let left = process::wait_gone(&self.run.tree, Duration::from_secs(20));
-        assert!(left.is_ok(), "after the dump {left:?} are still there");
+        let images = self.last.clone().unwrap_or_default();
+        self.run.is_dumped(&images);
         log
     }
 
@@ -140,24 +140,6 @@ macro_rules! chains {
                     chain.dump(&["--track-mem"]);
                     chain.restore(&Engine::ours());
                 }
-
-                /// CRIU restores the chain.
-                #[test]
-                fn to_criu() {
-                    let name = concat!(stringify!($guest), "::chain_to_criu");
-                    if !can_track(name) { return; }
-                    let criu = match Engine::criu() {
-                        Ok(criu) => criu,
-                        Err(why) => return skip(name, &why),
-                    };
-                    let mut chain = Chain::of(stringify!($guest));
-                    for _ in 0..3 {
-                        chain.add("pre-dump", &[]);
-                        chain.wait();
-                    }
-                    chain.dump(&[]);
-                    chain.restore(&criu);
-                }
             }
         )*
     };
@@ -180,6 +162,59 @@ chains! {
     tree
 }
 
+/// CRIU restores our chains.
+mod to_criu {
+    use super::*;
+
+    fn chain(guest: &str) {
+        let name = format!("to_criu::{guest}");
+        if !can_track(&name) {
+            return;
+        }
+        let criu = match Engine::criu() {
+            Ok(criu) => criu,
+            Err(why) => return skip(&name, &why),
+        };
+        let mut chain = Chain::of(guest);
+        for _ in 0..3 {
+            chain.add("pre-dump", &[]);
+            chain.wait();
+        }
+        chain.dump(&[]);
+        chain.restore(&criu);
+    }
+
+    #[test]
+    fn words() {
+        chain("track_words");
+    }
+
+    #[test]
+    fn given_back() {
+        chain("track_given_back");
+    }
+
+    #[test]
+    fn moved() {
+        chain("track_moved");
+    }
+
+    #[test]
+    fn forked() {
+        chain("track_forked");
+    }
+
+    #[test]
+    fn of_file() {
+        chain("track_file");
+    }
+
+    #[test]
+    fn cow() {
+        chain("memory_cow");
+    }
+}
+
 /// The second pass takes what was written only; the program sees nothing of the tracking, which ends with it.
 #[test]
 fn what_has_not_changed_is_not_taken_again() {
@@ -197,7 +232,7 @@ fn what_has_not_changed_is_not_taken_again() {
     let ours = holders();
     chain.add("pre-dump", &[]);
     let (whole, none) = pages(&chain.run.images("1"));
-    assert!(whole > 3000 && none == 0, "{whole} pages, {none} in no parent");
+    assert!(whole > 1000 && none == 0, "{whole} pages, {none} in no parent");
     let opened = {
         let all = fs::read_dir(format!("/proc/{}/fd", chain.run.pid)).into_iter().flatten().flatten();
         all.count()

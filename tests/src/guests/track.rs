@@ -96,7 +96,7 @@ pub(super) fn given_back() {
                 }
                 3 => {
                     unsafe { sys(libc::munmap(page(n).cast(), 4096)) };
-                    check!(map(page(n) as usize, 4096, RW, PRIVATE | libc::MAP_FIXED) == page(n));
+                    replace(page(n), 4096, RW, PRIVATE);
                     expected[n] = Some(0);
                 }
                 4 => {
@@ -120,7 +120,13 @@ pub(super) fn given_back() {
     }
 }
 
-/// Areas that move, grow and shrink (mremap), onto places where others were before.
+/// Maps an area in place of what is there.
+fn replace(at: *mut u8, size: usize, prot: i32, flags: i32) {
+    let there = unsafe { libc::mmap(at.cast(), size, prot, flags | libc::MAP_FIXED, -1, 0) };
+    check!(there == at.cast());
+}
+
+/// Areas that move (mremap) to places where others were before.
 pub(super) fn moved() {
     const PAGES: usize = 64;
     const PLACES: usize = 8;
@@ -129,7 +135,7 @@ pub(super) fn moved() {
     let place = |n: usize| unsafe { room.add(n * PAGES * 4096) };
     let mut areas: Vec<Option<Vec<u64>>> = vec![None; PLACES];
     for n in [0, 3, 5] {
-        map(place(n) as usize, PAGES * 4096, RW, PRIVATE | libc::MAP_FIXED);
+        replace(place(n), PAGES * 4096, RW, PRIVATE);
         areas[n] = Some(vec![0; PAGES]);
     }
     let mut state = 0x2545_f491_4f6c_dd1d;
@@ -141,7 +147,7 @@ pub(super) fn moved() {
             let size = PAGES * 4096;
             let there = unsafe { libc::mremap(place(from).cast(), size, size, flags, place(to)) };
             check!(there == place(to).cast());
-            map(place(from) as usize, size, libc::PROT_NONE, PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED);
+            replace(place(from), size, libc::PROT_NONE, PRIVATE | libc::MAP_NORESERVE);
             areas.swap(from, to);
         }
         for (n, area) in areas.iter_mut().enumerate() {
