@@ -53,6 +53,26 @@ impl Dump {
         self
     }
 
+    /// The checkpoint to build on: only what was written since is stored. A relative path starts at the images folder.
+    pub fn on_top_of(mut self, parent: impl Into<PathBuf>) -> Dump {
+        self.options.prev_images_dir = Some(parent.into());
+        self
+    }
+
+    /// Notes from now on what is written, for a next dump on top of this one.
+    pub fn track_memory(mut self) -> Dump {
+        self.options.track_mem = true;
+        self
+    }
+
+    /// Takes memory only, while the tree runs, for a dump on top of it.
+    ///
+    /// # Errors
+    /// As [`Dump::run`].
+    pub fn pre_dump(self) -> Result<DumpReport> {
+        crate::pre_dump::run(&self.options)
+    }
+
     /// The tree goes on when the images are complete.
     pub fn leave_running(mut self) -> Dump {
         self.options.final_state = FinalState::Run;

@@ -235,7 +235,7 @@ pub(super) fn of_file() {
     let mut state = 0x0dd0_feed_beef_cafe;
     until_asked(|turn| {
         let n = next(&mut state) as usize % PAGES;
-        if next(&mut state) % 3 == 0 {
+        if next(&mut state).is_multiple_of(3) {
             unsafe { sys(libc::madvise(page(n).cast(), 4096, libc::MADV_DONTNEED)) };
             expected[n] = n as u64;
         } else {
