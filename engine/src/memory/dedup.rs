@@ -45,7 +45,7 @@ pub fn free_all(images: &Images) -> Result<u64> {
     for (kind, id) in pagemaps(images)? {
         let newest = Layer::read(images, kind, id)?;
         for layer in std::iter::once(newest).chain(parents(images, kind, id)?) {
-            freed += layer.free(0..u64::MAX & !(PAGE - 1))?;
+            freed += layer.free(0..!(PAGE - 1))?;
         }
     }
     Ok(freed)

@@ -325,7 +325,7 @@ impl Drain {
     fn read_what_is_there(&self, address: u64, buf: &mut [u8]) {
         let memory = remote::open_memory(self.pid).ok();
         for (at, page) in (address..).step_by(PAGE as usize).zip(buf.chunks_mut(PAGE as usize)) {
-            if !memory.as_ref().is_some_and(|memory| remote::read_at(memory, at, page).is_ok()) {
+            if memory.as_ref().is_none_or(|memory| remote::read_at(memory, at, page).is_err()) {
                 page.fill(0);
             }
         }

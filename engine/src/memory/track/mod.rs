@@ -130,7 +130,7 @@ impl Tracking {
     pub fn needs_watch(&self, pid: i32, stat: &Stat) -> bool {
         self.again
             && self.marks == Some(Marks::Protection)
-            && !self.watched.get(&pid).is_some_and(|w| w.start == stat.starttime)
+            && self.watched.get(&pid).is_none_or(|w| w.start != stat.starttime)
     }
 
     /// Makes the watch of a process, with the executor in it.
