@@ -20,12 +20,14 @@ use crate::memory::{self, drain};
 use crate::options::{FinalState, Options, Persona};
 use crate::plan::Plan;
 use crate::proc::maps::VmaName;
+use crate::proc::status::Status;
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::interrupt;
 use crate::sys::memory as remote;
 use crate::sys::ptrace;
-use crate::tasks::{core, facts::Facts, finish, freeze, ids, leftovers, seccomp};
+use crate::tasks::facts::{self, Facts};
+use crate::tasks::{core, finish, freeze, ids, leftovers, seccomp};
 use crate::tracee::{Answers, Infected, Stopped};
 
 /// What a dump did.
@@ -42,6 +44,9 @@ pub struct DumpReport {
     /// Processes dumped.
     pub tasks: usize,
 }
+
+/// So many threads are worth being written side by side.
+const MANY_THREADS: usize = 64;
 
 /// One process on its way into images.
 #[derive(Debug)]
@@ -100,8 +105,8 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
         heads.push((f.pid, f.parent, f.dead, f.stat));
         threads.push(f.threads);
     }
-    suspend_seccomp_and_settle(opts, &mut threads)?;
-    let mut tasks = read(&heads, &threads, &workers)?;
+    let statuses = suspend_seccomp_and_settle(opts, &mut threads, &workers)?;
+    let mut tasks = read(&heads, &threads, statuses, &workers)?;
     check_session(opts, &tasks)?;
     let mut numbers = ids::Ids::new()?;
     give_ids(&mut tasks, &mut numbers)?;
@@ -172,7 +177,9 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
                 alive.mm.dumpable = Some(more.dumpable);
                 alive.mm.thp_disabled = Some(more.thp_disabled);
                 let last_filters = seccomp::add(&alive.chains, &mut filters);
-                for (i, (thread, facts)) in host.threads().iter().zip(&alive.facts.threads).enumerate() {
+                let stopped = host.threads();
+                let write_core = |i: usize| -> Result<()> {
+                    let (thread, facts) = (&stopped[i], &alive.facts.threads[i]);
                     let mut entry = core::thread_entry(thread, facts, &in_threads[i], &answers[i], i == 0)?;
                     set_filter(&mut entry, last_filters.get(i).copied().flatten(), &alive.chains);
                     if i == 0 {
@@ -181,7 +188,13 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
                                 .task(task.pid)?,
                         );
                     }
-                    images.write_one(ImageKind::Core, ns_pid(thread.tid(), Some(&facts.status))?, &entry)?;
+                    Ok(images.write_one(ImageKind::Core, ns_pid(thread.tid(), Some(&facts.status))?, &entry)?)
+                };
+                if stopped.len() < MANY_THREADS {
+                    (0..stopped.len()).try_for_each(write_core)?;
+                } else {
+                    let all = (0..stopped.len()).into_par_iter().with_min_len(MANY_THREADS / 4);
+                    workers.install(|| all.try_for_each(write_core))?;
                 }
                 let pid = ns_pid(task.pid, Some(alive.facts.status()))?;
                 let pointers: Vec<u64> = host.threads().iter().map(|t| t.registers.sp).collect();
@@ -299,25 +312,31 @@ struct Written {
     clocks: Option<((u64, u64), (u64, u64))>,
 }
 
-/// Filters are held off while the executor runs.
-fn suspend_seccomp_and_settle(opts: &Options, threads: &mut [Vec<Stopped>]) -> Result<()> {
-    let mut buffer = Vec::new();
-    for thread in threads.iter_mut().flatten() {
-        let tid = thread.tid();
-        crate::proc::read_proc(format!("/proc/{tid}/status").as_ref(), &mut buffer)
-            .map_err(|_| Error::Gone)
-            .task(tid)?;
-        let status = crate::proc::status::parse(&buffer).task(tid)?;
-        if status.seccomp.unwrap_or(0) != 0 {
-            ptrace::set_options(tid, ptrace::SYSGOOD | ptrace::SUSPEND_SECCOMP).task(tid)?;
+/// Filters are held off while the executor runs. The result is what /proc says of each thread.
+fn suspend_seccomp_and_settle(
+    opts: &Options,
+    threads: &mut [Vec<Stopped>],
+    workers: &Workers,
+) -> Result<Vec<Vec<Status>>> {
+    let tids: Vec<i32> = threads.iter().flatten().map(Stopped::tid).collect();
+    let mut statuses = workers.install(|| facts::statuses(&tids))?.into_iter();
+    let mut all = Vec::with_capacity(threads.len());
+    for task in threads {
+        let of_task: Vec<Status> = statuses.by_ref().take(task.len()).collect();
+        for (thread, status) in task.iter_mut().zip(&of_task) {
+            let tid = thread.tid();
+            if status.seccomp.unwrap_or(0) != 0 {
+                ptrace::set_options(tid, ptrace::SYSGOOD | ptrace::SUSPEND_SECCOMP).task(tid)?;
+            }
+            let trap = 1u64 << (libc::SIGTRAP - 1);
+            if opts.personality == Persona::Criu && (status.sig_pending | status.shared_pending) & trap != 0 {
+                return Err(Error::Usage { what: format!("Can't dump the {tid} thread with a pending SIGTRAP.") });
+            }
+            leave_sequence(thread).task(tid)?;
         }
-        let trap = 1u64 << (libc::SIGTRAP - 1);
-        if opts.personality == Persona::Criu && (status.sig_pending | status.shared_pending) & trap != 0 {
-            return Err(Error::Usage { what: format!("Can't dump the {tid} thread with a pending SIGTRAP.") });
-        }
-        leave_sequence(thread).task(tid)?;
+        all.push(of_task);
     }
-    Ok(())
+    Ok(all)
 }
 
 /// A thread inside a restartable sequence is moved to its abort handler, as a preemption would have done.
@@ -342,19 +361,18 @@ fn leave_sequence(thread: &mut Stopped) -> Result<()> {
 type Head = (i32, i32, Option<freeze::Dead>, crate::proc::stat::Stat);
 
 /// Reads /proc of all tasks, side by side.
-fn read(heads: &[Head], threads: &[Vec<Stopped>], workers: &Workers) -> Result<Vec<Task>> {
-    let tids: Vec<Vec<i32>> = threads.iter().map(|t| t.iter().map(Stopped::tid).collect()).collect();
-    let one = |(head, tids): (&Head, &Vec<i32>)| {
+fn read(heads: &[Head], threads: &[Vec<Stopped>], statuses: Vec<Vec<Status>>, workers: &Workers) -> Result<Vec<Task>> {
+    let one = |(head, statuses): (&Head, Vec<Status>)| {
         if head.2.is_some() {
             Ok(None)
         } else {
-            Facts::read(head.0, tids).map(Some)
+            Facts::read(head.0, statuses).map(Some)
         }
     };
     let facts: Vec<Option<Facts>> = if heads.len() == 1 {
-        heads.iter().zip(&tids).map(one).collect::<Result<_>>()?
+        heads.iter().zip(statuses).map(one).collect::<Result<_>>()?
     } else {
-        workers.install(|| heads.par_iter().zip(&tids).map(one).collect::<Result<_>>())?
+        workers.install(|| heads.par_iter().zip(statuses).map(one).collect::<Result<_>>())?
     };
     let mut tasks = Vec::with_capacity(heads.len());
     for ((head, facts), threads) in heads.iter().zip(facts).zip(threads) {

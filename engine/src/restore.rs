@@ -196,7 +196,8 @@ fn build<'r>(
         own_root: draft.own_root,
         restore: files,
     };
-    let script = Script { tree, birth, table: &table, filters, slots: slots.clone(), threads, parked };
+    let jobs = opts.jobs.map(std::num::NonZeroUsize::get);
+    let script = Script { tree, birth, table: &table, filters, slots: slots.clone(), threads, parked, jobs };
     let (root_plan, figures) = script.write(&mut arena)?;
     if opts.show_plan {
         eprintln!("{}task {}\n{root_plan}", arena.describe(), tree.root().pid);
@@ -266,8 +267,9 @@ fn build<'r>(
     arena.gather(READY, STAGE_LIMIT, alive)?;
     phases.mark("settling");
 
+    held.stop()?;
     for (_, node, a) in tree.alive() {
-        set_registers(&mut held, a).task(node.pid)?;
+        set_registers(a).task(node.pid)?;
         held.remove_executor(node.pid, arena.syscall_address()?, arena.leftovers(keeps_parked(a, birth)?))
             .task(node.pid)?;
         set_leader(a).task(node.pid)?;
@@ -350,6 +352,7 @@ fn birth() -> Result<Birth> {
         Ok(buf.clone())
     };
     let status = proc::status::parse(&read("/proc/thread-self/status")?)?;
+    let (_, policy, _) = calls::scheduling(0)?;
     let limits = proc::limits::parse(&read("/proc/self/limits")?)?.to_vec();
     let oom_score_adj = proc::simple::signed("/proc/PID/oom_score_adj", &read("/proc/self/oom_score_adj")?)?;
     let loginuid = read("/proc/self/loginuid")
@@ -367,7 +370,7 @@ fn birth() -> Result<Birth> {
         .map(|a| (a.start, a.size()))
         .collect();
     let bytes = crate::memory::vdso::own()?.to_vec();
-    Ok(Birth { status, limits, oom_score_adj, loginuid, vdso: Vdso { layout, pieces, bytes }, personality })
+    Ok(Birth { status, policy, limits, oom_score_adj, loginuid, vdso: Vdso { layout, pieces, bytes }, personality })
 }
 
 /// Descriptors that go to the first task, in order.
@@ -637,12 +640,14 @@ fn send(socket: &OwnedFd, list: &[OwnedFd], alive: &impl Fn() -> Result<()>) -> 
     Ok(())
 }
 
-/// Sets everything by ptrace that a task cannot set for itself; the leader's general registers come last.
-fn set_registers(held: &mut release::Seized, a: &Alive) -> Result<()> {
+/// Sets everything by ptrace that a task cannot set for itself, and that is stopped; the leader's general registers come
+/// last.
+fn set_registers(a: &Alive) -> Result<()> {
+    // what the image does not say of the state is the same in all threads, which have run nothing but the executor
+    let fresh = ptrace::xstate(a.threads[0].0)?;
     for (tid, entry) in &a.threads {
         let (info, core) = core::parts(entry)?;
-        held.stop(*tid).task(*tid)?;
-        let state = registers::xstate_from_entry(&info.fpregs, ptrace::xstate(*tid)?).task(*tid)?;
+        let state = registers::xstate_from_entry(&info.fpregs, fresh.clone()).task(*tid)?;
         ptrace::set_xstate(*tid, &state).task(*tid)?;
         if entry.tc.is_none() {
             ptrace::set_signal_mask(*tid, core.blk_sigset.unwrap_or(0)).task(*tid)?;

@@ -2,6 +2,7 @@
 
 pub mod areas;
 pub mod drain;
+pub mod fill;
 pub mod rebuild;
 pub mod scan;
 pub mod vdso;

@@ -18,6 +18,7 @@ use super::tree::{Alive, Kind, Node, Tree};
 use super::{core, creds, seccomp};
 use crate::error::{At, Error, Result};
 use crate::files::{locks, RestoreFiles};
+use crate::memory::fill::Helpers;
 use crate::memory::rebuild::{Figures, Inherited, Numbers};
 use crate::memory::vdso::{self, Layout};
 use crate::plan::arena::{Arena, Slot};
@@ -41,6 +42,8 @@ pub const READY: usize = 5;
 pub struct Birth {
     /// Credentials.
     pub status: Status,
+    /// Scheduling policy.
+    pub policy: u32,
     /// Resource limits.
     pub limits: Vec<crate::proc::limits::Limit>,
     /// /proc/self/oom_score_adj.
@@ -110,12 +113,15 @@ pub struct Script<'a> {
     pub threads: HashMap<i32, Slot>,
     /// Where the vdso waits.
     pub parked: Layout,
+    /// How many may fill memory at once (`--jobs`).
+    pub jobs: Option<usize>,
 }
 
 impl Script<'_> {
     /// Writes all plans, but that of the root into `root` instead of the arena: it has a preamble to run first.
     pub fn write(&self, arena: &mut Arena) -> Result<(Plan, Figures)> {
         let mut figures = Figures::default();
+        let mut helpers = Helpers::new(self.jobs, self.tree.ids());
         let mut made: HashMap<usize, Inherited> = HashMap::new();
         let mut root = None;
         let mut seen_tables = HashMap::new();
@@ -137,7 +143,7 @@ impl Script<'_> {
                     let owns_table = seen_tables.get(&self.files_id(i)) == Some(&node.pid);
                     let locks = owns_table.then(|| locks.get(&self.files_id(i)).map_or(&[][..], Vec::as_slice));
                     let (plan, areas) = self
-                        .process(i, node, alive, inherited, locks, &first_holder, arena, &mut figures)
+                        .process(i, node, alive, inherited, locks, &first_holder, arena, &mut helpers, &mut figures)
                         .task(node.pid)?;
                     made.insert(i, areas);
                     for (tid, entry) in alive.threads.iter().skip(1) {
@@ -242,6 +248,7 @@ impl Script<'_> {
         locks: Option<&[FileLockEntry]>,
         first_holder: &HashMap<u32, (usize, i32)>,
         arena: &mut Arena,
+        helpers: &mut Helpers,
         figures: &mut Figures,
     ) -> Result<(Plan, Inherited)> {
         let mut plan = Plan::new();
@@ -262,7 +269,7 @@ impl Script<'_> {
         let early = shared_with_children || (!node.children.is_empty() && inherited.is_some_and(|i| !i.is_empty()));
         let mut areas = Inherited::default();
         if early {
-            areas = memory.make_private(pid, found, keep, &self.table.numbers, &mut plan, figures)?;
+            areas = memory.make_private(pid, found, keep, &self.table.numbers, helpers, &mut plan, figures)?;
         }
         for &c in node.children.iter().filter(|&&c| self.tree.before_session(i, c)) {
             self.clone_child(Some(alive), c, arena, &mut plan)?;
@@ -273,7 +280,7 @@ impl Script<'_> {
         }
         let for_children = areas.clone();
         if !early {
-            areas = memory.make_private(pid, found, keep, &self.table.numbers, &mut plan, figures)?;
+            areas = memory.make_private(pid, found, keep, &self.table.numbers, helpers, &mut plan, figures)?;
         }
         memory.settle(&areas, &self.table.numbers, &mut plan)?;
         if self.tree.adopts(i) {
@@ -364,7 +371,8 @@ impl Script<'_> {
             plan.call("restartable sequences", libc::SYS_rseq, &args);
         }
         let (policy, nice) = (core.sched_policy.unwrap_or(0), core.sched_nice.unwrap_or(0));
-        if policy != 0 {
+        // a task is born with the engine's own
+        if policy != 0 || self.birth.policy != 0 {
             let priority = plan.words(&[u64::from(core.sched_prio.unwrap_or(0))]);
             plan.call("scheduling policy", libc::SYS_sched_setscheduler, &[0.into(), policy.into(), priority.into()]);
         }

@@ -4,7 +4,7 @@
 //! before its parent calls setsid; [`Tree`] says for each child whether it is. A process group needs a living leader to be
 //! joined: where the leader is gone, a helper plays it and ends before the program runs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use standstill_images::proto::{CoreEntry, PstreeEntry, TaskKobjIdsEntry};
 use standstill_images::{ImageKind, Images};
@@ -139,6 +139,12 @@ impl Tree {
             Kind::Alive(a) => Some((i, n, &**a)),
             Kind::Dead { .. } | Kind::Helper => None,
         })
+    }
+
+    /// All ids that the tree is to have: of processes, threads, groups and sessions.
+    pub fn ids(&self) -> HashSet<i32> {
+        let threads = self.alive().flat_map(|(_, _, a)| a.threads.iter().map(|(tid, _)| *tid));
+        self.nodes.iter().flat_map(|n| [n.pid, n.pgid, n.sid]).chain(threads).collect()
     }
 
     /// A root that did not lead its session goes into ours, and all that were with it.
