@@ -23,7 +23,6 @@ const WRITE: u32 = libc::PROT_WRITE as u32;
 #[derive(Debug, Clone)]
 pub struct Present {
     entry: VmaEntry,
-    exe: u32,
     prot: u32,
 }
 
@@ -46,6 +45,7 @@ pub struct Memory {
     pub mm: MmEntry,
     chain: PageChain,
     content: Vec<Content>,
+    vdso: Vec<u8>,
 }
 
 impl std::fmt::Debug for Memory {
@@ -89,8 +89,9 @@ impl Memory {
             };
             content.push(Content { address: l.address, bytes: l.pages * PAGE, layer: l.layer, offset });
         }
-        let memory = Memory { mm, chain, content };
+        let mut memory = Memory { mm, chain, content, vdso: Vec::new() };
         memory.validate()?;
+        memory.vdso = memory.read_vdso()?;
         Ok(memory)
     }
 
@@ -198,9 +199,17 @@ impl Memory {
         l
     }
 
-    /// The vdso's bytes.
-    pub fn vdso_bytes(&self) -> Result<Vec<u8>> {
+    /// The vdso's bytes; none if the task has no vdso.
+    pub fn vdso_bytes(&self) -> &[u8] {
+        &self.vdso
+    }
+
+    fn read_vdso(&self) -> Result<Vec<u8>> {
+        const MOST: u64 = 1 << 20;
         let l = self.vdso();
+        if l.vdso_end - l.vdso > MOST {
+            return Err(Error::lie("mm", format!("a vdso of {} bytes", l.vdso_end - l.vdso)));
+        }
         let mut bytes = vec![0; usize::try_from(l.vdso_end - l.vdso).unwrap_or(0)];
         for run in self.content(l.vdso, l.vdso_end) {
             let from = usize::try_from(run.address - l.vdso).unwrap_or(0);
@@ -237,31 +246,37 @@ impl Memory {
         child.private().any(|e| mine.get(&e.start).is_some_and(|m| same_area(m, e)))
     }
 
-    /// Makes and fills the private areas. `found` is what the task has from its parent, and the parent's memory; all
+    /// Makes and fills the private areas. `found` is what the task has from its parent, and what differs there; all
     /// else in it but `keep` is unmapped first. Areas stay writable where that is needed until [`Memory::settle`].
     #[allow(clippy::too_many_arguments)]
     pub fn make_private(
         &self,
         pid: u32,
-        found: Option<(&Inherited, &Memory)>,
+        found: Option<(&Inherited, &Compared)>,
         keep: (u64, u64),
         numbers: &Numbers,
         helpers: &mut Helpers,
         plan: &mut Plan,
         figures: &mut Figures,
     ) -> Result<Inherited> {
-        let mut kept: HashMap<u64, Kept<'_>> = HashMap::new();
-        if let Some((inherited, parent)) = found {
-            kept = self.kept(inherited, parent, figures)?;
-            unmap_all_but(kept.values().map(|k| (k.found.entry.start, k.found.entry.end)).chain([keep]), plan);
+        let mut kept: HashMap<u64, (&Present, &Difference)> = HashMap::new();
+        if let Some((inherited, compared)) = found {
+            for present in &inherited.areas {
+                if let Some(difference) = compared.areas.get(&present.entry.start) {
+                    kept.insert(present.entry.start, (present, difference));
+                }
+            }
+            figures.compared += compared.figures.compared;
+            figures.shared += compared.figures.shared;
+            unmap_all_but(kept.values().map(|(p, _)| (p.entry.start, p.entry.end)).chain([keep]), plan);
         }
         let mut made = Inherited { areas: Vec::with_capacity(self.mm.vmas.len()) };
         let mut filling = Filling::default();
         for e in self.private() {
             let mut prot = e.prot;
             match kept.get(&e.start) {
-                Some(k) => {
-                    prot = k.found.prot;
+                Some((present, k)) => {
+                    prot = present.prot;
                     if !k.reads.is_empty() && prot & WRITE == 0 {
                         prot = e.prot | WRITE | READ;
                         protect(e, prot, plan);
@@ -274,6 +289,7 @@ impl Memory {
                         );
                     }
                     for run in &k.reads {
+                        figures.pages += run.bytes / PAGE;
                         fill(pid, run, numbers, &mut filling)?;
                     }
                 }
@@ -290,48 +306,44 @@ impl Memory {
                     map(e, prot, numbers, plan).at(Place::Area(e.start, e.end))?;
                 }
             }
-            made.areas.push(Present { entry: *e, exe: self.mm.exe_file_id, prot });
+            made.areas.push(Present { entry: *e, prot });
         }
         filling.finish(helpers, plan);
         Ok(made)
     }
 
-    /// The areas of the parent that are kept, with what differs there.
-    fn kept<'a>(
-        &self,
-        inherited: &'a Inherited,
-        parent: &Memory,
-        figures: &mut Figures,
-    ) -> Result<HashMap<u64, Kept<'a>>> {
-        let mut kept = HashMap::new();
-        let theirs: HashMap<u64, &Present> = inherited.areas.iter().map(|p| (p.entry.start, p)).collect();
+    /// Compares the areas that this task can have from its parent with the parent's.
+    pub fn compare(&self, parent: &Memory) -> Result<Compared> {
+        let mut compared = Compared::default();
+        if self.mm.exe_file_id != parent.mm.exe_file_id {
+            return Ok(compared);
+        }
+        let theirs: HashMap<u64, &VmaEntry> = parent.private().map(|e| (e.start, e)).collect();
         for e in self.private() {
-            let same = |p: &&&Present| same_area(&p.entry, e) && p.exe == self.mm.exe_file_id;
-            let Some(found) = theirs.get(&e.start).filter(same) else { continue };
+            if !theirs.get(&e.start).is_some_and(|p| same_area(p, e)) {
+                continue;
+            }
             let own: Vec<Content> = self.content(e.start, e.end).collect();
             let of_parent: Vec<Content> = parent.content(e.start, e.end).collect();
             let mut here = Figures::default();
-            let (reads, drops) =
-                self.differences(parent, &of_parent, &own, &mut here).at(Place::Area(e.start, e.end))?;
-            figures.compared += here.compared;
-            figures.shared += here.shared;
+            let difference = self.differences(parent, &of_parent, &own, &mut here).at(Place::Area(e.start, e.end))?;
+            compared.figures.compared += here.compared;
+            compared.figures.shared += here.shared;
             if here.shared != 0 || of_parent.is_empty() {
-                figures.pages += here.pages;
-                kept.insert(e.start, Kept { found, reads, drops });
+                compared.areas.insert(e.start, difference);
             }
         }
-        Ok(kept)
+        Ok(compared)
     }
 
     /// Which pages of an area must be read because they differ from the parent's, and which the parent has alone.
-    #[allow(clippy::type_complexity)]
     fn differences(
         &self,
         parent: &Memory,
         theirs: &[Content],
         content: &[Content],
         figures: &mut Figures,
-    ) -> Result<(Vec<Content>, Vec<(u64, u64)>)> {
+    ) -> Result<Difference> {
         let mut reads: Vec<Content> = Vec::new();
         let mut drops: Vec<(u64, u64)> = Vec::new();
         let mut equal = Comparison::default();
@@ -341,7 +353,6 @@ impl Memory {
             match (own.peek().copied(), other.peek().copied()) {
                 (None, None) => break,
                 (Some(o), t) if t.is_none_or(|t| o.address < t.address) => {
-                    figures.pages += 1;
                     push_page(&mut reads, o);
                     own.next();
                 }
@@ -360,7 +371,6 @@ impl Memory {
                     if equal.pages((x, o.offset), (y, t.offset)).call("read(pages)")? {
                         figures.shared += 1;
                     } else {
-                        figures.pages += 1;
                         push_page(&mut reads, o);
                     }
                     own.next();
@@ -369,7 +379,7 @@ impl Memory {
                 (Some(_), None) | (None, Some(_)) => break,
             }
         }
-        Ok((reads, drops))
+        Ok(Difference { reads, drops })
     }
 
     /// Makes the shared areas, and gives all areas their protection, advice and locks. After this, nothing is cloned.
@@ -410,9 +420,16 @@ impl Memory {
     }
 }
 
-/// An area of the parent that a child keeps.
-struct Kept<'a> {
-    found: &'a Present,
+/// What an area of a child has in common with its parent's.
+#[derive(Debug, Default)]
+pub struct Compared {
+    areas: HashMap<u64, Difference>,
+    figures: Figures,
+}
+
+/// Where an area that is kept differs from the parent's.
+#[derive(Debug)]
+struct Difference {
     /// Pages to read because they differ.
     reads: Vec<Content>,
     /// Pages that the parent has alone.
