@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rayon::prelude::*;
 use standstill_images::proto::{
     CoreEntry, FdinfoEntry, FsEntry, InventoryEntry, MmEntry, PluginsEntry, PstreeEntry, SeccompEntry, SeccompFilter,
-    TaskKobjIdsEntry, TimensEntry, Timespec,
+    TaskKobjIdsEntry, TimensEntry, Timespec, VmaEntry,
 };
 use standstill_images::{FolderStore, ImageKind, Images};
 
@@ -160,6 +160,7 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     });
     let mut filters: Vec<SeccompFilter> = Vec::new();
     let mut written = Written::default();
+    let mut planned = plan_memory(&mut tasks, &infected, &workers)?.into_iter();
     let mut live = infected.iter().zip(&asked).zip(&answers);
     let mut drains = Vec::new();
     for task in &mut tasks {
@@ -197,8 +198,7 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
                     workers.install(|| all.try_for_each(write_core))?;
                 }
                 let pid = ns_pid(task.pid, Some(alive.facts.status()))?;
-                let pointers: Vec<u64> = host.threads().iter().map(|t| t.registers.sp).collect();
-                let drain = drain::plan(task.pid, &mut alive.mm.vmas, &pointers, heads.len() > 1).task(task.pid)?;
+                let drain = planned.next().ok_or(Error::Gone)?;
                 images.write_one(ImageKind::Mm, pid, &alive.mm)?;
                 images.write_one(ImageKind::Fs, pid, &alive.fs)?;
                 images.write_one(ImageKind::Ids, pid, &alive.ids)?;
@@ -302,6 +302,26 @@ impl Workers {
             [one] if self.own.is_none() => f(one),
             _ => self.install(|| all.par_iter().try_for_each(f)),
         }
+    }
+}
+
+/// Finds the pages of all tasks that must be stored, side by side; in the order of the tasks that live.
+fn plan_memory(tasks: &mut [Task], infected: &[Infected<'_>], workers: &Workers) -> Result<Vec<drain::Drain>> {
+    let family = tasks.len() > 1;
+    let alive = tasks.iter_mut().filter_map(|t| match &mut t.kind {
+        Kind::Alive(a) => Some((t.pid, &mut a.mm.vmas)),
+        Kind::Dead(_) => None,
+    });
+    let mut all: Vec<_> = alive
+        .zip(infected)
+        .map(|((pid, vmas), host)| (pid, vmas, host.threads().iter().map(|t| t.registers.sp).collect::<Vec<u64>>()))
+        .collect();
+    let one = |(pid, vmas, pointers): &mut (i32, &mut Vec<VmaEntry>, Vec<u64>)| {
+        drain::plan(*pid, vmas, pointers, family).task(*pid)
+    };
+    match all.as_mut_slice() {
+        [only] => Ok(vec![one(only)?]),
+        _ => workers.install(|| all.par_iter_mut().map(one).collect()),
     }
 }
 

@@ -50,8 +50,11 @@ pub fn plan(pid: i32, entries: &mut Vec<VmaEntry>, stack_pointers: &[u64], famil
     let mut drain = Drain { pid, family, runs: Vec::new(), pages: 0, scanned: 0 };
     let mut map = Pagemap::open(pid)?;
     let mut guards = Vec::new();
+    // areas between which nothing lies that is not to be looked at: one look serves them all
+    let mut group: Vec<Run> = Vec::new();
     for e in entries.iter() {
         if !areas::is_private(e) || e.status & status::VVAR != 0 || e.flags & 0xf == 0x8 {
+            survey(&mut map, &mut group, &mut drain.runs, &mut guards)?;
             continue;
         }
         drain.scanned += (e.end - e.start) / PAGE;
@@ -60,23 +63,47 @@ pub fn plan(pid: i32, entries: &mut Vec<VmaEntry>, stack_pointers: &[u64], famil
             && e.flags & (libc::MAP_LOCKED | libc::MAP_HUGETLB) as u32 == 0
             && e.status & status::VDSO == 0
             && !stack_pointers.iter().any(|sp| (e.start..e.end).contains(sp));
-        let runs = &mut drain.runs;
-        let mut add = |address, bytes| runs.push(Run { address, bytes, readable, lazy });
+        let area = Run { address: e.start, bytes: e.end - e.start, readable, lazy };
         if e.status & status::VDSO != 0 {
-            add(e.start, e.end - e.start);
+            survey(&mut map, &mut group, &mut drain.runs, &mut guards)?;
+            drain.runs.push(area);
             continue;
         }
-        map.content(e.start, e.end, &mut add).at(Place::Area(e.start, e.end))?;
-        if e.status & status::ANON_PRIVATE != 0 || e.status & status::FILE_PRIVATE != 0 {
-            map.guards(e.start, e.end, |start, bytes| guards.push((start, start + bytes)))
-                .at(Place::Area(e.start, e.end))?;
+        group.push(area);
+        if !map.sees_gaps() {
+            survey(&mut map, &mut group, &mut drain.runs, &mut guards)?;
         }
     }
+    survey(&mut map, &mut group, &mut drain.runs, &mut guards)?;
     for (start, end) in guards {
         entries.push(VmaEntry { start, end, status: status::GUARD, fd: -1, ..Default::default() });
     }
     drain.pages = drain.runs.iter().map(|r| r.bytes / PAGE).sum();
     Ok(drain)
+}
+
+/// Looks at a group of areas, in order, and empties it: what they hold goes to `runs`, guard regions to `guards`.
+fn survey(map: &mut Pagemap, group: &mut Vec<Run>, runs: &mut Vec<Run>, guards: &mut Vec<(u64, u64)>) -> Result<()> {
+    let (Some(first), Some(last)) = (group.first(), group.last()) else { return Ok(()) };
+    let (start, end) = (first.address, last.address + last.bytes);
+    let mut at = 0;
+    let found = map.survey(start, end, |from, bytes, guard| {
+        let to = from + bytes;
+        while group.get(at).is_some_and(|a| a.address + a.bytes <= from) {
+            at += 1;
+        }
+        for area in group[at..].iter().take_while(|a| a.address < to) {
+            let (from, to) = (from.max(area.address), to.min(area.address + area.bytes));
+            if guard {
+                guards.push((from, to));
+            } else {
+                runs.push(Run { address: from, bytes: to - from, ..*area });
+            }
+        }
+    });
+    found.at(Place::Area(start, end))?;
+    group.clear();
+    Ok(())
 }
 
 impl Drain {

@@ -31,25 +31,22 @@ impl Pagemap {
     pub fn open(pid: i32) -> Result<Pagemap> {
         let file = File::open(format!("/proc/{pid}/pagemap")).call("open(/proc/PID/pagemap)")?;
         let mut map = Pagemap { file, regions: vec![0; BATCH * 24], old_kernel: false, knows_guards: true };
-        map.knows_guards = map.scan(0, PAGE, [0, GUARD, 0], |_, _| {}).is_ok();
+        map.knows_guards = map.scan(0, PAGE, [0, GUARD, 0], |_, _, _| {}).is_ok() && !map.old_kernel;
         Ok(map)
     }
 
-    /// Ranges of private pages with content: (first address, bytes). The zero page, and pages of the file behind the
-    /// area, are no content.
-    pub fn content(&mut self, start: u64, end: u64, take: impl FnMut(u64, u64)) -> Result<()> {
-        // a kernel that does not know guard pages by name (before 6.15) has none that count as swapped
-        let guard = if self.knows_guards { GUARD } else { 0 };
-        let nothing = PFNZERO | FILE | guard;
-        self.scan(start, end, [nothing, nothing, PRESENT | SWAPPED], take)
+    /// False if only single areas can be looked at: a range with gaps would be read as if there were none.
+    pub fn sees_gaps(&self) -> bool {
+        !self.old_kernel
     }
 
-    /// Ranges that MADV_GUARD_INSTALL made inaccessible; none on kernels that do not tell (before 6.15).
-    pub fn guards(&mut self, start: u64, end: u64, take: impl FnMut(u64, u64)) -> Result<()> {
-        if self.old_kernel || !self.knows_guards {
-            return Ok(());
-        }
-        self.scan(start, end, [0, GUARD, 0], take)
+    /// Ranges of private pages with content, and those that MADV_GUARD_INSTALL made inaccessible: first address, bytes, and
+    /// whether it is a guard. The zero page, and pages of the file behind the area, are no content. One range can belong to
+    /// several areas that touch. Kernels before 6.15 do not tell guards, and have none that count as swapped.
+    pub fn survey(&mut self, start: u64, end: u64, take: impl FnMut(u64, u64, bool)) -> Result<()> {
+        let guard = if self.knows_guards { GUARD } else { 0 };
+        let nothing = PFNZERO | FILE;
+        self.scan(start, end, [nothing, nothing, PRESENT | SWAPPED | guard], take)
     }
 
     fn scan(
@@ -57,16 +54,17 @@ impl Pagemap {
         start: u64,
         end: u64,
         [inverted, mask, any]: [u64; 3],
-        mut take: impl FnMut(u64, u64),
+        mut take: impl FnMut(u64, u64, bool),
     ) -> Result<()> {
         let mut at = start;
         while at < end {
             if self.old_kernel {
                 return self.read(at, end, take);
             }
+            let told = if self.knows_guards { GUARD } else { FILE };
             // struct pm_scan_arg
             let words =
-                [96, 0, at, end, 0, self.regions.as_mut_ptr() as u64, BATCH as u64, 0, inverted, mask, any, FILE];
+                [96, 0, at, end, 0, self.regions.as_mut_ptr() as u64, BATCH as u64, 0, inverted, mask, any, told];
             let mut arg: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
             let n = match calls::ioctl(self.file.as_fd(), "ioctl(PAGEMAP_SCAN)", PAGEMAP_SCAN, &mut arg) {
                 Ok(n) => usize::try_from(n).unwrap_or(0).min(BATCH),
@@ -77,9 +75,9 @@ impl Pagemap {
                 Err(e) => return Err(e),
             };
             for region in self.regions.chunks_exact(24).take(n) {
-                let (from, to) = (word(region, 0), word(region, 1));
+                let (from, to, kind) = (word(region, 0), word(region, 1), word(region, 2));
                 if from < to {
-                    take(from, to - from);
+                    take(from, to - from, kind & GUARD != 0);
                 }
             }
             let walked = word(&arg, 4);
@@ -92,7 +90,7 @@ impl Pagemap {
     }
 
     /// Kernels before 6.7: a word a page; bit 63 present, 62 swapped, 61 of a file.
-    fn read(&mut self, start: u64, end: u64, mut take: impl FnMut(u64, u64)) -> Result<()> {
+    fn read(&mut self, start: u64, end: u64, mut take: impl FnMut(u64, u64, bool)) -> Result<()> {
         let mut run: Option<u64> = None;
         let mut at = start;
         while at < end {
@@ -105,13 +103,13 @@ impl Pagemap {
                 if matches!(content, 4 | 2 | 6) {
                     run.get_or_insert(at);
                 } else if let Some(from) = run.take() {
-                    take(from, at - from);
+                    take(from, at - from, false);
                 }
                 at += PAGE;
             }
         }
         if let Some(from) = run {
-            take(from, at - from);
+            take(from, at - from, false);
         }
         Ok(())
     }
