@@ -57,6 +57,8 @@ impl Pagemap {
         mut take: impl FnMut(u64, u64, bool),
     ) -> Result<()> {
         let mut at = start;
+        // what was told is not told again, whatever the kernel's walk_end says: it can lie before the last range told
+        let mut seen = start;
         while at < end {
             if self.old_kernel {
                 return self.read(at, end, take);
@@ -75,12 +77,16 @@ impl Pagemap {
                 Err(e) => return Err(e),
             };
             for region in self.regions.chunks_exact(24).take(n) {
-                let (from, to, kind) = (word(region, 0), word(region, 1), word(region, 2));
+                let (from, to, kind) = (word(region, 0).max(seen), word(region, 1), word(region, 2));
                 if from < to {
                     take(from, to - from, kind & GUARD != 0);
+                    seen = to;
                 }
             }
-            let walked = word(&arg, 4);
+            if n < BATCH {
+                return Ok(());
+            }
+            let walked = word(&arg, 4).max(seen);
             if walked <= at {
                 return Err(Error::Timeout { what: "the end of a page table scan", seconds: 0 });
             }
