@@ -42,13 +42,13 @@ pub(super) fn fragmented() {
     let areas = [(700, 4), (3000, 3)].map(|(runs, step)| (map(0, runs * step * 4096, RW, PRIVATE), runs, step));
     let word = |area: *mut u8, page: usize| unsafe { area.add(page * 4096).cast::<usize>() };
     for (area, runs, step) in areas {
-        for page in (0..runs * step).filter(|page| page % step != 0) {
+        for page in (0..runs * step).filter(|page| !page.is_multiple_of(step)) {
             unsafe { word(area, page).write_volatile(page) };
         }
     }
     ready();
     for (area, runs, step) in areas {
-        let good = |page: usize| unsafe { word(area, page).read_volatile() } == if page % step == 0 { 0 } else { page };
+        let good = |page: usize| unsafe { word(area, page).read_volatile() } == if page.is_multiple_of(step) { 0 } else { page };
         check!((0..runs * step).all(good));
     }
 }
