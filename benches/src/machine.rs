@@ -49,11 +49,32 @@ pub(crate) fn prepare(dir: Option<PathBuf>) -> Result<Dir> {
     Ok(dir)
 }
 
+/// Real-time priority for this thread, and for all that it starts from now on.
+#[allow(unsafe_code)]
+pub(crate) fn realtime() -> nix::Result<()> {
+    let parameters = libc::sched_param { sched_priority: 10 };
+    // SAFETY: the kernel reads one structure, which outlives the call.
+    nix::errno::Errno::result(unsafe { libc::sched_setscheduler(0, libc::SCHED_RR, &raw const parameters) }).map(drop)
+}
+
 /// Kernel, processors, memory.
 pub(crate) fn describe() -> String {
     let kernel = nix::sys::utsname::uname().map_or(String::new(), |u| u.release().to_string_lossy().into_owned());
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    format!("Linux {kernel}, {cpus} processors, {} MiB of memory free", available() >> 20)
+    format!("Linux {kernel}, {cpus} processors ({}), {} GiB of memory free", model(), available() >> 30)
+}
+
+/// What /proc/cpuinfo calls the processor.
+fn model() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = text.lines().find_map(|l| l.strip_prefix("model name"));
+    line.map_or("of unknown kind", |l| l.trim_start_matches([' ', '\t', ':'])).to_owned()
+}
+
+/// How many tasks wanted a processor during the last minute.
+pub(crate) fn load() -> f64 {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().and_then(|l| l.parse().ok()).unwrap_or(0.0)
 }
 
 /// Bytes that can be had without swapping.

@@ -15,12 +15,14 @@
 mod guests;
 mod machine;
 mod programs;
+mod report;
 mod rounds;
 
 use anyhow::{bail, ensure, Context as _, Result};
 use clap::Parser;
 use guests::Guest;
 use programs::Program;
+use report::{median, Row, Run};
 use rounds::Sample;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -44,9 +46,15 @@ struct Args {
     /// Where images go, instead of a tmpfs
     #[arg(long)]
     dir: Option<PathBuf>,
+    /// Run everything with real-time priority, guests too, so that other programs on the machine count less
+    #[arg(long)]
+    realtime: bool,
     /// Every figure, not medians alone
     #[arg(long)]
     all: bool,
+    /// Write RESULTS.md and results.svg into this folder
+    #[arg(long, value_name = "FOLDER")]
+    report: Option<PathBuf>,
     /// Be the program that is dumped
     #[arg(long, hide = true, num_args = 2, value_names = ["KIND", "DIR"])]
     guest: Option<Vec<String>>,
@@ -79,6 +87,10 @@ fn run(args: Args) -> Result<()> {
         println!("No CRIU 4 or newer in $CRIU or on the PATH: these are our figures alone.\n");
     }
     let dir = machine::prepare(args.dir)?;
+    if args.realtime {
+        machine::realtime().context("sched_setscheduler")?;
+    }
+    let before = machine::load();
     println!("{}", machine::describe());
     println!(
         "ours: {}{}",
@@ -89,26 +101,44 @@ fn run(args: Args) -> Result<()> {
 
     let programs: Vec<&Program> = std::iter::once(&ours).chain(&other).collect();
     let cases = if args.cases.is_empty() { Guest::ALL.to_vec() } else { args.cases };
-    head(&programs);
+    println!("{:20} {:8}{:>14}{:>14}   ratio (of the best)", "work", "step", shorten(&ours.name), name_of(&other));
+    let mut rows = Vec::new();
     let mut failures = 0;
     for case in cases {
         if let Some(why) = machine::too_small_for(case) {
-            println!("{:10} left out: {why}", case.name());
+            println!("{:20} left out: {why}", case.title());
             continue;
         }
         let samples = rounds::run(case, &programs, args.rounds.unwrap_or(case.rounds()), &dir);
-        failures += table(case, &samples, args.all);
+        let measured = rows_of(case, &samples);
+        print_rows(&measured, args.all);
+        rows.extend(measured);
+        failures += failed(case, &samples);
     }
     drop(dir);
+    if let Some(folder) = &args.report {
+        let run = Run {
+            machine: machine::describe(),
+            command: command_line(),
+            load: (before, machine::load()),
+            other: other.as_ref().map_or("nobody".to_owned(), |o| o.name.clone()),
+        };
+        report::write(folder, &run, &rows)?;
+    }
     if failures > 0 {
         bail!("{failures} rounds failed");
     }
     Ok(())
 }
 
-fn head(programs: &[&Program]) {
-    let names: String = programs.iter().map(|p| format!("{:>14}", shorten(&p.name))).collect();
-    println!("{:10} {:8}{names}{}", "case", "step", if programs.len() > 1 { "   ratio" } else { "" });
+/// How to measure this once more, without the paths of this machine.
+fn command_line() -> String {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    format!("CRIU=criu cargo run --release -p standstill-benches -- {}", args.join(" "))
+}
+
+fn name_of(program: &Option<Program>) -> &str {
+    program.as_ref().map_or("", |p| shorten(&p.name))
 }
 
 fn shorten(name: &str) -> &str {
@@ -118,55 +148,56 @@ fn shorten(name: &str) -> &str {
     }
 }
 
-/// Prints a case; the result is the number of failed rounds.
-fn table(case: Guest, samples: &[Vec<Result<Sample>>], all: bool) -> usize {
+/// What the rounds of a case say.
+fn rows_of(case: Guest, samples: &[Vec<Result<Sample>>]) -> Vec<Row> {
     type Figure = fn(&Sample) -> Option<Duration>;
-    let figures: [(&str, Figure); 3] =
-        [("dump", |s| Some(s.dump)), ("frozen", |s| s.frozen), ("restore", |s| Some(s.restore))];
-    for (step, figure) in figures {
-        let of = |samples: &Vec<Result<Sample>>| {
-            let mut values: Vec<f64> =
-                samples.iter().flatten().filter_map(figure).map(|d| d.as_secs_f64() * 1e3).collect();
-            values.sort_by(f64::total_cmp);
-            values
-        };
-        let values: Vec<Vec<f64>> = samples.iter().map(of).collect();
-        let medians: Vec<Option<f64>> = values.iter().map(|v| median(v)).collect();
-        let shown: String =
-            medians.iter().map(|m| m.map_or(format!("{:>14}", "-"), |m| format!("{m:>14.2}"))).collect();
-        let ratio = match medians.as_slice() {
-            [Some(ours), Some(other)] => format!("{:>8.2}", ours / other),
-            _ => String::new(),
-        };
-        println!("{:10} {step:8}{shown}{ratio}", case.name());
-        for values in values.iter().filter(|v| all && !v.is_empty()) {
-            println!("{:20}{}", "", values.iter().map(|v| format!(" {v:.2}")).collect::<String>());
-        }
-    }
-    let failed: Vec<&anyhow::Error> = samples.iter().flatten().filter_map(|s| s.as_ref().err()).collect();
-    if let Some(e) = failed.first() {
-        println!("{:10} {} rounds failed; the first: {e:#}", case.name(), failed.len());
-    }
-    failed.len()
+    let (dump, restore) = case.wanted();
+    let figures: [(&str, Figure, Option<f64>); 3] = [
+        ("dump", |s| Some(s.dump), Some(dump)),
+        ("frozen", |s| s.frozen, None),
+        ("restore", |s| Some(s.restore), Some(restore)),
+    ];
+    let of = |n: usize, figure: Figure| {
+        let samples = samples.get(n).into_iter().flatten().flatten();
+        let mut values: Vec<f64> = samples.filter_map(figure).map(|d| d.as_secs_f64() * 1e3).collect();
+        values.sort_by(f64::total_cmp);
+        values
+    };
+    let row =
+        |(step, figure, wanted)| Row { work: case.title(), step, ours: of(0, figure), theirs: of(1, figure), wanted };
+    figures.into_iter().map(row).collect()
 }
 
-/// Of sorted values.
-fn median(values: &[f64]) -> Option<f64> {
-    let (upper, lower) = (values.get(values.len() / 2)?, values.get(values.len().saturating_sub(1) / 2)?);
-    Some((upper + lower) / 2.0)
+fn print_rows(rows: &[Row], all: bool) {
+    let number = |v: Option<f64>| v.map_or("-".to_owned(), |v| format!("{v:.2}"));
+    for r in rows {
+        let ratios = r.ratio().zip(r.ratio_of_best());
+        println!(
+            "{:20} {:8}{:>14}{:>14}{}",
+            r.work,
+            r.step,
+            number(median(&r.ours)),
+            number(median(&r.theirs)),
+            ratios.map_or(String::new(), |(m, best)| format!("{m:>8.2} ({best:.2})"))
+        );
+        for values in [&r.ours, &r.theirs].into_iter().filter(|v| all && !v.is_empty()) {
+            println!("{:28}{}", "", values.iter().map(|v| format!(" {v:.2}")).collect::<String>());
+        }
+    }
+}
+
+/// How many rounds failed, and why the first one did.
+fn failed(case: Guest, samples: &[Vec<Result<Sample>>]) -> usize {
+    let failed: Vec<&anyhow::Error> = samples.iter().flatten().filter_map(|s| s.as_ref().err()).collect();
+    if let Some(e) = failed.first() {
+        println!("{:20} {} rounds failed; the first: {e:#}", case.title(), failed.len());
+    }
+    failed.len()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn medians() {
-        assert_eq!(median(&[]), None);
-        assert_eq!(median(&[3.0]), Some(3.0));
-        assert_eq!(median(&[1.0, 2.0]), Some(1.5));
-        assert_eq!(median(&[1.0, 2.0, 9.0]), Some(2.0));
-    }
 
     #[test]
     fn the_end_of_a_name() {

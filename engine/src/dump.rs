@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rayon::prelude::*;
 use standstill_images::proto::{
     CoreEntry, FdinfoEntry, FsEntry, InventoryEntry, MmEntry, PluginsEntry, PstreeEntry, SeccompEntry, SeccompFilter,
-    TaskKobjIdsEntry, TimensEntry, Timespec,
+    TaskKobjIdsEntry, TimensEntry, Timespec, VmaEntry,
 };
 use standstill_images::{FolderStore, ImageKind, Images};
 
@@ -21,12 +21,14 @@ use crate::memory::{self, dedup, drain};
 use crate::options::{FinalState, Options, Persona};
 use crate::plan::Plan;
 use crate::proc::maps::{VmFlags, Vma, VmaName};
+use crate::proc::status::Status;
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::interrupt;
 use crate::sys::memory as remote;
 use crate::sys::ptrace;
-use crate::tasks::{core, facts::Facts, finish, freeze, ids, leftovers, seccomp};
+use crate::tasks::facts::{self, Facts};
+use crate::tasks::{core, finish, freeze, ids, leftovers, seccomp};
 use crate::tracee::{Answers, Infected, Stopped};
 
 /// What a dump did.
@@ -45,6 +47,9 @@ pub struct DumpReport {
     /// Processes dumped.
     pub tasks: usize,
 }
+
+/// So many threads are worth being written side by side.
+const MANY_THREADS: usize = 64;
 
 /// One process on its way into images.
 #[derive(Debug)]
@@ -129,8 +134,8 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
         heads.push((f.pid, f.parent, f.dead, f.stat));
         threads.push(f.threads);
     }
-    suspend_seccomp_and_settle(opts, &mut threads)?;
-    let mut tasks = read(&heads, &threads, &workers)?;
+    let statuses = suspend_seccomp_and_settle(opts, &mut threads, &workers)?;
+    let mut tasks = read(&heads, &threads, statuses, &workers)?;
     check_session(opts, &tasks)?;
     let mut numbers = ids::Ids::new()?;
     give_ids(&mut tasks, &mut numbers)?;
@@ -194,6 +199,7 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     });
     let mut filters: Vec<SeccompFilter> = Vec::new();
     let mut written = Written::default();
+    let mut planned = plan_memory(&mut tasks, &infected, &workers, tracking.as_mut())?.into_iter();
     let mut live = infected.iter().zip(&asked).zip(&answers);
     let mut drains = Vec::new();
     for task in &mut tasks {
@@ -211,7 +217,9 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
                 alive.mm.dumpable = Some(more.dumpable);
                 alive.mm.thp_disabled = Some(more.thp_disabled);
                 let last_filters = seccomp::add(&alive.chains, &mut filters);
-                for (i, (thread, facts)) in host.threads().iter().zip(&alive.facts.threads).enumerate() {
+                let stopped = host.threads();
+                let write_core = |i: usize| -> Result<()> {
+                    let (thread, facts) = (&stopped[i], &alive.facts.threads[i]);
                     let mut entry = core::thread_entry(thread, facts, &in_threads[i], &answers[i], i == 0)?;
                     set_filter(&mut entry, last_filters.get(i).copied().flatten(), &alive.chains);
                     if i == 0 {
@@ -220,19 +228,16 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
                                 .task(task.pid)?,
                         );
                     }
-                    images.write_one(ImageKind::Core, ns_pid(thread.tid(), Some(&facts.status))?, &entry)?;
+                    Ok(images.write_one(ImageKind::Core, ns_pid(thread.tid(), Some(&facts.status))?, &entry)?)
+                };
+                if stopped.len() < MANY_THREADS {
+                    (0..stopped.len()).try_for_each(write_core)?;
+                } else {
+                    let all = (0..stopped.len()).into_par_iter().with_min_len(MANY_THREADS / 4);
+                    workers.install(|| all.try_for_each(write_core))?;
                 }
                 let pid = ns_pid(task.pid, Some(alive.facts.status()))?;
-                let pointers: Vec<u64> = host.threads().iter().map(|t| t.registers.sp).collect();
-                if let Some(tracking) = &mut tracking {
-                    tracking.register(task.pid, &alive.facts.areas).task(task.pid)?;
-                }
-                let marks = tracking.as_ref().map(|t| t.marks(task.pid, pid)).transpose()?.flatten();
-                let vmas = &mut alive.mm.vmas;
-                let drain = drain::plan(task.pid, vmas, &pointers, heads.len() > 1, marks.as_ref()).task(task.pid)?;
-                if let Some(tracking) = &tracking {
-                    tracking.clear(task.pid)?;
-                }
+                let drain = planned.next().ok_or(Error::Gone)?;
                 images.write_one(ImageKind::Mm, pid, &alive.mm)?;
                 images.write_one(ImageKind::Fs, pid, &alive.fs)?;
                 images.write_one(ImageKind::Ids, pid, &alive.ids)?;
@@ -316,12 +321,12 @@ pub(crate) fn remove_old_images(images: &Images) -> Result<()> {
 }
 
 /// The threads that read and copy side by side: rayon's, or as many as `--jobs` says.
-struct Workers {
+pub(crate) struct Workers {
     own: Option<rayon::ThreadPool>,
 }
 
 impl Workers {
-    fn new(opts: &Options) -> Result<Workers> {
+    pub(crate) fn new(opts: &Options) -> Result<Workers> {
         let make = |n: std::num::NonZeroUsize| {
             rayon::ThreadPoolBuilder::new()
                 .num_threads(n.get())
@@ -348,6 +353,39 @@ impl Workers {
     }
 }
 
+/// Finds the pages of all tasks that must be stored, side by side; in the order of the tasks that live.
+fn plan_memory(
+    tasks: &mut [Task],
+    infected: &[Infected<'_>],
+    workers: &Workers,
+    mut tracking: Option<&mut Tracking>,
+) -> Result<Vec<drain::Drain>> {
+    let family = tasks.len() > 1;
+    let mut all = Vec::with_capacity(infected.len());
+    let alive = tasks.iter_mut().filter_map(|t| match &mut t.kind {
+        Kind::Alive(a) => Some((t.pid, a)),
+        Kind::Dead(_) => None,
+    });
+    for ((pid, alive), host) in alive.zip(infected) {
+        if let Some(tracking) = &mut tracking {
+            tracking.register(pid, &alive.facts.areas).task(pid)?;
+        }
+        let pointers: Vec<u64> = host.threads().iter().map(|t| t.registers.sp).collect();
+        all.push((pid, ns_pid(pid, Some(alive.facts.status()))?, &mut alive.mm.vmas, pointers));
+    }
+    let tracking = tracking.as_deref();
+    let one = |(pid, id, vmas, pointers): &mut (i32, u32, &mut Vec<VmaEntry>, Vec<u64>)| {
+        let marks = tracking.map(|t| t.marks(*pid, *id)).transpose()?.flatten();
+        let drain = drain::plan(*pid, vmas, pointers, family, marks.as_ref()).task(*pid)?;
+        tracking.map_or(Ok(()), |t| t.clear(*pid))?;
+        Ok(drain)
+    };
+    match all.as_mut_slice() {
+        [only] => Ok(vec![one(only)?]),
+        _ => workers.install(|| all.par_iter_mut().map(one).collect()),
+    }
+}
+
 /// What goes into images that are written once.
 #[derive(Debug, Default)]
 struct Written {
@@ -355,25 +393,31 @@ struct Written {
     clocks: Option<((u64, u64), (u64, u64))>,
 }
 
-/// Filters are held off while the executor runs.
-pub(crate) fn suspend_seccomp_and_settle(opts: &Options, threads: &mut [Vec<Stopped>]) -> Result<()> {
-    let mut buffer = Vec::new();
-    for thread in threads.iter_mut().flatten() {
-        let tid = thread.tid();
-        crate::proc::read_proc(format!("/proc/{tid}/status").as_ref(), &mut buffer)
-            .map_err(|_| Error::Gone)
-            .task(tid)?;
-        let status = crate::proc::status::parse(&buffer).task(tid)?;
-        if status.seccomp.unwrap_or(0) != 0 {
-            ptrace::set_options(tid, ptrace::SYSGOOD | ptrace::SUSPEND_SECCOMP).task(tid)?;
+/// Filters are held off while the executor runs. The result is what /proc says of each thread.
+pub(crate) fn suspend_seccomp_and_settle(
+    opts: &Options,
+    threads: &mut [Vec<Stopped>],
+    workers: &Workers,
+) -> Result<Vec<Vec<Status>>> {
+    let tids: Vec<i32> = threads.iter().flatten().map(Stopped::tid).collect();
+    let mut statuses = workers.install(|| facts::statuses(&tids))?.into_iter();
+    let mut all = Vec::with_capacity(threads.len());
+    for task in threads {
+        let of_task: Vec<Status> = statuses.by_ref().take(task.len()).collect();
+        for (thread, status) in task.iter_mut().zip(&of_task) {
+            let tid = thread.tid();
+            if status.seccomp.unwrap_or(0) != 0 {
+                ptrace::set_options(tid, ptrace::SYSGOOD | ptrace::SUSPEND_SECCOMP).task(tid)?;
+            }
+            let trap = 1u64 << (libc::SIGTRAP - 1);
+            if opts.personality == Persona::Criu && (status.sig_pending | status.shared_pending) & trap != 0 {
+                return Err(Error::Usage { what: format!("Can't dump the {tid} thread with a pending SIGTRAP.") });
+            }
+            leave_sequence(thread).task(tid)?;
         }
-        let trap = 1u64 << (libc::SIGTRAP - 1);
-        if opts.personality == Persona::Criu && (status.sig_pending | status.shared_pending) & trap != 0 {
-            return Err(Error::Usage { what: format!("Can't dump the {tid} thread with a pending SIGTRAP.") });
-        }
-        leave_sequence(thread).task(tid)?;
+        all.push(of_task);
     }
-    Ok(())
+    Ok(all)
 }
 
 /// A thread inside a restartable sequence is moved to its abort handler, as a preemption would have done.
@@ -398,19 +442,18 @@ fn leave_sequence(thread: &mut Stopped) -> Result<()> {
 type Head = (i32, i32, Option<freeze::Dead>, crate::proc::stat::Stat);
 
 /// Reads /proc of all tasks, side by side.
-fn read(heads: &[Head], threads: &[Vec<Stopped>], workers: &Workers) -> Result<Vec<Task>> {
-    let tids: Vec<Vec<i32>> = threads.iter().map(|t| t.iter().map(Stopped::tid).collect()).collect();
-    let one = |(head, tids): (&Head, &Vec<i32>)| {
+fn read(heads: &[Head], threads: &[Vec<Stopped>], statuses: Vec<Vec<Status>>, workers: &Workers) -> Result<Vec<Task>> {
+    let one = |(head, statuses): (&Head, Vec<Status>)| {
         if head.2.is_some() {
             Ok(None)
         } else {
-            Facts::read(head.0, tids).map(Some)
+            Facts::read(head.0, statuses).map(Some)
         }
     };
     let facts: Vec<Option<Facts>> = if heads.len() == 1 {
-        heads.iter().zip(&tids).map(one).collect::<Result<_>>()?
+        heads.iter().zip(statuses).map(one).collect::<Result<_>>()?
     } else {
-        workers.install(|| heads.par_iter().zip(&tids).map(one).collect::<Result<_>>())?
+        workers.install(|| heads.par_iter().zip(statuses).map(one).collect::<Result<_>>())?
     };
     let mut tasks = Vec::with_capacity(heads.len());
     for ((head, facts), threads) in heads.iter().zip(facts).zip(threads) {

@@ -151,7 +151,7 @@ fn scan(
 /// The executor, for what only the task itself can make.
 fn infect<'r>(opts: &Options, task: &Task, stopped: Vec<Stopped>, robust: &'r RobustList) -> Result<Infected<'r>> {
     let mut all = [stopped];
-    dump::suspend_seccomp_and_settle(opts, &mut all)?;
+    dump::suspend_seccomp_and_settle(opts, &mut all, &dump::Workers::new(opts)?)?;
     let [stopped] = all;
     leftovers::check_areas(&task.areas, &stopped).task(task.pid)?;
     let vdso = dump::read_vdso(task.pid, &task.areas, &stopped).task(task.pid)?;

@@ -5,15 +5,15 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
 
-use standstill_images::proto::{FdinfoEntry, FsEntry, InventoryEntry, SeccompEntry, TimensEntry};
+use standstill_images::proto::{FdinfoEntry, InventoryEntry, SeccompEntry, TimensEntry};
 use standstill_images::{FolderStore, ImageKind, Images};
 use standstill_restorer::plan::{Code, Expect};
 
 use crate::error::{At, Call, Error, Place, Result};
-use crate::files::{inotify, memfd, regular, tty, RestoreFiles};
+use crate::files::{inotify, memfd, RestoreFiles};
 use crate::memory::rebuild::{unmap_all_but, Figures, Numbers};
 use crate::memory::vdso::Layout;
 use crate::options::{FinalState, Options};
@@ -26,6 +26,10 @@ use crate::sys::{calls, ptrace, spawn};
 use crate::tasks::revive::{Birth, Script, Table, Vdso, BEFORE_CREDS, FILLED, FORKED, POWERLESS, READY};
 use crate::tasks::tree::{Alive, Kind, Tree};
 use crate::tasks::{core, registers, release};
+
+mod opening;
+
+use opening::{open_files, open_late, send};
 
 /// How long tasks may take for one stage.
 const STAGE_LIMIT: Duration = Duration::from_secs(600);
@@ -202,7 +206,8 @@ fn build<'r>(
         own_root: draft.own_root,
         restore: files,
     };
-    let script = Script { tree, birth, table: &table, filters, slots: slots.clone(), threads, parked };
+    let jobs = opts.jobs.map(std::num::NonZeroUsize::get);
+    let script = Script { tree, birth, table: &table, filters, slots: slots.clone(), threads, parked, jobs };
     let (root_plan, figures) = script.write(&mut arena)?;
     if opts.show_plan {
         eprintln!("{}task {}\n{root_plan}", arena.describe(), tree.root().pid);
@@ -273,9 +278,10 @@ fn build<'r>(
     arena.gather(READY, STAGE_LIMIT, alive)?;
     phases.mark("settling");
 
+    held.stop()?;
     for (_, node, a) in tree.alive() {
-        set_registers(&mut held, a).task(node.pid)?;
-        held.remove_executor(node.pid, arena.syscall_address()?, arena.leftovers(keeps_parked(a, birth)?))
+        set_registers(a).task(node.pid)?;
+        held.remove_executor(node.pid, arena.syscall_address()?, arena.leftovers(keeps_parked(a, birth)))
             .task(node.pid)?;
         set_leader(a).task(node.pid)?;
     }
@@ -357,6 +363,7 @@ fn birth() -> Result<Birth> {
         Ok(buf.clone())
     };
     let status = proc::status::parse(&read("/proc/thread-self/status")?)?;
+    let (_, policy, _) = calls::scheduling(0)?;
     let limits = proc::limits::parse(&read("/proc/self/limits")?)?.to_vec();
     let oom_score_adj = proc::simple::signed("/proc/PID/oom_score_adj", &read("/proc/self/oom_score_adj")?)?;
     let loginuid = read("/proc/self/loginuid")
@@ -374,131 +381,7 @@ fn birth() -> Result<Birth> {
         .map(|a| (a.start, a.size()))
         .collect();
     let bytes = crate::memory::vdso::own()?.to_vec();
-    Ok(Birth { status, limits, oom_score_adj, loginuid, vdso: Vdso { layout, pieces, bytes }, personality })
-}
-
-/// Descriptors that go to the first task, in order.
-#[derive(Debug, Default)]
-struct Transfer {
-    list: Vec<OwnedFd>,
-}
-
-impl Transfer {
-    fn add(&mut self, fd: OwnedFd) -> usize {
-        self.list.push(fd);
-        self.list.len() - 1
-    }
-    fn add_copy(&mut self, fd: BorrowedFd<'_>) -> Result<usize> {
-        let copy = rustix::io::fcntl_dupfd_cloexec(fd, 3).call("fcntl(F_DUPFD_CLOEXEC)")?;
-        Ok(self.add(copy))
-    }
-}
-
-/// What the images say of descriptors, with the place of each file in the transfer.
-#[derive(Debug, Default)]
-struct Draft {
-    base: i32,
-    files: HashMap<u32, usize>,
-    late_ids: Vec<u32>,
-    areas: HashMap<(u32, u32), usize>,
-    pages: HashMap<(u32, usize), usize>,
-    exes: HashMap<u32, usize>,
-    folders: HashMap<u32, usize>,
-    terminals: HashMap<i32, (usize, u32)>,
-    tables: HashMap<u32, Vec<FdinfoEntry>>,
-    fs: HashMap<i32, FsEntry>,
-    own_root: Vec<u32>,
-}
-
-fn open_files(opts: &Options, images: &Images, tree: &Tree, files: &mut RestoreFiles<'_>) -> Result<(Transfer, Draft)> {
-    let mut transfer = Transfer::default();
-    let mut draft = Draft::default();
-    let mut highest = 0u32;
-    for (_, node, a) in tree.alive() {
-        let id = a.ids.files_id;
-        if let std::collections::hash_map::Entry::Vacant(free) = draft.tables.entry(id) {
-            let entries: Vec<FdinfoEntry> = images.read_entries(ImageKind::Fdinfo, id)?;
-            highest = entries.iter().map(|e| e.fd).max().unwrap_or(0).max(highest);
-            free.insert(entries);
-        }
-        let fs: FsEntry = images.read_one(ImageKind::Fs, u32::try_from(node.pid).unwrap_or(0))?;
-        draft.fs.insert(node.pid, fs);
-    }
-    if highest >= 1 << 24 {
-        return Err(Error::lie("fdinfo", format!("descriptor {highest}")));
-    }
-    draft.base = i32::try_from(highest).unwrap_or(0).max(256) + 64;
-    let mut ids: Vec<u32> = draft.tables.values().flatten().map(|e| e.id).collect();
-    ids.sort_unstable();
-    ids.dedup();
-    for id in ids {
-        if files.opens_late(id)? {
-            draft.late_ids.push(id);
-        } else {
-            let fd = files.open(id)?;
-            let at = transfer.add_copy(fd)?;
-            draft.files.insert(id, at);
-        }
-    }
-    for node in tree.nodes.iter().filter(|n| n.sid == n.pid) {
-        if let Some(c) = tty::controlling(u32::try_from(node.pid).unwrap_or(0), files)? {
-            draft.terminals.insert(node.pid, (transfer.add(c.terminal), c.foreground));
-        }
-    }
-    let here = rustix::fs::stat("/").call("stat(/)")?;
-    for (_, node, a) in tree.alive() {
-        for key @ (id, mode) in a.memory.files() {
-            if draft.areas.contains_key(&key) {
-                continue;
-            }
-            let is_memfd = files.entry(id).task(node.pid)?.memfd.is_some();
-            let fd = if is_memfd {
-                memfd::for_mapping(files, id, mode)
-            } else {
-                regular::opened_for_mapping(files, id, mode)
-            };
-            draft.areas.insert(key, transfer.add(fd.at(Place::File(id)).task(node.pid)?));
-        }
-        let exe = a.memory.mm.exe_file_id;
-        if let std::collections::hash_map::Entry::Vacant(free) = draft.exes.entry(exe) {
-            free.insert(transfer.add(regular::exe(files, exe).at(Place::File(exe)).task(node.pid)?));
-        }
-        let pid = u32::try_from(node.pid).unwrap_or(0);
-        for n in 0..a.memory.layers() {
-            let Some(pages) = a.memory.layer(n) else { continue };
-            let file = pages
-                .as_file()
-                .ok_or(Error::Usage { what: "pages are not in a file; restore needs an image folder".into() })?;
-            draft.pages.insert((pid, n), transfer.add_copy(file.as_fd())?);
-        }
-        if let Some(fs) = draft.fs.get(&node.pid) {
-            for id in [fs.cwd_id, fs.root_id] {
-                if draft.late_ids.contains(&id) {
-                    continue;
-                }
-                if files.opens_late(id)? {
-                    draft.late_ids.push(id);
-                } else if !draft.folders.contains_key(&id) {
-                    let fd = regular::folder(files, id).at(Place::File(id)).task(node.pid)?;
-                    let stat = rustix::fs::fstat(&fd).call("fstat")?;
-                    if (stat.st_dev, stat.st_ino) == (here.st_dev, here.st_ino) && opts.root.is_none() {
-                        draft.own_root.push(id);
-                    }
-                    draft.folders.insert(id, transfer.add(fd));
-                }
-            }
-        }
-    }
-    Ok((transfer, draft))
-}
-
-/// Opens what needs living tasks, at the numbers that the plans know.
-fn open_late(files: &mut RestoreFiles<'_>, late: &HashMap<u32, OwnedFd>) -> Result<()> {
-    for (&id, place) in late {
-        let fd = files.open(id)?;
-        calls::replace(fd.as_fd(), place.as_fd())?;
-    }
-    Ok(())
+    Ok(Birth { status, policy, limits, oom_score_adj, loginuid, vdso: Vdso { layout, pieces, bytes }, personality })
 }
 
 fn arena_size(tree: &Tree, tables: &HashMap<u32, Vec<FdinfoEntry>>, locks: usize, tasks: usize) -> usize {
@@ -627,29 +510,14 @@ fn time_namespace(clocks: &TimensEntry, plan: &mut Plan) -> Result<()> {
     Ok(())
 }
 
-/// Sends descriptors in messages of at most 64.
-fn send(socket: &OwnedFd, list: &[OwnedFd], alive: &impl Fn() -> Result<()>) -> Result<()> {
-    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
-    for part in list.chunks(64) {
-        let borrowed: Vec<BorrowedFd<'_>> = part.iter().map(AsFd::as_fd).collect();
-        let mut space = vec![std::mem::MaybeUninit::uninit(); 64 * 4 + 64];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        if !control.push(SendAncillaryMessage::ScmRights(&borrowed)) {
-            return Err(Error::Usage { what: "descriptors do not fit into a message".into() });
-        }
-        alive()?;
-        rustix::net::sendmsg(socket, &[std::io::IoSlice::new(b"f")], &mut control, SendFlags::NOSIGNAL)
-            .call("sendmsg(SCM_RIGHTS)")?;
-    }
-    Ok(())
-}
-
-/// Sets everything by ptrace that a task cannot set for itself; the leader's general registers come last.
-fn set_registers(held: &mut release::Seized, a: &Alive) -> Result<()> {
+/// Sets everything by ptrace that a task cannot set for itself, and that is stopped; the leader's general registers come
+/// last.
+fn set_registers(a: &Alive) -> Result<()> {
+    // what the image does not say of the state is the same in all threads, which have run nothing but the executor
+    let fresh = ptrace::xstate(a.threads[0].0)?;
     for (tid, entry) in &a.threads {
         let (info, core) = core::parts(entry)?;
-        held.stop(*tid).task(*tid)?;
-        let state = registers::xstate_from_entry(&info.fpregs, ptrace::xstate(*tid)?).task(*tid)?;
+        let state = registers::xstate_from_entry(&info.fpregs, fresh.clone()).task(*tid)?;
         ptrace::set_xstate(*tid, &state).task(*tid)?;
         if entry.tc.is_none() {
             ptrace::set_signal_mask(*tid, core.blk_sigset.unwrap_or(0)).task(*tid)?;
@@ -669,8 +537,8 @@ fn set_leader(a: &Alive) -> Result<()> {
 }
 
 /// True if the running kernel's vdso stays where it was parked, because the task's old one jumps into it.
-fn keeps_parked(a: &Alive, birth: &Birth) -> Result<bool> {
-    Ok(a.memory.vdso().vdso != 0 && a.memory.vdso_bytes()? != birth.vdso.bytes)
+fn keeps_parked(a: &Alive, birth: &Birth) -> bool {
+    a.memory.vdso().vdso != 0 && a.memory.vdso_bytes() != birth.vdso.bytes
 }
 
 fn stop_signal(a: &Alive, opts: &Options) -> Option<i32> {

@@ -11,18 +11,21 @@
 mod plan;
 
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
-use plan::{Arena, Code, Control, Expect, Kind, Op};
+use plan::{Arena, Code, Control, Expect, Kind, Op, Piece, Queue};
 
 const WRITE: usize = 1;
 const PREAD64: usize = 17;
+const MADVISE: usize = 28;
 const RECVMSG: usize = 47;
 const EXIT_GROUP: usize = 231;
 const WAIT4: usize = 61;
 const DUP3: usize = 292;
+const PREADV: usize = 295;
 const CLOSE: usize = 3;
 const FUTEX: usize = 202;
 const TIMER_CREATE: usize = 222;
 const TIMER_DELETE: usize = 226;
+const POPULATE_WRITE: usize = 23;
 const FUTEX_WAIT: usize = 0;
 const FUTEX_WAKE: usize = 1;
 const EINTR: i64 = -4;
@@ -72,16 +75,16 @@ unsafe fn syscall(nr: usize, a: [usize; 6]) -> i64 {
     r
 }
 
-/// clone3: the child takes its stack from the clone_args and goes on with its own control.
+/// clone3: the child takes its stack from the clone_args and goes on in `start` with `state`.
 #[inline(always)]
-unsafe fn clone(args: usize, size: usize, control: usize) -> i64 {
+unsafe fn clone(args: usize, size: usize, start: usize, state: usize) -> i64 {
     let r: i64;
     // SAFETY: the child has a stack of its own and never returns into this frame.
     unsafe {
         core::arch::asm!(
             "syscall", "test rax, rax", "jnz 2f",
-            "xor ebp, ebp", "mov rdi, r12", "and rsp, -16", "call {start}", "ud2", "2:",
-            start = sym start, inlateout("rax") 435i64 => r, in("rdi") args, in("rsi") size, in("r12") control,
+            "xor ebp, ebp", "mov rdi, r12", "and rsp, -16", "call r13", "ud2", "2:",
+            inlateout("rax") 435i64 => r, in("rdi") args, in("rsi") size, in("r12") state, in("r13") start,
             lateout("rcx") _, lateout("r11") _);
     }
     r
@@ -248,7 +251,7 @@ unsafe fn step(c: &Control, op: &Op) -> i64 {
                 (a[0] as *mut u64).write_unaligned(a[1] as u64);
                 0
             }
-            x if x == Code::Clone as u32 => clone(a[0], a[1], a[2]),
+            x if x == Code::Clone as u32 => clone(a[0], a[1], start as *const () as usize, a[2]),
             x if x == Code::Stage as u32 => stage(c, a[0]),
             x if x == Code::ReceiveFds as u32 => receive(a[0], a[1], a[2]),
             x if x == Code::TimerCreate as u32 => timer(a[0], a[1], a[2] as i32),
@@ -287,6 +290,7 @@ unsafe fn step(c: &Control, op: &Op) -> i64 {
             x if x == Code::Exit as u32 => loop {
                 syscall(EXIT_GROUP, [a[0], 0, 0, 0, 0, 0]);
             },
+            x if x == Code::Fill as u32 => fill(c, a),
             _ => EPROTO,
         }
     }
@@ -308,6 +312,113 @@ unsafe fn transfer(nr: usize, mut a: [usize; 6]) -> i64 {
         a[3] += n as usize;
     }
     whole
+}
+
+/// What helpers of [`Code::Fill`] need; the one who makes them waits for them.
+struct Filling {
+    control: *const Control,
+    queue: *const Queue,
+    vectors: *mut [usize; 2],
+}
+
+const HELPERS: usize = 64;
+const CLONE_ARGS: usize = 88;
+
+unsafe fn fill(c: &Control, a: [usize; 6]) -> i64 {
+    let filling = Filling { control: c, queue: a[0] as *const Queue, vectors: a[1] as *mut [usize; 2] };
+    let count = if a[3] < HELPERS { a[3] } else { HELPERS };
+    let mut pids = core::mem::MaybeUninit::<[i32; HELPERS]>::uninit();
+    let pids = pids.as_mut_ptr() as *mut i32;
+    // SAFETY: the engine checked that queue, vectors and clone_args lie in the plan's data; `pids` has room for `count`.
+    unsafe {
+        let mut n = 0;
+        while n < count {
+            let pid = clone(a[2] + n * CLONE_ARGS, CLONE_ARGS, help as *const () as usize, &filling as *const Filling as usize);
+            pids.add(n).write(pid as i32);
+            n += 1;
+        }
+        take_pieces(&filling);
+        n = 0;
+        while n < count {
+            let pid = *pids.add(n);
+            // __WALL: their end sends no signal
+            while pid > 0 && syscall(WAIT4, [pid as usize, 0, 0x4000_0000, 0, 0, 0]) == EINTR {}
+            n += 1;
+        }
+        (*filling.queue).failed.load(SeqCst) as i64
+    }
+}
+
+/// A helper: another process in the same memory, until no piece is left.
+unsafe extern "C" fn help(filling: *const Filling) -> ! {
+    // SAFETY: the one who made us keeps this until we have ended.
+    unsafe {
+        take_pieces(&*filling);
+        loop {
+            syscall(EXIT_GROUP, [0, 0, 0, 0, 0, 0]);
+        }
+    }
+}
+
+unsafe fn take_pieces(filling: &Filling) {
+    // SAFETY: queue and vectors are the engine's, in shared memory that stays; each piece is taken once.
+    unsafe {
+        let queue = &*filling.queue;
+        let c = &*filling.control;
+        loop {
+            if !alive(c) || (c.arena != 0 && (*(c.arena as *const Arena)).failed.load(Relaxed) != 0) {
+                queue.failed.store(ECANCELED as u64, SeqCst);
+                return;
+            }
+            let n = queue.next.fetch_add(1, SeqCst);
+            if n >= queue.count || queue.failed.load(Relaxed) != 0 {
+                return;
+            }
+            let piece = *((filling.queue as *const u8).add(core::mem::size_of::<Queue>()) as *const Piece).add(n as usize);
+            let r = read_piece(&piece, filling.vectors.add(piece.first as usize));
+            if r < 0 {
+                queue.failed.store(r as u64, SeqCst);
+            }
+        }
+    }
+}
+
+unsafe fn read_piece(piece: &Piece, mut vectors: *mut [usize; 2]) -> i64 {
+    // SAFETY: as every system call of a plan; vectors are counted, and changed by nobody else.
+    unsafe {
+        let mut left = piece.count as usize;
+        let mut n = 0;
+        while n < left {
+            let [address, len] = *vectors.add(n);
+            if len as u64 >= plan::POPULATE_FROM {
+                // a kernel before 5.14 does not know it, and faults pages in as they are filled
+                syscall(MADVISE, [address, len, POPULATE_WRITE, 0, 0, 0]);
+            }
+            n += 1;
+        }
+        let mut offset = piece.offset as usize;
+        while left > 0 {
+            let r = syscall(PREADV, [piece.fd as usize, vectors as usize, left, offset, 0, 0]);
+            if r == EINTR {
+                continue;
+            }
+            if r <= 0 {
+                return if r == 0 { ENODATA } else { r };
+            }
+            let mut done = r as usize;
+            offset += done;
+            while left > 0 && done >= (*vectors)[1] {
+                done -= (*vectors)[1];
+                vectors = vectors.add(1);
+                left -= 1;
+            }
+            if left > 0 {
+                (*vectors)[0] += done;
+                (*vectors)[1] -= done;
+            }
+        }
+        0
+    }
 }
 
 unsafe fn stage(c: &Control, n: usize) -> i64 {

@@ -34,6 +34,10 @@ pub enum Code {
     Exit = 11,
     /// Wait until the 32-bit word at `args[0]` is not zero, for as long as the engine lives.
     Await = 12,
+    /// Fill memory from files: the pieces of the [`Queue`] at `args[0]`, whose vectors are at `args[1]`. `args[3]` helpers are
+    /// made with `clone3` from the `clone_args` at `args[2]`, take pieces as well, and are gone at the end. One that cannot
+    /// be made is done without.
+    Fill = 13,
 }
 
 /// How an operand is read.
@@ -153,6 +157,39 @@ pub struct Arena {
     pub reserved: u32,
 }
 const _: () = assert!(core::mem::size_of::<Arena>() == 80);
+
+/// Pieces of memory that anyone may fill who has the time.
+#[repr(C)]
+pub struct Queue {
+    /// The first piece that nobody has taken.
+    pub next: AtomicU64,
+    /// Zero, or what went wrong: a negative errno.
+    pub failed: AtomicU64,
+    /// Number of pieces; they follow.
+    pub count: u64,
+    /// Zero.
+    pub reserved: u64,
+}
+const _: () = assert!(core::mem::size_of::<Queue>() == 32);
+
+/// One piece: a range of a file that goes to some places in memory, one after the other.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Piece {
+    /// The file.
+    pub fd: u64,
+    /// Where it begins there.
+    pub offset: u64,
+    /// Its first vector.
+    pub first: u64,
+    /// Number of vectors (`struct iovec`: address and length), at most 1024.
+    pub count: u64,
+}
+const _: () = assert!(core::mem::size_of::<Piece>() == 32);
+
+/// From this length on, memory is asked for before it is filled (MADV_POPULATE_WRITE): one system call instead of a fault
+/// for each page.
+pub const POPULATE_FROM: u64 = 32 << 10;
 
 /// FUTEX_OWNER_DIED: the kernel sets it in [`Owner::word`] when the engine's thread is gone (futex(2)).
 pub const OWNER_DIED: u32 = 0x4000_0000;

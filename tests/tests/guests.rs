@@ -84,6 +84,8 @@ guests! {
     memory_cow
     memory_file
     memory_file_deleted
+    memory_fragmented
+    memory_large
     memory_layout
     memory_private
     memory_shared

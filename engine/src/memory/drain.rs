@@ -50,6 +50,21 @@ struct Run {
     in_parent: bool,
 }
 
+impl Run {
+    fn end(&self) -> u64 {
+        self.address + self.bytes
+    }
+}
+
+/// An area to be looked at.
+#[derive(Debug)]
+struct Area {
+    run: Run,
+    /// It can be told what was written.
+    marked: bool,
+    of_file: bool,
+}
+
 /// Finds the pages of `entries` that must be stored, and adds the pseudo entries of guard regions.
 /// `vdso` is what the vdso held before we touched it: a copy of it is stored whole.
 /// `family`: other tasks of the tree may share its pages.
@@ -65,8 +80,14 @@ pub fn plan(
     let mut drain = Drain { pid, family, runs: Vec::new(), running: false, pages: 0, in_parent: 0, scanned: 0 };
     let mut map = Pagemap::open(pid)?;
     let mut guards = Vec::new();
+    // areas between which nothing lies that is not to be looked at: one look serves them all
+    let mut group: Vec<Area> = Vec::new();
+    let look = |map: &mut Pagemap, group: &mut Vec<Area>, runs: &mut Vec<Run>, guards: &mut Vec<(u64, u64)>| {
+        survey(map, group, marks, runs, guards)
+    };
     for e in entries.iter() {
         if !areas::is_private(e) || e.status & status::VVAR != 0 || e.flags & 0xf == 0x8 {
+            look(&mut map, &mut group, &mut drain.runs, &mut guards)?;
             continue;
         }
         drain.scanned += (e.end - e.start) / PAGE;
@@ -75,22 +96,19 @@ pub fn plan(
             && e.flags & (libc::MAP_LOCKED | libc::MAP_HUGETLB) as u32 == 0
             && e.status & status::VDSO == 0
             && !stack_pointers.iter().any(|sp| (e.start..e.end).contains(sp));
-        let run = |address, bytes, in_parent| Run { address, bytes, readable, lazy, in_parent };
+        let run = Run { address: e.start, bytes: e.end - e.start, readable, lazy, in_parent: false };
         if e.status & status::VDSO != 0 {
-            drain.runs.push(run(e.start, e.end - e.start, false));
+            look(&mut map, &mut group, &mut drain.runs, &mut guards)?;
+            drain.runs.push(run);
             continue;
         }
-        let at = Place::Area(e.start, e.end);
-        match marks.filter(|m| m.cover(e.start, e.end)) {
-            None => map.content(e.start, e.end, |from, bytes| drain.runs.push(run(from, bytes, false))).at(at)?,
-            Some(marks) => changes(&mut map, e, marks, |from, bytes, there| drain.runs.push(run(from, bytes, there)))
-                .at(Place::Area(e.start, e.end))?,
+        let marked = marks.is_some_and(|m| m.cover(e.start, e.end));
+        if !map.sees_gaps() || group.last().is_some_and(|a| a.marked != marked) {
+            look(&mut map, &mut group, &mut drain.runs, &mut guards)?;
         }
-        if e.status & status::ANON_PRIVATE != 0 || e.status & status::FILE_PRIVATE != 0 {
-            map.guards(e.start, e.end, |start, bytes| guards.push((start, start + bytes)))
-                .at(Place::Area(e.start, e.end))?;
-        }
+        group.push(Area { run, marked, of_file: e.status & status::FILE_PRIVATE != 0 });
     }
+    look(&mut map, &mut group, &mut drain.runs, &mut guards)?;
     for (start, end) in guards {
         entries.push(VmaEntry { start, end, status: status::GUARD, fd: -1, ..Default::default() });
     }
@@ -99,29 +117,50 @@ pub fn plan(
     Ok(drain)
 }
 
-/// The pages of an area with content, each with whether it can be taken from the parent; what has changed is protected again
-/// if there is to be a next pass.
-fn changes(map: &mut Pagemap, e: &VmaEntry, marks: &TaskMarks<'_>, mut take: impl FnMut(u64, u64, bool)) -> Result<()> {
-    let of_file = e.status & status::FILE_PRIVATE != 0;
+/// Looks at a group of areas, in order, and empties it: what they hold goes to `runs`, guard regions to `guards`. Where pages
+/// are marked, what has not changed is taken from the parent, if it has it, and what has changed is marked again if there
+/// is to be a next pass.
+fn survey(
+    map: &mut Pagemap,
+    group: &mut Vec<Area>,
+    marks: Option<&TaskMarks<'_>>,
+    runs: &mut Vec<Run>,
+    guards: &mut Vec<(u64, u64)>,
+) -> Result<()> {
+    let (Some(first), Some(last)) = (group.first(), group.last()) else { return Ok(()) };
+    let (start, end) = (first.run.address, last.run.end());
+    let marks = marks.filter(|_| first.marked);
     let mut changed: Vec<(u64, u64)> = Vec::new();
-    map.changes((e.start, e.end), marks.marks, of_file, |from, bytes, written| {
-        if written {
-            changed.push((from, bytes));
+    let mut at = 0;
+    let found = map.survey(start, end, marks.map(|m| m.marks), |found| {
+        let to = found.from + found.bytes;
+        while group.get(at).is_some_and(|a| a.run.end() <= found.from) {
+            at += 1;
         }
-        if written || !marks.has_parent() {
-            take(from, bytes, false);
-        } else {
-            marks.split(from, bytes, &mut take);
+        for area in group[at..].iter().take_while(|a| a.run.address < to) {
+            let (from, to) = (found.from.max(area.run.address), to.min(area.run.end()));
+            let mut add = |address, bytes, in_parent| runs.push(Run { address, bytes, in_parent, ..area.run });
+            match marks {
+                _ if found.guard => guards.push((from, to)),
+                Some(marks) if !found.written && !(area.of_file && found.swapped) => marks.split(from, to - from, add),
+                Some(_) => {
+                    changed.push((from, to));
+                    add(from, to - from, false);
+                }
+                None => add(from, to - from, false),
+            }
         }
-    })?;
-    if !marks.protect() {
+    });
+    found.at(Place::Area(start, end))?;
+    group.clear();
+    if !marks.is_some_and(TaskMarks::protect) {
         return Ok(());
     }
-    // a few ranges one by one; many in one walk over the whole area
-    if (changed.len() as u64) < (e.end - e.start) / PAGE / 64 {
-        changed.iter().try_for_each(|&(from, bytes)| map.protect(from, from + bytes))
+    // a few ranges one by one; many in one walk over all
+    if (changed.len() as u64) < (end - start) / PAGE / 64 {
+        changed.iter().try_for_each(|&(from, to)| map.protect(from, to)).at(Place::Area(start, end))
     } else {
-        map.protect(e.start, e.end)
+        map.protect(start, end).at(Place::Area(start, end))
     }
 }
 

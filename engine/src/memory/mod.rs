@@ -3,6 +3,7 @@
 pub mod areas;
 pub mod dedup;
 pub mod drain;
+pub mod fill;
 pub mod rebuild;
 pub mod scan;
 pub mod track;

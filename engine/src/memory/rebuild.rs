@@ -1,16 +1,17 @@
 //! Making the areas of a task again, and filling them.
 //!
-//! Written as operations of the task's plan: map, read pages straight from `pages-N.img` to where they belong, protect,
-//! advise. A child that had shared its parent's pages copy-on-write gets them by being cloned after the parent's areas are
-//! filled ([`Inherited`]); only pages that differ are then read again.
+//! Written as operations of the task's plan: map, read pages straight from `pages-N.img` to where they belong
+//! ([`super::fill`]), protect, advise. A child that had shared its parent's pages copy-on-write gets them by being cloned
+//! after the parent's areas are filled ([`Inherited`]); only pages that differ are then read again. An area in which no
+//! page is its parent's is made anew: what the parent has there would be copied only to be overwritten.
 
 use std::collections::HashMap;
 
 use standstill_images::pages::PageChain;
 use standstill_images::proto::{MmEntry, VmaEntry};
-use standstill_images::{ImageKind, Images};
-use standstill_restorer::plan::{Code, Expect};
+use standstill_images::{ImageKind, Images, ReadAt};
 
+use super::fill::{self, Filling, Helpers};
 use super::{areas, status, PAGE};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::plan::Plan;
@@ -22,7 +23,6 @@ const WRITE: u32 = libc::PROT_WRITE as u32;
 #[derive(Debug, Clone)]
 pub struct Present {
     entry: VmaEntry,
-    exe: u32,
     prot: u32,
 }
 
@@ -45,6 +45,7 @@ pub struct Memory {
     pub mm: MmEntry,
     chain: PageChain,
     content: Vec<Content>,
+    vdso: Vec<u8>,
 }
 
 impl std::fmt::Debug for Memory {
@@ -88,8 +89,9 @@ impl Memory {
             };
             content.push(Content { address: l.address, bytes: l.pages * PAGE, layer: l.layer, offset });
         }
-        let memory = Memory { mm, chain, content };
+        let mut memory = Memory { mm, chain, content, vdso: Vec::new() };
         memory.validate()?;
+        memory.vdso = memory.read_vdso()?;
         Ok(memory)
     }
 
@@ -169,9 +171,9 @@ impl Memory {
         all
     }
 
-    /// About how many operations filling it takes.
+    /// About how many operations' room filling it takes.
     pub fn operations(&self) -> usize {
-        self.content.len() * 2
+        self.content.len() * 2 + fill::operations(self.content.iter().map(|c| c.bytes).sum())
     }
 
     /// Layers of the chain of pages images.
@@ -180,7 +182,7 @@ impl Memory {
     }
 
     /// A pages image.
-    pub fn layer(&self, n: usize) -> Option<&dyn standstill_images::ReadAt> {
+    pub fn layer(&self, n: usize) -> Option<&dyn ReadAt> {
         self.chain.pages(n)
     }
 
@@ -197,9 +199,17 @@ impl Memory {
         l
     }
 
-    /// The vdso's bytes.
-    pub fn vdso_bytes(&self) -> Result<Vec<u8>> {
+    /// The vdso's bytes; none if the task has no vdso.
+    pub fn vdso_bytes(&self) -> &[u8] {
+        &self.vdso
+    }
+
+    fn read_vdso(&self) -> Result<Vec<u8>> {
+        const MOST: u64 = 1 << 20;
         let l = self.vdso();
+        if l.vdso_end - l.vdso > MOST {
+            return Err(Error::lie("mm", format!("a vdso of {} bytes", l.vdso_end - l.vdso)));
+        }
         let mut bytes = vec![0; usize::try_from(l.vdso_end - l.vdso).unwrap_or(0)];
         for run in self.content(l.vdso, l.vdso_end) {
             let from = usize::try_from(run.address - l.vdso).unwrap_or(0);
@@ -212,13 +222,13 @@ impl Memory {
     }
 
     /// Runs of pages with content between two addresses.
-    fn content(&self, start: u64, end: u64) -> Vec<Content> {
+    fn content(&self, start: u64, end: u64) -> impl Iterator<Item = Content> + '_ {
         let first = self.content.partition_point(|c| c.address + c.bytes <= start);
-        let cut = |c: &Content| {
+        let cut = move |c: &Content| {
             let (from, to) = (c.address.max(start), (c.address + c.bytes).min(end));
             Content { address: from, bytes: to - from, layer: c.layer, offset: c.offset + (from - c.address) }
         };
-        self.content[first..].iter().take_while(|c| c.address < end).map(cut).collect()
+        self.content[first..].iter().take_while(move |c| c.address < end).map(cut)
     }
 
     fn private(&self) -> impl Iterator<Item = &VmaEntry> {
@@ -236,97 +246,113 @@ impl Memory {
         child.private().any(|e| mine.get(&e.start).is_some_and(|m| same_area(m, e)))
     }
 
-    /// Makes and fills the private areas. `found` is what the task has from its parent, and the parent's memory; all
+    /// Makes and fills the private areas. `found` is what the task has from its parent, and what differs there; all
     /// else in it but `keep` is unmapped first. Areas stay writable where that is needed until [`Memory::settle`].
+    #[allow(clippy::too_many_arguments)]
     pub fn make_private(
         &self,
         pid: u32,
-        found: Option<(&Inherited, &Memory)>,
+        found: Option<(&Inherited, &Compared)>,
         keep: (u64, u64),
         numbers: &Numbers,
+        helpers: &mut Helpers,
         plan: &mut Plan,
         figures: &mut Figures,
     ) -> Result<Inherited> {
-        let mut kept: HashMap<u64, &Present> = HashMap::new();
-        if let Some((inherited, _)) = found {
-            let theirs: HashMap<u64, &Present> = inherited.areas.iter().map(|p| (p.entry.start, p)).collect();
-            for e in self.private() {
-                if let Some(p) = theirs.get(&e.start).filter(|p| same_area(&p.entry, e) && p.exe == self.mm.exe_file_id)
-                {
-                    kept.insert(e.start, p);
+        let mut kept: HashMap<u64, (&Present, &Difference)> = HashMap::new();
+        if let Some((inherited, compared)) = found {
+            for present in &inherited.areas {
+                if let Some(difference) = compared.areas.get(&present.entry.start) {
+                    kept.insert(present.entry.start, (present, difference));
                 }
             }
-            unmap_all_but(kept.values().map(|p| (p.entry.start, p.entry.end)).chain([keep]), plan);
+            figures.compared += compared.figures.compared;
+            figures.shared += compared.figures.shared;
+            unmap_all_but(kept.values().map(|(p, _)| (p.entry.start, p.entry.end)).chain([keep]), plan);
         }
-        let mut made = Inherited::default();
+        let mut made = Inherited { areas: Vec::with_capacity(self.mm.vmas.len()) };
+        let mut filling = Filling::default();
         for e in self.private() {
-            let content = self.content(e.start, e.end);
-            let place = Place::Area(e.start, e.end);
             let mut prot = e.prot;
             match kept.get(&e.start) {
-                Some(p) => {
-                    prot = p.prot;
-                    let Some((_, parent)) = found else { continue };
-                    let (reads, drops) = self.differences(parent, e, &content, figures).at(place)?;
-                    if !reads.is_empty() && prot & WRITE == 0 {
+                Some((present, k)) => {
+                    prot = present.prot;
+                    if !k.reads.is_empty() && prot & WRITE == 0 {
                         prot = e.prot | WRITE | READ;
                         protect(e, prot, plan);
                     }
-                    for (start, bytes) in drops {
+                    for &(start, bytes) in &k.drops {
                         plan.call(
                             "page that only the parent has",
                             libc::SYS_madvise,
                             &[start.into(), bytes.into(), libc::MADV_DONTNEED.into()],
                         );
                     }
-                    for run in &reads {
-                        self.fill(pid, run, numbers, plan)?;
+                    for run in &k.reads {
+                        figures.pages += run.bytes / PAGE;
+                        fill(pid, run, numbers, &mut filling)?;
                     }
                 }
                 None => {
-                    if !content.is_empty() {
+                    let mut bytes = 0;
+                    for run in self.content(e.start, e.end) {
+                        bytes += run.bytes;
+                        fill(pid, &run, numbers, &mut filling)?;
+                    }
+                    figures.pages += bytes / PAGE;
+                    if bytes != 0 {
                         prot |= WRITE | READ;
                     }
-                    map(e, prot, numbers, plan).at(place)?;
-                    for run in &content {
-                        figures.pages += run.bytes / PAGE;
-                        self.fill(pid, run, numbers, plan)?;
-                    }
+                    map(e, prot, numbers, plan).at(Place::Area(e.start, e.end))?;
                 }
             }
-            made.areas.push(Present { entry: *e, exe: self.mm.exe_file_id, prot });
+            made.areas.push(Present { entry: *e, prot });
         }
+        filling.finish(helpers, plan);
         Ok(made)
     }
 
-    fn fill(&self, pid: u32, run: &Content, numbers: &Numbers, plan: &mut Plan) -> Result<()> {
-        let fd = *numbers.pages.get(&(pid, run.layer)).ok_or(Error::Gone)?;
-        // the kernel moves at most 2 GiB at once; the executor repeats
-        let args = [fd.into(), run.address.into(), run.bytes.into(), run.offset.into()];
-        plan.op(Code::ReadFull, 0, &args, Expect::NonNegative, [0; 2], "pages of an area");
-        Ok(())
+    /// Compares the areas that this task can have from its parent with the parent's.
+    pub fn compare(&self, parent: &Memory) -> Result<Compared> {
+        let mut compared = Compared::default();
+        if self.mm.exe_file_id != parent.mm.exe_file_id {
+            return Ok(compared);
+        }
+        let theirs: HashMap<u64, &VmaEntry> = parent.private().map(|e| (e.start, e)).collect();
+        for e in self.private() {
+            if !theirs.get(&e.start).is_some_and(|p| same_area(p, e)) {
+                continue;
+            }
+            let own: Vec<Content> = self.content(e.start, e.end).collect();
+            let of_parent: Vec<Content> = parent.content(e.start, e.end).collect();
+            let mut here = Figures::default();
+            let difference = self.differences(parent, &of_parent, &own, &mut here).at(Place::Area(e.start, e.end))?;
+            compared.figures.compared += here.compared;
+            compared.figures.shared += here.shared;
+            if here.shared != 0 || of_parent.is_empty() {
+                compared.areas.insert(e.start, difference);
+            }
+        }
+        Ok(compared)
     }
 
-    /// Which pages of a kept area must be read because they differ from the parent's, and which the parent has alone.
-    #[allow(clippy::type_complexity)]
+    /// Which pages of an area must be read because they differ from the parent's, and which the parent has alone.
     fn differences(
         &self,
         parent: &Memory,
-        e: &VmaEntry,
+        theirs: &[Content],
         content: &[Content],
         figures: &mut Figures,
-    ) -> Result<(Vec<Content>, Vec<(u64, u64)>)> {
-        let theirs = parent.content(e.start, e.end);
+    ) -> Result<Difference> {
         let mut reads: Vec<Content> = Vec::new();
         let mut drops: Vec<(u64, u64)> = Vec::new();
-        let (mut a, mut b) = ([0u8; PAGE as usize], [0u8; PAGE as usize]);
+        let mut equal = Comparison::default();
         let mut other = theirs.iter().flat_map(pages_of).peekable();
         let mut own = content.iter().flat_map(pages_of).peekable();
         loop {
             match (own.peek().copied(), other.peek().copied()) {
                 (None, None) => break,
                 (Some(o), t) if t.is_none_or(|t| o.address < t.address) => {
-                    figures.pages += 1;
                     push_page(&mut reads, o);
                     own.next();
                 }
@@ -342,12 +368,9 @@ impl Memory {
                     let (Some(x), Some(y)) = (self.chain.pages(o.layer), parent.chain.pages(t.layer)) else {
                         return Err(Error::Gone);
                     };
-                    x.read_exact_at(&mut a, o.offset).call("read(pages)")?;
-                    y.read_exact_at(&mut b, t.offset).call("read(pages)")?;
-                    if a == b {
+                    if equal.pages((x, o.offset), (y, t.offset)).call("read(pages)")? {
                         figures.shared += 1;
                     } else {
-                        figures.pages += 1;
                         push_page(&mut reads, o);
                     }
                     own.next();
@@ -356,7 +379,7 @@ impl Memory {
                 (Some(_), None) | (None, Some(_)) => break,
             }
         }
-        Ok((reads, drops))
+        Ok(Difference { reads, drops })
     }
 
     /// Makes the shared areas, and gives all areas their protection, advice and locks. After this, nothing is cloned.
@@ -394,6 +417,53 @@ impl Memory {
             }
         }
         Ok(())
+    }
+}
+
+/// What an area of a child has in common with its parent's.
+#[derive(Debug, Default)]
+pub struct Compared {
+    areas: HashMap<u64, Difference>,
+    figures: Figures,
+}
+
+/// Where an area that is kept differs from the parent's.
+#[derive(Debug)]
+struct Difference {
+    /// Pages to read because they differ.
+    reads: Vec<Content>,
+    /// Pages that the parent has alone.
+    drops: Vec<(u64, u64)>,
+}
+
+/// Compares pages of images. Where the one before differed, the first bytes of the next are looked at first: most pages
+/// that differ do so there, and a page that is not read costs little.
+struct Comparison {
+    a: [u8; PAGE as usize],
+    b: [u8; PAGE as usize],
+    differed: bool,
+}
+
+impl Default for Comparison {
+    fn default() -> Comparison {
+        Comparison { a: [0; PAGE as usize], b: [0; PAGE as usize], differed: false }
+    }
+}
+
+impl Comparison {
+    fn pages(&mut self, (x, at_x): (&dyn ReadAt, u64), (y, at_y): (&dyn ReadAt, u64)) -> std::io::Result<bool> {
+        const HEAD: usize = 64;
+        if self.differed {
+            x.read_exact_at(&mut self.a[..HEAD], at_x)?;
+            y.read_exact_at(&mut self.b[..HEAD], at_y)?;
+            if self.a[..HEAD] != self.b[..HEAD] {
+                return Ok(false);
+            }
+        }
+        x.read_exact_at(&mut self.a, at_x)?;
+        y.read_exact_at(&mut self.b, at_y)?;
+        self.differed = self.a != self.b;
+        Ok(!self.differed)
     }
 }
 
@@ -461,6 +531,12 @@ fn push_page(runs: &mut Vec<Content>, page: Content) {
     }
 }
 
+fn fill(pid: u32, run: &Content, numbers: &Numbers, filling: &mut Filling) -> Result<()> {
+    let fd = *numbers.pages.get(&(pid, run.layer)).ok_or(Error::Gone)?;
+    filling.add(fd, run.offset, run.address, run.bytes);
+    Ok(())
+}
+
 fn map(e: &VmaEntry, prot: u32, numbers: &Numbers, plan: &mut Plan) -> Result<()> {
     let huge = libc::MAP_HUGETLB as u32 | 0x3f << 26;
     let kept =
@@ -482,7 +558,7 @@ fn map(e: &VmaEntry, prot: u32, numbers: &Numbers, plan: &mut Plan) -> Result<()
     };
     let offset = if has_file(e) { e.pgoff } else { 0 };
     let args = [e.start.into(), (e.end - e.start).into(), prot.into(), flags.into(), fd.into(), offset.into()];
-    plan.call_exact(format!("area {:x}-{:x}", e.start, e.end), libc::SYS_mmap, &args, e.start as i64);
+    plan.call_exact("area", libc::SYS_mmap, &args, e.start as i64);
     Ok(())
 }
 

@@ -32,6 +32,22 @@ pub enum Marks {
     SoftDirty,
 }
 
+/// A range of pages.
+#[derive(Debug, Clone, Copy)]
+pub struct Found {
+    /// Address of the first.
+    pub from: u64,
+    /// How many bytes they are.
+    pub bytes: u64,
+    /// They are inaccessible, by MADV_GUARD_INSTALL.
+    pub guard: bool,
+    /// They were written since the last pass, if marks were asked for.
+    pub written: bool,
+    /// They are not in memory, if marks were asked for. In an area of a file such a page may be none: MADV_DONTNEED
+    /// leaves a note of its protection there, and the content is the file's again.
+    pub swapped: bool,
+}
+
 /// What is asked of PAGEMAP_SCAN: categories that are inverted, that all must be there, of which one must be there, and that
 /// are told.
 #[derive(Debug, Clone, Copy, Default)]
@@ -57,41 +73,40 @@ impl Pagemap {
     pub fn open(pid: i32) -> Result<Pagemap> {
         let file = File::open(format!("/proc/{pid}/pagemap")).call("open(/proc/PID/pagemap)")?;
         let mut map = Pagemap { file, regions: vec![0; BATCH * 24], old_kernel: false, knows_guards: true };
-        map.knows_guards = map.scan(0, PAGE, Query { mask: GUARD, ..Query::default() }, |_, _, _| {}).is_ok();
+        map.knows_guards =
+            map.scan(0, PAGE, Query { mask: GUARD, told: GUARD, ..Query::default() }, |_, _, _| {}).is_ok()
+                && !map.old_kernel;
         Ok(map)
     }
 
-    /// Ranges of private pages with content: (first address, bytes). The zero page, and pages of the file behind the
-    /// area, are no content.
-    pub fn content(&mut self, start: u64, end: u64, mut take: impl FnMut(u64, u64)) -> Result<()> {
-        self.scan(start, end, self.with_content(), |from, bytes, _| take(from, bytes))
+    /// False if only single areas can be looked at: a range with gaps would be read as if there were none.
+    pub fn sees_gaps(&self) -> bool {
+        !self.old_kernel
     }
 
-    fn with_content(&self) -> Query {
-        // a kernel that does not know guard pages by name (before 6.15) has none that count as swapped
+    /// Ranges of private pages with content, and those that MADV_GUARD_INSTALL made inaccessible. The zero page, and pages
+    /// of the file behind the area, are no content. One range can belong to several areas that touch. Kernels before 6.15 do
+    /// not tell guards, and have none that count as swapped.
+    pub fn survey(&mut self, start: u64, end: u64, marks: Option<Marks>, mut take: impl FnMut(Found)) -> Result<()> {
         let guard = if self.knows_guards { GUARD } else { 0 };
-        let nothing = PFNZERO | FILE | guard;
-        Query { inverted: nothing, mask: nothing, any: PRESENT | SWAPPED, told: FILE, flags: 0 }
-    }
-
-    /// The same ranges, each with whether it was written since the last pass.
-    ///
-    /// In an area of a file a page that is "swapped" may be none: MADV_DONTNEED leaves a note of its protection there, and
-    /// the content is the file's again. So such a page counts as written.
-    pub fn changes(
-        &mut self,
-        (start, end): (u64, u64),
-        marks: Marks,
-        of_file: bool,
-        mut take: impl FnMut(u64, u64, bool),
-    ) -> Result<()> {
+        let nothing = PFNZERO | FILE;
         let mark = match marks {
-            Marks::Protection => WRITTEN,
-            Marks::SoftDirty => SOFT_DIRTY,
+            Some(Marks::Protection) => WRITTEN | SWAPPED,
+            Some(Marks::SoftDirty) => SOFT_DIRTY | SWAPPED,
+            None => 0,
         };
-        let told = mark | if of_file { SWAPPED } else { 0 };
-        let query = Query { told, ..self.with_content() };
-        self.scan(start, end, query, |from, bytes, categories| take(from, bytes, categories & told != 0))
+        // of what is told there must be something
+        let told = if guard | mark == 0 { FILE } else { guard | mark };
+        let query = Query { flags: 0, inverted: nothing, mask: nothing, any: PRESENT | SWAPPED | guard, told };
+        self.scan(start, end, query, |from, bytes, categories| {
+            take(Found {
+                from,
+                bytes,
+                guard: categories & GUARD != 0,
+                written: categories & (WRITTEN | SOFT_DIRTY) != 0,
+                swapped: categories & SWAPPED != 0,
+            });
+        })
     }
 
     /// Protects the pages of a registered range that are there and were written; those that are not there need none, since
@@ -101,19 +116,12 @@ impl Pagemap {
         self.scan(start, end, query, |_, _, _| {})
     }
 
-    /// Ranges that MADV_GUARD_INSTALL made inaccessible; none on kernels that do not tell (before 6.15).
-    pub fn guards(&mut self, start: u64, end: u64, mut take: impl FnMut(u64, u64)) -> Result<()> {
-        if self.old_kernel || !self.knows_guards {
-            return Ok(());
-        }
-        let query = Query { mask: GUARD, told: FILE, ..Query::default() };
-        self.scan(start, end, query, |from, bytes, _| take(from, bytes))
-    }
-
     /// Calls `take` with ranges and what is told of them.
     fn scan(&mut self, start: u64, end: u64, query: Query, mut take: impl FnMut(u64, u64, u64)) -> Result<()> {
         let mut at = start;
         let room = if query.told == 0 { 0 } else { BATCH };
+        // what was told is not told again, whatever the kernel says
+        let mut seen = start;
         while at < end {
             if self.old_kernel {
                 return self.read(at, end, query.told, take);
@@ -144,12 +152,16 @@ impl Pagemap {
                 Err(e) => return Err(e),
             };
             for region in self.regions.chunks_exact(24).take(n) {
-                let (from, to) = (word(region, 0), word(region, 1));
+                let (from, to, kind) = (word(region, 0).max(seen), word(region, 1), word(region, 2));
                 if from < to {
-                    take(from, to - from, word(region, 2));
+                    take(from, to - from, kind);
+                    seen = to;
                 }
             }
-            let walked = word(&arg, 4);
+            if n < BATCH && room > 0 {
+                return Ok(());
+            }
+            let walked = word(&arg, 4).max(seen);
             if walked <= at {
                 return Err(Error::Timeout { what: "the end of a page table scan", seconds: 0 });
             }

@@ -129,8 +129,11 @@ impl Plan {
 
     /// Adds words.
     pub fn words(&mut self, words: &[u64]) -> Data {
-        let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
-        self.bytes(&bytes)
+        self.align(8);
+        let offset = self.data.len() as u64;
+        self.data.reserve(words.len() * 8);
+        words.iter().for_each(|w| self.data.extend_from_slice(&w.to_le_bytes()));
+        Data { offset, len: words.len() * 8 }
     }
 
     fn align(&mut self, to: usize) {
@@ -207,7 +210,9 @@ impl Plan {
 
     /// The operations, placed: operands that name data are resolved by the executor from `Control::base`.
     pub fn ops_bytes(&self) -> Vec<u8> {
-        self.ops.iter().flat_map(|op| bytes_of(op).iter().copied()).collect()
+        let mut bytes = Vec::with_capacity(self.ops.len() * size_of::<Op>());
+        self.ops.iter().for_each(|op| bytes.extend_from_slice(bytes_of(op)));
+        bytes
     }
 
     /// The data.
@@ -222,7 +227,11 @@ impl Plan {
         };
         let call = if op.code == Code::Syscall as u32 { names::syscall(op.nr) } else { names::macro_name(op.code) };
         let errno = i32::try_from(-result).ok().filter(|&e| e > 0).unwrap_or(libc::EPROTO);
-        Error::Plan { operation: label.to_string(), call, source: std::io::Error::from_raw_os_error(errno) }
+        let operation = match range(op) {
+            Some((start, end)) => format!("{label} {start:x}-{end:x}"),
+            None => label.to_string(),
+        };
+        Error::Plan { operation, call, source: std::io::Error::from_raw_os_error(errno) }
     }
 
     /// Checks what the executor takes for granted: operands point into the data or to earlier results.
@@ -243,6 +252,13 @@ impl Plan {
         }
         Ok(())
     }
+}
+
+/// The addresses that an operation on areas is about.
+fn range(op: &Op) -> Option<(u64, u64)> {
+    let of_areas = [libc::SYS_mmap, libc::SYS_mprotect, libc::SYS_madvise, libc::SYS_mlock, libc::SYS_munmap];
+    let known = op.code == Code::Syscall as u32 && of_areas.contains(&i64::from(op.nr)) && op.kinds[..2] == [0, 0];
+    known.then(|| (op.args[0], op.args[0].wrapping_add(op.args[1])))
 }
 
 /// Prints a plan, an operation a line.

@@ -15,6 +15,7 @@ pub fn macro_name(code: u32) -> &'static str {
         10 => "WriteFull",
         11 => "Exit",
         12 => "Await",
+        13 => "Fill",
         _ => "unknown",
     }
 }

@@ -152,10 +152,17 @@ pub fn kill(pid: i32, signal: i32) -> Result<()> {
     answer("kill", unsafe { libc::kill(pid, signal) }.into()).map(drop)
 }
 
-/// sched_getscheduler(2), with SCHED_RESET_ON_FORK.
-pub fn sched_policy(tid: i32) -> Result<u32> {
-    // SAFETY: integers only.
-    Ok(answer("sched_getscheduler", unsafe { libc::sched_getscheduler(tid) }.into())? as u32)
+/// Nice value, policy (with SCHED_RESET_ON_FORK) and real-time priority of a thread: getpriority(2), sched_getscheduler(2),
+/// sched_getparam(2).
+pub fn scheduling(tid: i32) -> Result<(i32, u32, u32)> {
+    let mut parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: `parameters` lives across the call, all else are integers. The raw getpriority gives 20 - nice, never negative.
+    unsafe {
+        let policy = answer("sched_getscheduler", libc::syscall(libc::SYS_sched_getscheduler, tid))? as u32;
+        answer("sched_getparam", libc::syscall(libc::SYS_sched_getparam, tid, &raw mut parameters))?;
+        let nice = 20 - answer("getpriority", libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, tid))?;
+        Ok((nice as i32, policy, parameters.sched_priority as u32))
+    }
 }
 
 /// Our own descriptor of a number that the caller named: a duplicate, closed on exec.

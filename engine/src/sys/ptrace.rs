@@ -89,7 +89,7 @@ pub fn set_registers(tid: i32, regs: &Registers) -> Result<()> {
 
 /// The whole extended state, in XSAVE's standard format.
 pub fn xstate(tid: i32) -> Result<Vec<u8>> {
-    let mut buf = vec![0u8; 16 << 10];
+    let mut buf = [0u8; 16 << 10];
     let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
     request(
         "ptrace(PTRACE_GETREGSET, NT_X86_XSTATE)",
@@ -98,8 +98,7 @@ pub fn xstate(tid: i32) -> Result<Vec<u8>> {
         NT_X86_XSTATE,
         &raw mut iov as usize,
     )?;
-    buf.truncate(iov.iov_len);
-    Ok(buf)
+    Ok(buf.get(..iov.iov_len).unwrap_or_default().to_vec())
 }
 
 /// Sets the whole extended state.

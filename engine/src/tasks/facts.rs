@@ -2,6 +2,8 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
+use rayon::prelude::*;
+
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::Descriptor;
 use crate::proc::{self, limits::Limit, maps::Vma, status::Status, timers::PosixTimer};
@@ -53,17 +55,18 @@ impl Facts {
         &self.threads[0].status
     }
 
-    /// Reads everything; `tids` leader first.
-    pub fn read(pid: i32, tids: &[i32]) -> Result<Facts> {
-        Facts::read_here(pid, tids).task(pid)
+    /// Reads everything that `statuses` do not say; these are of all threads, leader first.
+    pub fn read(pid: i32, statuses: Vec<Status>) -> Result<Facts> {
+        Facts::read_here(pid, statuses).task(pid)
     }
 
-    fn read_here(pid: i32, tids: &[i32]) -> Result<Facts> {
+    fn read_here(pid: i32, statuses: Vec<Status>) -> Result<Facts> {
         let mut buf = Vec::with_capacity(64 << 10);
         let pidfd = calls::pidfd_open(pid, 0)?;
-        let mut threads = Vec::with_capacity(tids.len());
-        for &tid in tids {
-            threads.push(thread(pid, tid, &mut buf).task(tid)?);
+        let mut threads = Vec::with_capacity(statuses.len());
+        for status in statuses {
+            let tid = status.pid;
+            threads.push(thread(tid, status).task(tid)?);
         }
         if threads.is_empty() {
             return Err(Error::Gone);
@@ -116,15 +119,23 @@ impl Facts {
     }
 }
 
-fn thread(pid: i32, tid: i32, buf: &mut Vec<u8>) -> Result<ThreadFacts> {
-    proc::read_proc(format!("/proc/{pid}/task/{tid}/status").as_ref(), buf).call("read(/proc/PID/task/TID/status)")?;
-    let status = proc::status::parse(buf)?;
-    proc::read_proc(format!("/proc/{pid}/task/{tid}/stat").as_ref(), buf).call("read(/proc/PID/task/TID/stat)")?;
-    let stat = proc::stat::parse(buf)?;
-    proc::read_proc(format!("/proc/{pid}/task/{tid}/comm").as_ref(), buf).call("read(/proc/PID/task/TID/comm)")?;
-    let comm = proc::simple::comm(buf).to_vec();
+/// What /proc/TID/status says of each thread: of many, read side by side.
+pub fn statuses(tids: &[i32]) -> Result<Vec<Status>> {
+    const MANY: usize = 64;
+    let one = |buf: &mut Vec<u8>, &tid: &i32| -> Result<Status> {
+        proc::read_proc(format!("/proc/{tid}/status").as_ref(), buf).map_err(|_| Error::Gone).task(tid)?;
+        proc::status::parse(buf).map_err(Error::from).task(tid)
+    };
+    if tids.len() < MANY {
+        let mut buf = Vec::new();
+        return tids.iter().map(|tid| one(&mut buf, tid)).collect();
+    }
+    tids.par_iter().with_min_len(MANY / 4).map_init(Vec::new, one).collect()
+}
+
+fn thread(tid: i32, status: Status) -> Result<ThreadFacts> {
     let robust = calls::robust_list(tid)?;
-    let policy = calls::sched_policy(tid)?;
-    let nice = i32::try_from(stat.nice).unwrap_or(0);
-    Ok(ThreadFacts { status, comm, sched: (nice, policy, stat.rt_priority), robust })
+    let sched = calls::scheduling(tid)?;
+    let comm = status.name.clone();
+    Ok(ThreadFacts { status, comm, sched, robust })
 }

@@ -22,19 +22,23 @@ impl Seized {
         Ok(())
     }
 
-    /// Stops a seized thread.
-    pub fn stop(&mut self, tid: i32) -> Result<()> {
-        ptrace::interrupt(tid)?;
-        loop {
-            match ptrace::wait_stop(tid, STOP_LIMIT)? {
-                Stop::Trap | Stop::Group(_) => break,
-                Stop::Signal(signal) => {
-                    return Err(Error::Usage { what: format!("the executor took signal {signal}") })
-                }
-                Stop::Syscall => ptrace::cont(tid, 0)?,
-            }
+    /// Stops all seized threads: first all are asked, then all are waited for.
+    pub fn stop(&mut self) -> Result<()> {
+        for &tid in self.threads.keys() {
+            ptrace::interrupt(tid).task(tid)?;
         }
-        self.threads.insert(tid, true);
+        for (&tid, stopped) in &mut self.threads {
+            loop {
+                match ptrace::wait_stop(tid, STOP_LIMIT).task(tid)? {
+                    Stop::Trap | Stop::Group(_) => break,
+                    Stop::Signal(signal) => {
+                        return Err(Error::Usage { what: format!("the executor took signal {signal}") }).task(tid)
+                    }
+                    Stop::Syscall => ptrace::cont(tid, 0).task(tid)?,
+                }
+            }
+            *stopped = true;
+        }
         Ok(())
     }
 

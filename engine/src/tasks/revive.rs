@@ -11,15 +11,19 @@
 
 use std::collections::HashMap;
 
+use rayon::prelude::*;
 use standstill_images::proto::{FdinfoEntry, FileLockEntry, FsEntry, SeccompEntry, ThreadCoreEntry};
 use standstill_restorer::plan::{Code, Expect};
+
+mod layout;
 
 use super::tree::{Alive, Kind, Node, Tree};
 use super::{core, creds, seccomp};
 use crate::error::{At, Error, Result};
 use crate::files::{locks, RestoreFiles};
-use crate::memory::rebuild::{Figures, Inherited, Numbers};
-use crate::memory::vdso::{self, Layout};
+use crate::memory::fill::Helpers;
+use crate::memory::rebuild::{Compared, Figures, Inherited, Memory, Numbers};
+use crate::memory::vdso::Layout;
 use crate::plan::arena::{Arena, Slot};
 use crate::plan::{Arg, Plan};
 use crate::proc::status::Status;
@@ -41,6 +45,8 @@ pub const READY: usize = 5;
 pub struct Birth {
     /// Credentials.
     pub status: Status,
+    /// Scheduling policy.
+    pub policy: u32,
     /// Resource limits.
     pub limits: Vec<crate::proc::limits::Limit>,
     /// /proc/self/oom_score_adj.
@@ -110,12 +116,16 @@ pub struct Script<'a> {
     pub threads: HashMap<i32, Slot>,
     /// Where the vdso waits.
     pub parked: Layout,
+    /// How many may fill memory at once (`--jobs`).
+    pub jobs: Option<usize>,
 }
 
 impl Script<'_> {
     /// Writes all plans, but that of the root into `root` instead of the arena: it has a preamble to run first.
     pub fn write(&self, arena: &mut Arena) -> Result<(Plan, Figures)> {
         let mut figures = Figures::default();
+        let mut helpers = Helpers::new(self.jobs, self.tree.ids());
+        let compared = self.compare()?;
         let mut made: HashMap<usize, Inherited> = HashMap::new();
         let mut root = None;
         let mut seen_tables = HashMap::new();
@@ -137,7 +147,18 @@ impl Script<'_> {
                     let owns_table = seen_tables.get(&self.files_id(i)) == Some(&node.pid);
                     let locks = owns_table.then(|| locks.get(&self.files_id(i)).map_or(&[][..], Vec::as_slice));
                     let (plan, areas) = self
-                        .process(i, node, alive, inherited, locks, &first_holder, arena, &mut figures)
+                        .process(
+                            i,
+                            node,
+                            alive,
+                            inherited,
+                            compared.get(&i),
+                            locks,
+                            &first_holder,
+                            arena,
+                            &mut helpers,
+                            &mut figures,
+                        )
                         .task(node.pid)?;
                     made.insert(i, areas);
                     for (tid, entry) in alive.threads.iter().skip(1) {
@@ -157,6 +178,22 @@ impl Script<'_> {
             }
         }
         Ok((root.ok_or(Error::Gone)?, figures))
+    }
+
+    /// Compares the memory of each task with that of the one that it is cloned from, all tasks side by side.
+    fn compare(&self) -> Result<HashMap<usize, Compared>> {
+        let mut pairs = Vec::new();
+        for (i, node, alive) in self.tree.alive() {
+            let parent = self.tree.memory_parent(i).map(|p| &self.tree.nodes[p].kind);
+            if let Some(Kind::Alive(parent)) = parent {
+                pairs.push((i, node.pid, &alive.memory, &parent.memory));
+            }
+        }
+        let one = |(i, pid, own, parent): (usize, i32, &Memory, &Memory)| Ok((i, own.compare(parent).task(pid)?));
+        if pairs.len() < 2 || self.jobs == Some(1) {
+            return pairs.into_iter().map(one).collect();
+        }
+        pairs.into_par_iter().map(one).collect()
     }
 
     /// About how long it takes, in microseconds, from arming timers to letting everyone go.
@@ -239,20 +276,18 @@ impl Script<'_> {
         node: &Node,
         alive: &Alive,
         inherited: Option<&Inherited>,
+        compared: Option<&Compared>,
         locks: Option<&[FileLockEntry]>,
         first_holder: &HashMap<u32, (usize, i32)>,
         arena: &mut Arena,
+        helpers: &mut Helpers,
         figures: &mut Figures,
     ) -> Result<(Plan, Inherited)> {
         let mut plan = Plan::new();
         let memory = &alive.memory;
         let pid = u32::try_from(node.pid).unwrap_or(0);
-        let parent = self.tree.memory_parent(i).and_then(|p| match &self.tree.nodes[p].kind {
-            Kind::Alive(a) => Some(&a.memory),
-            Kind::Dead { .. } | Kind::Helper => None,
-        });
         let empty = Inherited::default();
-        let found = parent.map(|m| (inherited.unwrap_or(&empty), m));
+        let found = compared.map(|c| (inherited.unwrap_or(&empty), c));
         let shared_with_children = self.tree.heirs(i).iter().any(|&c| match &self.tree.nodes[c].kind {
             Kind::Alive(a) => memory.shares_with(&a.memory),
             Kind::Dead { .. } | Kind::Helper => false,
@@ -262,7 +297,7 @@ impl Script<'_> {
         let early = shared_with_children || (!node.children.is_empty() && inherited.is_some_and(|i| !i.is_empty()));
         let mut areas = Inherited::default();
         if early {
-            areas = memory.make_private(pid, found, keep, &self.table.numbers, &mut plan, figures)?;
+            areas = memory.make_private(pid, found, keep, &self.table.numbers, helpers, &mut plan, figures)?;
         }
         for &c in node.children.iter().filter(|&&c| self.tree.before_session(i, c)) {
             self.clone_child(Some(alive), c, arena, &mut plan)?;
@@ -273,7 +308,7 @@ impl Script<'_> {
         }
         let for_children = areas.clone();
         if !early {
-            areas = memory.make_private(pid, found, keep, &self.table.numbers, &mut plan, figures)?;
+            areas = memory.make_private(pid, found, keep, &self.table.numbers, helpers, &mut plan, figures)?;
         }
         memory.settle(&areas, &self.table.numbers, &mut plan)?;
         if self.tree.adopts(i) {
@@ -364,7 +399,8 @@ impl Script<'_> {
             plan.call("restartable sequences", libc::SYS_rseq, &args);
         }
         let (policy, nice) = (core.sched_policy.unwrap_or(0), core.sched_nice.unwrap_or(0));
-        if policy != 0 {
+        // a task is born with the engine's own
+        if policy != 0 || self.birth.policy != 0 {
             let priority = plan.words(&[u64::from(core.sched_prio.unwrap_or(0))]);
             plan.call("scheduling policy", libc::SYS_sched_setscheduler, &[0.into(), policy.into(), priority.into()]);
         }
@@ -522,95 +558,6 @@ impl Script<'_> {
             let at_once = plan.words(&[0, 0]);
             plan.ask("signal of a child", libc::SYS_rt_sigtimedwait, &[set.into(), 0.into(), at_once.into(), 8.into()]);
         }
-    }
-
-    fn place_vdso(&self, alive: &Alive, plan: &mut Plan) -> Result<()> {
-        let wanted = alive.memory.vdso();
-        if wanted.vdso == 0 {
-            return Ok(());
-        }
-        let ours = &self.birth.vdso;
-        let old = alive.memory.vdso_bytes()?;
-        let shift = |at: u64| at - ours.layout.start() + self.parked.start();
-        let same_vvar = wanted.vvar == 0 || wanted.vvar_end - wanted.vvar == ours.layout.vvar_end - ours.layout.vvar;
-        let same_place = wanted.vvar == 0
-            || wanted.vdso.wrapping_sub(wanted.vvar) == ours.layout.vdso.wrapping_sub(ours.layout.vvar);
-        if old == ours.bytes && same_vvar && same_place {
-            for &(start, len) in &ours.pieces {
-                let to = wanted.vdso.wrapping_add(start).wrapping_sub(ours.layout.vdso);
-                const MAYMOVE_FIXED: u32 = 3;
-                let args = [shift(start).into(), len.into(), len.into(), MAYMOVE_FIXED.into(), to.into()];
-                plan.call_exact("vdso", libc::SYS_mremap, &args, to as i64);
-            }
-            return Ok(());
-        }
-        let code = vdso::redirect(&old, &ours.bytes, self.parked.vdso)?;
-        let data = plan.bytes(&code);
-        let len = (code.len() as u64).next_multiple_of(4096);
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-        plan.call(
-            "old vdso",
-            libc::SYS_mmap,
-            &[wanted.vdso.into(), len.into(), 3.into(), flags.into(), (-1).into(), 0.into()],
-        );
-        plan.op(Code::Copy, 0, &[wanted.vdso.into(), data.into(), code.len().into()], Expect::Any, [0; 2], "old vdso");
-        plan.call("old vdso", libc::SYS_mprotect, &[wanted.vdso.into(), len.into(), 5.into()]);
-        Ok(())
-    }
-
-    /// prctl(PR_SET_MM_MAP): the numbers in /proc/PID/stat, the auxiliary vector, the executable.
-    fn describe_memory(&self, alive: &Alive, plan: &mut Plan) -> Result<()> {
-        const PR_SET_MM: i32 = 35;
-        const PR_SET_MM_MAP: i32 = 14;
-        const PR_SET_THP_DISABLE: i32 = 41;
-        let mm = &alive.memory.mm;
-        let mut auxv = mm.mm_saved_auxv.clone();
-        // an odd end, or none at all: CRIU cuts the vector at 44 words
-        auxv.truncate(auxv.len() & !1);
-        if auxv.len() < 2 || auxv[auxv.len() - 2] != 0 {
-            auxv.extend([0, 0]);
-        }
-        // the kernel keeps 44 words or more, as its version has it; what does not fit ends where CRIU ends it
-        if auxv.len() > 48 {
-            auxv.truncate(46);
-            auxv.extend([0, 0]);
-        }
-        let vector = plan.words(&auxv);
-        let exe = *self
-            .table
-            .exes
-            .get(&mm.exe_file_id)
-            .ok_or_else(|| Error::lie("mm", format!("executable {:#x} is missing", mm.exe_file_id)))?;
-        let words = [
-            mm.mm_start_code,
-            mm.mm_end_code,
-            mm.mm_start_data,
-            mm.mm_end_data,
-            mm.mm_start_brk,
-            mm.mm_brk,
-            mm.mm_start_stack,
-            mm.mm_arg_start,
-            mm.mm_arg_end,
-            mm.mm_env_start,
-            mm.mm_env_end,
-            0,
-            (auxv.len() * 8) as u64 | (exe as u64) << 32,
-        ];
-        let map = plan.words(&words);
-        plan.pointer(map, 88, vector);
-        plan.call(
-            "memory map",
-            libc::SYS_prctl,
-            &[PR_SET_MM.into(), PR_SET_MM_MAP.into(), map.into(), 104.into(), 0.into()],
-        );
-        if mm.thp_disabled == Some(true) {
-            plan.call(
-                "huge pages",
-                libc::SYS_prctl,
-                &[PR_SET_THP_DISABLE.into(), 1.into(), 0.into(), 0.into(), 0.into()],
-            );
-        }
-        Ok(())
     }
 
     fn write_self(&self, path: &str, value: Option<impl ToString>, plan: &mut Plan) {

@@ -4,14 +4,18 @@
 //! before its parent calls setsid; [`Tree`] says for each child whether it is. A process group needs a living leader to be
 //! joined: where the leader is gone, a helper plays it and ends before the program runs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
+use rayon::prelude::*;
 use standstill_images::proto::{CoreEntry, PstreeEntry, TaskKobjIdsEntry};
 use standstill_images::{ImageKind, Images};
 
 use super::core;
 use crate::error::{At, Error, Result};
 use crate::memory::rebuild::Memory;
+
+/// So many images are worth being read side by side.
+const MANY: usize = 32;
 
 /// One process of the tree, or a helper.
 #[derive(Debug)]
@@ -75,7 +79,12 @@ impl Tree {
         let mut tree = Tree { nodes: Vec::with_capacity(entries.len()) };
         let mut index: BTreeMap<i32, usize> = BTreeMap::new();
         let mut taken: BTreeSet<i32> = BTreeSet::new();
-        for e in &entries {
+        let kinds: Vec<Result<Kind>> = if entries.len() < MANY {
+            entries.iter().map(|e| read_task(images, e)).collect()
+        } else {
+            entries.par_iter().map(|e| read_task(images, e)).collect()
+        };
+        for (e, kind) in entries.iter().zip(kinds) {
             let pid = id(e.pid).filter(|&p| p > 0).ok_or_else(|| lie(format!("process id {}", e.pid)))?;
             let parent = match index.get(&(e.ppid as i32)) {
                 Some(&p) if e.ppid != 0 => Some(p),
@@ -83,7 +92,12 @@ impl Tree {
                 _ if e.ppid == 0 => return Err(lie(format!("a second root, {pid}"))),
                 _ => return Err(lie(format!("task {pid} comes before its parent {}", e.ppid))),
             };
-            let kind = read_task(images, e, pid, &mut taken).task(pid)?;
+            let kind = kind.task(pid)?;
+            if let Kind::Alive(alive) = &kind {
+                if let Some((tid, _)) = alive.threads.iter().find(|(tid, _)| !taken.insert(*tid)) {
+                    return Err(lie(format!("thread id {tid}"))).task(pid);
+                }
+            }
             if index.insert(pid, tree.nodes.len()).is_some() {
                 return Err(lie(format!("task {pid} is there twice")));
             }
@@ -139,6 +153,12 @@ impl Tree {
             Kind::Alive(a) => Some((i, n, &**a)),
             Kind::Dead { .. } | Kind::Helper => None,
         })
+    }
+
+    /// All ids that the tree is to have: of processes, threads, groups and sessions.
+    pub fn ids(&self) -> HashSet<i32> {
+        let threads = self.alive().flat_map(|(_, _, a)| a.threads.iter().map(|(tid, _)| *tid));
+        self.nodes.iter().flat_map(|n| [n.pid, n.pgid, n.sid]).chain(threads).collect()
     }
 
     /// A root that did not lead its session goes into ours, and all that were with it.
@@ -298,7 +318,7 @@ fn id(raw: u32) -> Option<i32> {
     i32::try_from(raw).ok().filter(|&p| p <= 1 << 22)
 }
 
-fn read_task(images: &Images, e: &PstreeEntry, pid: i32, taken: &mut BTreeSet<i32>) -> Result<Kind> {
+fn read_task(images: &Images, e: &PstreeEntry) -> Result<Kind> {
     let leader: CoreEntry = images.read_one(ImageKind::Core, e.pid)?;
     let tc = leader.tc.as_ref().ok_or_else(|| Error::lie("core", "a process without its part"))?;
     match tc.task_state {
@@ -307,17 +327,19 @@ fn read_task(images: &Images, e: &PstreeEntry, pid: i32, taken: &mut BTreeSet<i3
         other => return Err(Error::lie("core", format!("task state {other}"))),
     }
     if e.threads.first() != Some(&e.pid) {
-        return Err(Error::lie("pstree.img", format!("task {pid} does not lead its threads")));
+        return Err(Error::lie("pstree.img", format!("task {} does not lead its threads", e.pid)));
     }
-    let mut threads = Vec::with_capacity(e.threads.len());
-    for &tid in &e.threads {
-        let t = id(tid)
-            .filter(|&t| t > 0 && taken.insert(t))
-            .ok_or_else(|| Error::lie("pstree.img", format!("thread id {tid}")))?;
-        let entry = if t == pid { leader.clone() } else { images.read_one(ImageKind::Core, tid)? };
+    let thread = |&tid: &u32| -> Result<(i32, CoreEntry)> {
+        let t = id(tid).filter(|&t| t > 0).ok_or_else(|| Error::lie("pstree.img", format!("thread id {tid}")))?;
+        let entry = if tid == e.pid { leader.clone() } else { images.read_one(ImageKind::Core, tid)? };
         core::parts(&entry).task(t)?;
-        threads.push((t, entry));
-    }
+        Ok((t, entry))
+    };
+    let threads = if e.threads.len() < MANY {
+        e.threads.iter().map(thread).collect::<Result<_>>()?
+    } else {
+        e.threads.par_iter().with_min_len(MANY / 2).map(thread).collect::<Result<_>>()?
+    };
     let ids: TaskKobjIdsEntry = images.read_one(ImageKind::Ids, e.pid)?;
     let memory = Memory::read(images, e.pid)?;
     Ok(Kind::Alive(Box::new(Alive { threads, ids, memory })))

@@ -37,6 +37,34 @@ pub(super) fn private() {
     check!(filled(moved, 8192, 3));
 }
 
+/// Pages with content between pages without, so many that the kernel tells of them in several parts.
+pub(super) fn fragmented() {
+    let areas = [(700, 4), (3000, 3)].map(|(runs, step)| (map(0, runs * step * 4096, RW, PRIVATE), runs, step));
+    let word = |area: *mut u8, page: usize| unsafe { area.add(page * 4096).cast::<usize>() };
+    for (area, runs, step) in areas {
+        for page in (0..runs * step).filter(|page| !page.is_multiple_of(step)) {
+            unsafe { word(area, page).write_volatile(page) };
+        }
+    }
+    ready();
+    for (area, runs, step) in areas {
+        let good = |page: usize| unsafe { word(area, page).read_volatile() } == if page.is_multiple_of(step) { 0 } else { page };
+        check!((0..runs * step).all(good));
+    }
+}
+
+/// So much memory that several fill it at a restore; none of them is left behind.
+pub(super) fn large() {
+    const SIZE: usize = 96 << 20;
+    let area = map(0, SIZE, RW, PRIVATE);
+    let words = SIZE / 8;
+    (0..words).for_each(|n| unsafe { area.cast::<usize>().add(n).write_volatile(n * 7 + 1) });
+    ready();
+    check!((0..words).all(|n| unsafe { area.cast::<usize>().add(n).read_volatile() } == n * 7 + 1));
+    check_eq!(unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG | libc::__WALL) }, -1);
+    check_eq!(did(std::fs::read_dir("/proc/self/task")).count(), 1);
+}
+
 /// The physical pages of an area (0: none).
 fn frames(area: *const u8, pages: usize) -> Vec<u64> {
     use std::os::unix::fs::FileExt as _;

@@ -151,6 +151,8 @@ pub const ALL: &[Guest] = &[
     guest("memory_cow", memory::cow),
     guest("memory_file", memory::file),
     guest("memory_file_deleted", memory::file_deleted),
+    guest("memory_fragmented", memory::fragmented),
+    guest("memory_large", memory::large),
     guest("memory_layout", memory::layout),
     guest("memory_private", memory::private),
     guest("memory_shared", memory::shared),

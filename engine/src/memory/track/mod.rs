@@ -244,11 +244,6 @@ impl TaskMarks<'_> {
         }
     }
 
-    /// Whether there is a parent to take pages from.
-    pub fn has_parent(&self) -> bool {
-        self.parent.is_some()
-    }
-
     /// Whether pages are to be protected again.
     pub fn protect(&self) -> bool {
         self.again && self.marks == Marks::Protection

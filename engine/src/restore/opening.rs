@@ -1,0 +1,161 @@
+//! What the engine opens for the tasks of a restore, and how they get it: one list of descriptors, sent to the first task,
+//! from which all others inherit it (SCM_RIGHTS, unix(7)). What only a living task can be the object of is opened later.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use standstill_images::proto::{FdinfoEntry, FsEntry};
+use standstill_images::{ImageKind, Images};
+
+use crate::error::{At, Call, Error, Place, Result};
+use crate::files::{memfd, regular, tty, RestoreFiles};
+use crate::options::Options;
+use crate::sys::calls;
+use crate::tasks::tree::Tree;
+
+/// Descriptors that go to the first task, in order.
+#[derive(Debug, Default)]
+pub(super) struct Transfer {
+    pub(super) list: Vec<OwnedFd>,
+}
+
+impl Transfer {
+    pub(super) fn add(&mut self, fd: OwnedFd) -> usize {
+        self.list.push(fd);
+        self.list.len() - 1
+    }
+    fn add_copy(&mut self, fd: BorrowedFd<'_>) -> Result<usize> {
+        let copy = rustix::io::fcntl_dupfd_cloexec(fd, 3).call("fcntl(F_DUPFD_CLOEXEC)")?;
+        Ok(self.add(copy))
+    }
+}
+
+/// What the images say of descriptors, with the place of each file in the transfer.
+#[derive(Debug, Default)]
+pub(super) struct Draft {
+    pub(super) base: i32,
+    pub(super) files: HashMap<u32, usize>,
+    pub(super) late_ids: Vec<u32>,
+    pub(super) areas: HashMap<(u32, u32), usize>,
+    pub(super) pages: HashMap<(u32, usize), usize>,
+    pub(super) exes: HashMap<u32, usize>,
+    pub(super) folders: HashMap<u32, usize>,
+    pub(super) terminals: HashMap<i32, (usize, u32)>,
+    pub(super) tables: HashMap<u32, Vec<FdinfoEntry>>,
+    pub(super) fs: HashMap<i32, FsEntry>,
+    pub(super) own_root: Vec<u32>,
+}
+
+/// Opens what is open in the tasks, mapped, or their executable or folder.
+pub(super) fn open_files(
+    opts: &Options,
+    images: &Images,
+    tree: &Tree,
+    files: &mut RestoreFiles<'_>,
+) -> Result<(Transfer, Draft)> {
+    let mut transfer = Transfer::default();
+    let mut draft = Draft::default();
+    let mut highest = 0u32;
+    for (_, node, a) in tree.alive() {
+        let id = a.ids.files_id;
+        if let std::collections::hash_map::Entry::Vacant(free) = draft.tables.entry(id) {
+            let entries: Vec<FdinfoEntry> = images.read_entries(ImageKind::Fdinfo, id)?;
+            highest = entries.iter().map(|e| e.fd).max().unwrap_or(0).max(highest);
+            free.insert(entries);
+        }
+        let fs: FsEntry = images.read_one(ImageKind::Fs, u32::try_from(node.pid).unwrap_or(0))?;
+        draft.fs.insert(node.pid, fs);
+    }
+    if highest >= 1 << 24 {
+        return Err(Error::lie("fdinfo", format!("descriptor {highest}")));
+    }
+    draft.base = i32::try_from(highest).unwrap_or(0).max(256) + 64;
+    let mut ids: Vec<u32> = draft.tables.values().flatten().map(|e| e.id).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    for id in ids {
+        if files.opens_late(id)? {
+            draft.late_ids.push(id);
+        } else {
+            let fd = files.open(id)?;
+            let at = transfer.add_copy(fd)?;
+            draft.files.insert(id, at);
+        }
+    }
+    for node in tree.nodes.iter().filter(|n| n.sid == n.pid) {
+        if let Some(c) = tty::controlling(u32::try_from(node.pid).unwrap_or(0), files)? {
+            draft.terminals.insert(node.pid, (transfer.add(c.terminal), c.foreground));
+        }
+    }
+    let here = rustix::fs::stat("/").call("stat(/)")?;
+    for (_, node, a) in tree.alive() {
+        for key @ (id, mode) in a.memory.files() {
+            if draft.areas.contains_key(&key) {
+                continue;
+            }
+            let is_memfd = files.entry(id).task(node.pid)?.memfd.is_some();
+            let fd = if is_memfd {
+                memfd::for_mapping(files, id, mode)
+            } else {
+                regular::opened_for_mapping(files, id, mode)
+            };
+            draft.areas.insert(key, transfer.add(fd.at(Place::File(id)).task(node.pid)?));
+        }
+        let exe = a.memory.mm.exe_file_id;
+        if let std::collections::hash_map::Entry::Vacant(free) = draft.exes.entry(exe) {
+            free.insert(transfer.add(regular::exe(files, exe).at(Place::File(exe)).task(node.pid)?));
+        }
+        let pid = u32::try_from(node.pid).unwrap_or(0);
+        for n in 0..a.memory.layers() {
+            let Some(pages) = a.memory.layer(n) else { continue };
+            let file = pages
+                .as_file()
+                .ok_or(Error::Usage { what: "pages are not in a file; restore needs an image folder".into() })?;
+            draft.pages.insert((pid, n), transfer.add_copy(file.as_fd())?);
+        }
+        if let Some(fs) = draft.fs.get(&node.pid) {
+            for id in [fs.cwd_id, fs.root_id] {
+                if draft.late_ids.contains(&id) {
+                    continue;
+                }
+                if files.opens_late(id)? {
+                    draft.late_ids.push(id);
+                } else if !draft.folders.contains_key(&id) {
+                    let fd = regular::folder(files, id).at(Place::File(id)).task(node.pid)?;
+                    let stat = rustix::fs::fstat(&fd).call("fstat")?;
+                    if (stat.st_dev, stat.st_ino) == (here.st_dev, here.st_ino) && opts.root.is_none() {
+                        draft.own_root.push(id);
+                    }
+                    draft.folders.insert(id, transfer.add(fd));
+                }
+            }
+        }
+    }
+    Ok((transfer, draft))
+}
+
+/// Opens what needs living tasks, at the numbers that the plans know.
+pub(super) fn open_late(files: &mut RestoreFiles<'_>, late: &HashMap<u32, OwnedFd>) -> Result<()> {
+    for (&id, place) in late {
+        let fd = files.open(id)?;
+        calls::replace(fd.as_fd(), place.as_fd())?;
+    }
+    Ok(())
+}
+
+/// Sends descriptors in messages of at most 64.
+pub(super) fn send(socket: &OwnedFd, list: &[OwnedFd], alive: &impl Fn() -> Result<()>) -> Result<()> {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+    for part in list.chunks(64) {
+        let borrowed: Vec<BorrowedFd<'_>> = part.iter().map(AsFd::as_fd).collect();
+        let mut space = vec![std::mem::MaybeUninit::uninit(); 64 * 4 + 64];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !control.push(SendAncillaryMessage::ScmRights(&borrowed)) {
+            return Err(Error::Usage { what: "descriptors do not fit into a message".into() });
+        }
+        alive()?;
+        rustix::net::sendmsg(socket, &[std::io::IoSlice::new(b"f")], &mut control, SendFlags::NOSIGNAL)
+            .call("sendmsg(SCM_RIGHTS)")?;
+    }
+    Ok(())
+}
