@@ -270,5 +270,5 @@ impl Drain {
 }
 
 fn entry(vaddr: u64, bytes: u64, flags: u32) -> PagemapEntry {
-    PagemapEntry { vaddr, compat_nr_pages: 0, in_parent: None, flags: Some(flags), nr_pages: Some(bytes / PAGE) }
+    PagemapEntry { vaddr, compat_nr_pages: 0, in_parent: None, flags: Some(flags), nr_pages: Some(bytes / PAGE), blocks: None }
 }
