@@ -16,10 +16,11 @@ use standstill_images::{FolderStore, ImageKind, Images};
 
 use crate::error::{At, Error, Place, Result};
 use crate::files::{locks, memfd, DumpFiles};
-use crate::memory::{self, drain};
+use crate::memory::{self, drain, Writing};
 use crate::options::{FinalState, Options, Persona};
 use crate::plan::Plan;
 use crate::proc::maps::VmaName;
+use crate::progress::Verb;
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::interrupt;
@@ -84,7 +85,7 @@ pub fn run(opts: &Options) -> Result<DumpReport> {
 }
 
 fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
-    let mut phases = Phases::start();
+    let mut phases = Phases::start(Verb::Dump, opts)?;
     let workers = Workers::new(opts)?;
     remove_old_images(images)?;
     let robust = RobustList::new()?;
@@ -205,13 +206,18 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     }
     phases.mark("metadata");
     let pages = AtomicU64::new(0);
+    let jobs = memfd::jobs(&mut files);
+    let private: u64 = drains.iter().map(|d| d.0.pages * memory::PAGE).sum();
+    phases.counter().start("memory", private + jobs.iter().map(memfd::Job::size).sum::<u64>());
+    let writing = Writing { packed: opts.pages_per_block(), counter: phases.counter().clone() };
     workers.each(&drains, |(drain, pid, pages_id, vdso)| {
         pages.fetch_add(drain.pages, Ordering::Relaxed);
-        drain.write(images, *pid, *pages_id, vdso.map(|(at, bytes)| (*at, bytes.as_slice())))
+        let vdso = vdso.map(|(at, bytes)| (*at, bytes.as_slice()));
+        drain.write(images, *pid, *pages_id, vdso, &writing)
     })?;
     let shared = AtomicU64::new(0);
-    workers.each(&memfd::jobs(&mut files), |job| {
-        let bytes = job.run(images)?;
+    workers.each(&jobs, |job| {
+        let bytes = job.run(images, &writing)?;
         shared.fetch_add(bytes / memory::PAGE, Ordering::Relaxed);
         Ok(())
     })?;
@@ -244,6 +250,7 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     let report =
         DumpReport { frozen: frozen_at.elapsed(), total: phases.total(), pages, shared_pages, tasks: alive.len() };
     crate::stats::write_dump(opts, &phases, &report, scanned)?;
+    phases.finish();
     Ok(report)
 }
 
@@ -563,7 +570,9 @@ fn write_clocks(
 fn inventory(opts: &Options, root_ids: TaskKobjIdsEntry) -> InventoryEntry {
     use crate::options::NetworkLock;
     InventoryEntry {
-        img_version: 2,
+        // 3: pages may be packed
+        img_version: if opts.compress { 3 } else { 2 },
+        compress: opts.compress.then_some(1),
         fdinfo_per_id: Some(true),
         root_ids: Some(root_ids),
         ns_per_id: Some(true),

@@ -45,6 +45,7 @@ pub mod memory;
 pub mod options;
 pub mod plan;
 pub mod proc;
+pub mod progress;
 pub mod restore;
 pub mod signals;
 pub mod sockets;

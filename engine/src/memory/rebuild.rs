@@ -6,12 +6,14 @@
 
 use std::collections::HashMap;
 
+use standstill_images::pages::packed::PackedPages;
 use standstill_images::pages::PageChain;
 use standstill_images::proto::{MmEntry, VmaEntry};
 use standstill_images::{ImageKind, Images};
 use standstill_restorer::plan::{Code, Expect};
 
-use super::{areas, status, PAGE};
+use super::unpack::{Pipes, Request};
+use super::{areas, status, unpack, PAGE};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::plan::Plan;
 
@@ -60,15 +62,21 @@ pub struct Numbers {
     pub areas: HashMap<(u32, u32), i32>,
     /// Pages images, by task and layer of the chain.
     pub pages: HashMap<(u32, usize), i32>,
+    /// The pipes of tasks with packed pages.
+    pub packed: HashMap<u32, Pipes>,
 }
 
 /// A run of pages with content, and where it is.
 #[derive(Debug, Clone, Copy)]
-struct Content {
-    address: u64,
-    bytes: u64,
-    layer: usize,
-    offset: u64,
+pub struct Content {
+    /// Address of the first page.
+    pub address: u64,
+    /// All of them.
+    pub bytes: u64,
+    /// In which source of the chain their content is.
+    pub layer: usize,
+    /// Where in that source.
+    pub offset: u64,
 }
 
 impl Memory {
@@ -77,7 +85,7 @@ impl Memory {
         let mm: MmEntry = images.read_one(ImageKind::Mm, pid)?;
         let chain = PageChain::open(images, ImageKind::Pagemap, pid, PAGE)?;
         let mut content = Vec::new();
-        for l in chain.located()? {
+        for l in unpack::without_zeros(chain.located()?, &mm.vmas) {
             let Some(offset) = l.offset else {
                 let place = Place::Area(l.address, l.address + l.pages * PAGE);
                 return Err(Error::refused(
@@ -174,14 +182,24 @@ impl Memory {
         self.content.len() * 2
     }
 
-    /// Layers of the chain of pages images.
+    /// Sources of pages: pages images, and what was packed in them.
     pub fn layers(&self) -> usize {
-        (0..).take_while(|&n| self.chain.pages(n).is_some()).count()
+        self.chain.sources()
     }
 
     /// A pages image.
     pub fn layer(&self, n: usize) -> Option<&dyn standstill_images::ReadAt> {
-        self.chain.pages(n)
+        self.chain.pages(n).filter(|_| self.packed(n).is_none())
+    }
+
+    /// What was packed in a pages image.
+    pub fn packed(&self, n: usize) -> Option<&PackedPages> {
+        self.chain.packed(n)
+    }
+
+    /// Are there pages that the engine must unpack?
+    pub fn is_packed(&self) -> bool {
+        self.content.iter().any(|c| self.packed(c.layer).is_some())
     }
 
     /// The vdso's and vvar's places.
@@ -259,6 +277,7 @@ impl Memory {
             unmap_all_but(kept.values().map(|p| (p.entry.start, p.entry.end)).chain([keep]), plan);
         }
         let mut made = Inherited::default();
+        let mut packed = Vec::new();
         for e in self.private() {
             let content = self.content(e.start, e.end);
             let place = Place::Area(e.start, e.end);
@@ -280,7 +299,7 @@ impl Memory {
                         );
                     }
                     for run in &reads {
-                        self.fill(pid, run, numbers, plan)?;
+                        self.fill(pid, run, numbers, plan, &mut packed)?;
                     }
                 }
                 None => {
@@ -290,16 +309,31 @@ impl Memory {
                     map(e, prot, numbers, plan).at(place)?;
                     for run in &content {
                         figures.pages += run.bytes / PAGE;
-                        self.fill(pid, run, numbers, plan)?;
+                        self.fill(pid, run, numbers, plan, &mut packed)?;
                     }
                 }
             }
             made.areas.push(Present { entry: *e, exe: self.mm.exe_file_id, prot });
         }
+        if !packed.is_empty() {
+            unpack::ask(pid, *numbers.packed.get(&pid).ok_or(Error::Gone)?, plan);
+            figures.packed.push(Request { pid, content: packed });
+        }
         Ok(made)
     }
 
-    fn fill(&self, pid: u32, run: &Content, numbers: &Numbers, plan: &mut Plan) -> Result<()> {
+    fn fill(
+        &self,
+        pid: u32,
+        run: &Content,
+        numbers: &Numbers,
+        plan: &mut Plan,
+        packed: &mut Vec<Content>,
+    ) -> Result<()> {
+        if self.packed(run.layer).is_some() {
+            packed.push(*run);
+            return Ok(());
+        }
         let fd = *numbers.pages.get(&(pid, run.layer)).ok_or(Error::Gone)?;
         // the kernel moves at most 2 GiB at once; the executor repeats
         let args = [fd.into(), run.address.into(), run.bytes.into(), run.offset.into()];
@@ -398,7 +432,7 @@ impl Memory {
 }
 
 /// What was done, for the stats image.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default, Clone)]
 pub struct Figures {
     /// Pages read from images.
     pub pages: u64,
@@ -406,6 +440,8 @@ pub struct Figures {
     pub compared: u64,
     /// Of these, equal.
     pub shared: u64,
+    /// What the engine must unpack for tasks.
+    pub packed: Vec<Request>,
 }
 
 /// First address behind user memory (four-level paging; an area beyond needs five, and says so by its address).
