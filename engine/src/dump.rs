@@ -208,7 +208,8 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     let pages = AtomicU64::new(0);
     let jobs = memfd::jobs(&mut files);
     let private: u64 = drains.iter().map(|d| d.0.pages * memory::PAGE).sum();
-    phases.counter().start("memory", private + jobs.iter().map(memfd::Job::size).sum::<u64>());
+    let shared_scanned = jobs.iter().map(|job| job.size().div_ceil(memory::PAGE)).sum::<u64>();
+    phases.counter().start("memory", private + shared_scanned * memory::PAGE);
     let writing = Writing { packed: opts.pages_per_block(), counter: phases.counter().clone() };
     workers.each(&drains, |(drain, pid, pages_id, vdso)| {
         pages.fetch_add(drain.pages, Ordering::Relaxed);
@@ -249,7 +250,7 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     let (pages, shared_pages) = (pages.into_inner(), shared.into_inner());
     let report =
         DumpReport { frozen: frozen_at.elapsed(), total: phases.total(), pages, shared_pages, tasks: alive.len() };
-    crate::stats::write_dump(opts, &phases, &report, scanned)?;
+    crate::stats::write_dump(opts, &phases, &report, scanned, shared_scanned)?;
     phases.finish();
     Ok(report)
 }

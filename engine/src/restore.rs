@@ -15,7 +15,7 @@ use standstill_restorer::plan::{Code, Expect};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{inotify, memfd, regular, tty, RestoreFiles};
 use crate::memory::rebuild::{unmap_all_but, Figures, Numbers};
-use crate::memory::unpack::{Pipes, Unpacker};
+use crate::memory::unpack::{Pipes, TaskEnds, Unpacker};
 use crate::memory::vdso::Layout;
 use crate::options::{FinalState, Options};
 use crate::plan::arena::{Arena, Slot};
@@ -293,7 +293,7 @@ fn build<'r>(
 fn unpacker(tree: &Tree, base: i32, transfer: &mut Transfer) -> Result<(Unpacker, HashMap<u32, Pipes>)> {
     let packed = tree.alive().filter(|(_, _, a)| a.memory.is_packed());
     let pids: Vec<u32> = packed.map(|(_, n, _)| u32::try_from(n.pid).unwrap_or(0)).collect();
-    let (unpacker, ask, waits) = Unpacker::new(&pids)?;
+    let (unpacker, TaskEnds { ask, waits }) = Unpacker::new(&pids)?;
     let mut pipes = HashMap::new();
     if !waits.is_empty() {
         let ask = base + transfer.add(ask) as i32;

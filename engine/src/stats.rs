@@ -97,7 +97,8 @@ fn pages(count: u64) -> String {
 }
 
 /// Writes `stats-dump` into the work folder.
-pub fn write_dump(opts: &Options, phases: &Phases, report: &DumpReport, scanned: u64) -> Result<()> {
+/// Looked at for it were so many pages, and so many shared ones.
+pub fn write_dump(opts: &Options, phases: &Phases, report: &DumpReport, scanned: u64, shared: u64) -> Result<()> {
     let dump = DumpStatsEntry {
         freezing_time: micros(phases.of("freezing")),
         frozen_time: micros(report.frozen),
@@ -112,7 +113,7 @@ pub fn write_dump(opts: &Options, phases: &Phases, report: &DumpReport, scanned:
         // CRIU counts its own machinery here; ours has none
         page_pipes: Some(0),
         page_pipe_bufs: Some(0),
-        shpages_scanned: Some(report.shared_pages),
+        shpages_scanned: Some(shared),
         shpages_skipped_parent: Some(0),
         shpages_written: Some(report.shared_pages),
     };

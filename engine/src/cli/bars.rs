@@ -4,8 +4,7 @@
 //! gone when the work is done.
 
 use std::io::IsTerminal as _;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -14,8 +13,6 @@ use crate::progress::{explain, Event, Hook, Listener, Step};
 
 /// From this level on the log says so much that a bar would be torn.
 const TALKATIVE: u32 = 3;
-/// What is over sooner shows nothing.
-const PATIENCE: Duration = Duration::from_millis(150);
 
 /// The same options, with bars in them if there are to be any.
 pub fn with_bars(options: &Options) -> Options {
@@ -35,28 +32,30 @@ fn fit(options: &Options) -> bool {
 
 fn hook() -> Hook {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    let words = style("{prefix} {msg}");
-    let bytes = style("{prefix} {msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}");
-    bar.set_style(words.clone());
+    let words = style("{prefix}: {wide_msg}");
+    let bytes = style("{prefix}: {msg} [{wide_bar}] {bytes}/{total_bytes} {eta}");
+    let shown = Mutex::new("");
     Hook(Arc::new(move |event: &Event| {
-        if event.since < PATIENCE && event.step != Step::Start {
-            return;
-        }
+        let mut shown = shown.lock().unwrap_or_else(PoisonError::into_inner);
         match event.step {
-            Step::Start => {
-                bar.set_prefix(event.verb.name());
-                bar.set_message(explain(event.verb, event.phase));
-                bar.set_style(bytes.clone());
-                bar.set_length(event.total);
-                bar.set_position(0);
-                bar.reset_eta();
+            // what is over soon shows nothing
+            Step::Start => {}
+            Step::Progress => {
+                if *shown != event.phase {
+                    bar.set_style(bytes.clone());
+                    bar.set_prefix(event.verb.name());
+                    bar.set_length(event.total);
+                    bar.reset_eta();
+                    bar.set_message(explain(event.verb, event.phase));
+                    *shown = event.phase;
+                }
+                bar.set_position(event.bytes);
             }
-            Step::Progress => bar.set_position(event.bytes),
-            Step::Phase(_) => {
-                bar.set_prefix(event.verb.name());
-                bar.set_message(format!("{}: done", explain(event.verb, event.phase)));
+            Step::Phase(_) if !shown.is_empty() => {
                 bar.set_style(words.clone());
+                bar.set_message(format!("{}: done", explain(event.verb, event.phase)));
             }
+            Step::Phase(_) => {}
             Step::Done | Step::Failed => bar.finish_and_clear(),
         }
     }))

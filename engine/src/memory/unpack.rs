@@ -55,6 +55,15 @@ pub struct Request {
     pub content: Vec<Content>,
 }
 
+/// The tasks' ends of the pipes.
+#[derive(Debug)]
+pub struct TaskEnds {
+    /// Where all ask.
+    pub ask: OwnedFd,
+    /// Where each waits, by pid.
+    pub waits: Vec<(u32, OwnedFd)>,
+}
+
 /// The engine's ends of the pipes.
 #[derive(Debug)]
 pub struct Unpacker {
@@ -64,8 +73,8 @@ pub struct Unpacker {
 }
 
 impl Unpacker {
-    /// For these tasks; also the pipe in which all ask, and those in which each waits.
-    pub fn new(pids: &[u32]) -> Result<(Unpacker, OwnedFd, Vec<(u32, OwnedFd)>)> {
+    /// For these tasks.
+    pub fn new(pids: &[u32]) -> Result<(Unpacker, TaskEnds)> {
         let pipe = || rustix::pipe::pipe_with(PipeFlags::CLOEXEC).call("pipe2");
         let (requests, ask) = pipe()?;
         let stop = File::from(ask.try_clone().call("fcntl(F_DUPFD_CLOEXEC)")?);
@@ -76,7 +85,7 @@ impl Unpacker {
             answers.insert(pid, File::from(answer));
             waits.push((pid, wait));
         }
-        Ok((Unpacker { requests: requests.into(), stop, answers }, ask, waits))
+        Ok((Unpacker { requests: requests.into(), stop, answers }, TaskEnds { ask, waits }))
     }
 
     /// Does what tasks ask for while `during` runs.

@@ -95,7 +95,7 @@ pub(super) fn family() {
     let holds = |who: usize| {
         (0..SIZE).all(|i| {
             let page = i / 4096;
-            let changed = page >= who && (page - who) % 37 == 0;
+            let changed = page >= who && (page - who).is_multiple_of(37);
             let wanted = if !changed {
                 mixed(i)
             } else if page % 2 == 0 {
