@@ -1,7 +1,11 @@
 //! Packed pages: guests that were made for other things, in blocks of several sizes; and images that lie.
 
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
 use standstill_tests::engine::Engine;
 use standstill_tests::guests::support::How;
+use standstill_tests::process;
 use standstill_tests::run::Run;
 use standstill_tests::skip::skip;
 
@@ -108,6 +112,45 @@ fn criu_refuses_them() {
         Ok(_) => panic!("CRIU restored packed pages"),
         Err(e) => assert!(e.text.contains("version"), "{e}"),
     }
+    run.restore(&engine, &images);
+    run.check(How::Restored);
+}
+
+/// An engine that is killed while it unpacks: the tasks that wait for it end, or they were whole by then.
+#[test]
+fn a_killed_engine_leaves_nothing() {
+    let mut run = Run::start("packed_family");
+    let (engine, images) = (Engine::ours(), run.images("images"));
+    run.dump(&engine, &images);
+    let began = Instant::now();
+    run.restore(&engine, &images);
+    let took = began.elapsed();
+    let limit = Duration::from_secs(20);
+    for n in 0..30 {
+        process::end(&run.tree);
+        let mut command = engine.command("restore", &images, &["-d"]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut child = command.spawn().unwrap_or_else(|e| panic!("{e}"));
+        std::thread::sleep(took * n / 30);
+        let _ = child.kill();
+        let _ = child.wait();
+        let of_guest = |pid: &i32| {
+            let exe = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+            exe.ends_with("guest")
+        };
+        let began = Instant::now();
+        loop {
+            let there: Vec<i32> =
+                run.tree.iter().copied().filter(|&p| process::reap(p).is_none() && process::exists(p)).collect();
+            if there.is_empty() || (there.len() == run.tree.len() && there.iter().all(of_guest)) {
+                break;
+            }
+            let texts = || there.iter().map(|p| process::describe(*p)).collect::<String>();
+            assert!(began.elapsed() < limit, "round {n}: left behind:\n{}", texts());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    process::end(&run.tree);
     run.restore(&engine, &images);
     run.check(How::Restored);
 }

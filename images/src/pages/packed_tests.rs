@@ -68,6 +68,16 @@ fn what_comes_back_is_what_went_in() {
 }
 
 #[test]
+fn json_gives_the_same_bytes() {
+    use crate::json::{decode, encode_text, to_text, Style};
+    let store = written(&[(0x10000, text(9 * 4096)), (0x20000, vec![0; 4096]), (0x30000, noise(4096, 2))]);
+    let bytes = store.read("pagemap-7.img").unwrap();
+    let image = decode("pagemap-7.img", &bytes, Style { pretty: true, payload: true }).unwrap();
+    assert_eq!(image["entries"][2]["blocks"]["block_sizes"][0], 0);
+    assert!(encode_text("json", to_text(&image, true).as_bytes()).unwrap() == bytes);
+}
+
+#[test]
 fn raw_runs_begin_at_a_page() {
     let store = MemoryStore::new();
     let images = Images::new(store.clone());
