@@ -111,7 +111,7 @@ fn schema(pool: &DescriptorPool) -> Result<String, Box<dyn Error>> {
                  print: Print {{ {} }} }},",
                 field.number(),
                 field.name(),
-                field.is_packed(),
+                is_packed(field),
                 printing(field, &print),
             )?;
         }
@@ -127,6 +127,12 @@ fn schema(pool: &DescriptorPool) -> Result<String, Box<dyn Error>> {
     }
     writeln!(text, "];")?;
     Ok(text)
+}
+
+/// Whether several values are written as one, by the option at the field.
+fn is_packed(field: &FieldDescriptor) -> bool {
+    let packed = |options: DynamicMessage| options.get_field_by_name("packed")?.as_bool();
+    field.is_packed() || packed(field.options()).unwrap_or(false)
 }
 
 /// The fields of a `Print`, from the options at the field.

@@ -14,12 +14,14 @@
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::check::{self, Category, Found};
 use crate::dump::DumpReport;
 use crate::error::Result;
 use crate::options::{FinalState, Options};
+use crate::progress::{Event, Hook, Listener};
 use crate::restore::RestoreReport;
 
 /// Brings a process tree to a standstill, into images.
@@ -112,6 +114,18 @@ impl Dump {
     /// How long freezing the tree may take, in whole seconds (10 if nothing is said); none means no limit.
     pub fn timeout(mut self, limit: Option<Duration>) -> Dump {
         self.options.timeout = limit.map_or(0, |l| u32::try_from(l.as_secs().max(1)).unwrap_or(u32::MAX));
+        self
+    }
+
+    /// Memory is packed with LZ4; CRIU 4.2 does not restore such a checkpoint.
+    pub fn compress(mut self) -> Dump {
+        self.options.compress = true;
+        self
+    }
+
+    /// Calls `told` at the end of each phase, and while memory is moved, some ten times a second.
+    pub fn on_progress(mut self, told: impl Fn(&Event) + Send + Sync + 'static) -> Dump {
+        self.options.progress = Listener::Hook(Hook(Arc::new(told)));
         self
     }
 
@@ -208,6 +222,12 @@ impl Restore {
     /// Where the images are.
     pub fn images_dir(&self) -> &Path {
         &self.options.images_dir
+    }
+
+    /// Calls `told` at the end of each phase, and while memory is moved, some ten times a second.
+    pub fn on_progress(mut self, told: impl Fn(&Event) + Send + Sync + 'static) -> Restore {
+        self.options.progress = Listener::Hook(Hook(Arc::new(told)));
+        self
     }
 
     /// Everything else that can be asked.

@@ -17,11 +17,12 @@ use standstill_images::{FolderStore, ImageKind, Images};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{locks, memfd, DumpFiles};
 use crate::memory::track::{self, Tracking};
-use crate::memory::{self, dedup, drain};
+use crate::memory::{self, dedup, drain, Writing};
 use crate::options::{FinalState, Options, Persona};
 use crate::plan::Plan;
 use crate::proc::maps::{VmFlags, Vma, VmaName};
 use crate::proc::status::Status;
+use crate::progress::Verb;
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::interrupt;
@@ -118,7 +119,7 @@ pub(crate) fn with_own_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) 
 }
 
 fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
-    let mut phases = Phases::start();
+    let mut phases = Phases::start(Verb::Dump, opts)?;
     let workers = Workers::new(opts)?;
     remove_old_images(images)?;
     let robust = RobustList::new()?;
@@ -257,13 +258,19 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     }
     phases.mark("metadata");
     let pages = AtomicU64::new(0);
+    let jobs = memfd::jobs(&mut files);
+    let private: u64 = drains.iter().map(|d| d.0.pages * memory::PAGE).sum();
+    let shared_scanned = jobs.iter().map(|job| job.size().div_ceil(memory::PAGE)).sum::<u64>();
+    phases.counter().start("memory", private + shared_scanned * memory::PAGE);
+    let writing = Writing { packed: opts.pages_per_block(), counter: phases.counter().clone() };
     workers.each(&drains, |(drain, pid, pages_id, vdso)| {
         pages.fetch_add(drain.pages, Ordering::Relaxed);
-        drain.write(images, *pid, *pages_id, vdso.map(|(at, bytes)| (*at, bytes.as_slice())))
+        let vdso = vdso.map(|(at, bytes)| (*at, bytes.as_slice()));
+        drain.write(images, *pid, *pages_id, vdso, &writing)
     })?;
     let shared = AtomicU64::new(0);
-    workers.each(&memfd::jobs(&mut files), |job| {
-        let bytes = job.run(images)?;
+    workers.each(&jobs, |job| {
+        let bytes = job.run(images, &writing)?;
         shared.fetch_add(bytes / memory::PAGE, Ordering::Relaxed);
         Ok(())
     })?;
@@ -304,7 +311,8 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     }
     let (pages, shared_pages) = (pages.into_inner(), shared.into_inner());
     let report = DumpReport { frozen, total: phases.total(), pages, in_parent, shared_pages, tasks: alive.len() };
-    crate::stats::write_dump(opts, &phases, &report, scanned)?;
+    crate::stats::write_dump(opts, &phases, &report, scanned, shared_scanned)?;
+    phases.finish();
     Ok(report)
 }
 
@@ -690,7 +698,9 @@ pub(crate) fn begin_tracking(
 fn inventory(opts: &Options, root_ids: TaskKobjIdsEntry, run: &str) -> InventoryEntry {
     use crate::options::NetworkLock;
     InventoryEntry {
-        img_version: 2,
+        // 3: pages may be packed
+        img_version: if opts.compress { 3 } else { 2 },
+        compress: opts.compress.then_some(1),
         fdinfo_per_id: Some(true),
         root_ids: Some(root_ids),
         ns_per_id: Some(true),

@@ -46,6 +46,7 @@ pub mod options;
 pub mod plan;
 pub mod pre_dump;
 pub mod proc;
+pub mod progress;
 pub mod restore;
 pub mod signals;
 pub mod sockets;

@@ -106,6 +106,13 @@ pub fn open(target: Target) -> io::Result<()> {
     Ok(())
 }
 
+/// A restored process begins: its own log is there from now on, with something in it or not.
+pub fn begin(pid: i32) {
+    if let Some(log) = LOG.get() {
+        log.lock().of_pid(pid.into());
+    }
+}
+
 /// Writes what was kept to standard error if no log was ever opened. The last thing a program does.
 pub fn finish() {
     if LOG.get().is_some_and(|log| matches!(*log.lock(), State::Early(_))) {
@@ -130,20 +137,26 @@ impl Log {
 }
 
 impl State {
-    fn write(&mut self, line: &Line, level: u32) {
-        let Self::Open { sink, target, by_pid } = self else { return };
-        let text = line.render(level, target.per_pid);
-        if let (true, Some(pid), Some(file)) = (target.per_pid, line.pid, target.file.as_deref()) {
-            if !by_pid.iter().any(|(p, _)| *p == pid) {
-                let mut name = file.as_os_str().to_owned();
-                name.push(format!(".{pid}"));
-                by_pid.extend(create(Path::new(&name)).ok().map(|f| (pid, f)));
-            }
-            if let Some((_, file)) = by_pid.iter_mut().find(|(p, _)| *p == pid) {
-                let _ = file.write_all(text.as_bytes());
-                return;
-            }
+    /// The log of a process, if each has one.
+    fn of_pid(&mut self, pid: i64) -> Option<&mut File> {
+        let Self::Open { target, by_pid, .. } = self else { return None };
+        let file = target.file.as_deref().filter(|_| target.per_pid)?;
+        if !by_pid.iter().any(|(p, _)| *p == pid) {
+            let mut name = file.as_os_str().to_owned();
+            name.push(format!(".{pid}"));
+            by_pid.push((pid, create(Path::new(&name)).ok()?));
         }
+        by_pid.iter_mut().find(|(p, _)| *p == pid).map(|(_, file)| file)
+    }
+
+    fn write(&mut self, line: &Line, level: u32) {
+        let Self::Open { target, .. } = self else { return };
+        let text = line.render(level, target.per_pid);
+        if let Some(file) = line.pid.and_then(|pid| self.of_pid(pid)) {
+            let _ = file.write_all(text.as_bytes());
+            return;
+        }
+        let Self::Open { sink, target, .. } = self else { return };
         // a log that cannot be written is no reason to stop the work
         let _ = match sink {
             Sink::File(file) => file.write_all(text.as_bytes()),

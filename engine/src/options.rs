@@ -11,6 +11,8 @@ use std::ffi::OsString;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+use crate::progress::Listener;
+
 mod refusals;
 mod values;
 
@@ -22,6 +24,8 @@ pub use values::{
 
 /// How large a deleted file may be to travel inside an image, if nothing else is said: 1 MiB.
 pub const DEFAULT_GHOST_LIMIT: u64 = 1 << 20;
+/// How many bytes are packed together, if nothing else is said.
+pub const DEFAULT_COMPRESS_BLOCK: u32 = 256 << 10;
 /// How many seconds collecting and freezing the tree may take, if nothing else is said.
 pub const DEFAULT_TIMEOUT: u32 = 10;
 /// The log level if nothing else is said: errors and warnings.
@@ -225,10 +229,12 @@ pub struct Options {
     pub show_plan: bool,
     /// Copy memory in the target and let it go on while that is written (`--snapshot`).
     pub snapshot: bool,
-    /// Show progress on a terminal (`--progress`).
-    pub progress: bool,
-    /// Pack pages with LZ4 (`--compress`); CRIU cannot read such a checkpoint.
+    /// Who is told how far the work is (`--progress`).
+    pub progress: Listener,
+    /// Pack pages with LZ4 (`--compress`), in the form that CRIU has after 4.2; CRIU 4.2 refuses such a checkpoint.
     pub compress: bool,
+    /// How many bytes are packed together (`--compress-block`); whole pages, 4 MiB at most.
+    pub compress_block: u32,
     /// Print results as JSON (`--json`).
     pub json: bool,
 }
@@ -320,8 +326,9 @@ impl Default for Options {
             jobs: None,
             show_plan: false,
             snapshot: false,
-            progress: false,
+            progress: Listener::default(),
             compress: false,
+            compress_block: DEFAULT_COMPRESS_BLOCK,
             json: false,
         }
     }
@@ -337,6 +344,17 @@ impl Options {
     /// changes its current folder (it may be a guest in someone's program), so every such path goes through here.
     pub fn in_work_dir(&self, path: &Path) -> PathBuf {
         self.work_dir().join(path)
+    }
+
+    /// Tells whoever waits for a server that it is ready now: one zero byte to `status_fd`, which is closed then. Other verbs
+    /// than servers have nothing to say there, as in CRIU.
+    pub fn say_ready(&self) -> Result<(), crate::error::Error> {
+        self.status_fd.map_or(Ok(()), crate::sys::calls::say_ready)
+    }
+
+    /// How many pages are packed together; none if they are not packed.
+    pub fn pages_per_block(&self) -> Option<u32> {
+        self.compress.then(|| (self.compress_block / 4096).clamp(1, 1024))
     }
 
     /// Tasks go on after a dump.

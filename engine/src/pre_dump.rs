@@ -17,10 +17,11 @@ use standstill_images::{ImageKind, Images};
 use crate::dump::{self, DumpReport};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::memory::track::{self, Tracking};
-use crate::memory::{areas, drain};
+use crate::memory::{areas, drain, Writing, PAGE};
 use crate::options::{FinalState, Options, Persona, PreDumpMode};
 use crate::plan::Plan;
 use crate::proc::maps::Vma;
+use crate::progress::Verb;
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::interrupt;
@@ -46,7 +47,7 @@ struct Task {
 }
 
 fn pre_dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
-    let mut phases = Phases::start();
+    let mut phases = Phases::start(Verb::PreDump, opts)?;
     dump::remove_old_images(images)?;
     let robust = RobustList::new()?;
     let frozen = freeze::freeze(root, Duration::from_secs(u64::from(opts.timeout)))?;
@@ -64,9 +65,11 @@ fn pre_dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     let mut drains = drains;
     let pages = AtomicU64::new(0);
     drains.iter_mut().for_each(|(drain, ..)| drain.released());
+    phases.counter().start("memory", drains.iter().map(|d| d.0.pages * PAGE).sum());
+    let writing = Writing { packed: opts.pages_per_block(), counter: phases.counter().clone() };
     drains.par_iter().try_for_each(|(drain, id, pages_id)| {
         pages.fetch_add(drain.pages, Ordering::Relaxed);
-        drain.write(images, *id, *pages_id, None)
+        drain.write(images, *id, *pages_id, None, &writing)
     })?;
     phases.mark("memory");
     interrupt::check()?;
@@ -87,7 +90,8 @@ fn pre_dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
         shared_pages: 0,
         tasks: tasks.len(),
     };
-    crate::stats::write_dump(opts, &phases, &report, drains.iter().map(|d| d.0.scanned).sum())?;
+    crate::stats::write_dump(opts, &phases, &report, drains.iter().map(|d| d.0.scanned).sum(), 0)?;
+    phases.finish();
     Ok(report)
 }
 
@@ -171,7 +175,9 @@ fn infect<'r>(opts: &Options, task: &Task, stopped: Vec<Stopped>, robust: &'r Ro
 
 fn inventory(opts: &Options, run: &str) -> Result<InventoryEntry> {
     Ok(InventoryEntry {
-        img_version: 2,
+        // 3: pages may be packed
+        img_version: if opts.compress { 3 } else { 2 },
+        compress: opts.compress.then_some(1),
         fdinfo_per_id: Some(true),
         root_ids: Some(ids::Ids::new()?.root),
         ns_per_id: Some(true),

@@ -15,11 +15,13 @@ use standstill_restorer::plan::{Code, Expect};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{inotify, memfd, RestoreFiles};
 use crate::memory::rebuild::{unmap_all_but, Figures, Numbers};
+use crate::memory::unpack::{Pipes, TaskEnds, Unpacker};
 use crate::memory::vdso::Layout;
 use crate::options::{FinalState, Options};
 use crate::plan::arena::{Arena, Slot};
 use crate::plan::{Arg, Plan};
 use crate::proc;
+use crate::progress::Verb;
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::{calls, ptrace, spawn};
@@ -29,7 +31,7 @@ use crate::tasks::{core, registers, release};
 
 mod opening;
 
-use opening::{open_files, open_late, send};
+use opening::{open_files, open_late, send, Transfer};
 
 /// How long tasks may take for one stage.
 const STAGE_LIMIT: Duration = Duration::from_secs(600);
@@ -91,7 +93,7 @@ impl Drop for Nursery {
 }
 
 fn restore(opts: &Options, images: &Images) -> Result<RestoreReport> {
-    let mut phases = Phases::start();
+    let mut phases = Phases::start(Verb::Restore, opts)?;
     let inventory = read_inventory(opts, images)?;
     let job = opts.shell_job.then(release::own_session_and_group);
     let tree = Tree::read(images, job)?;
@@ -144,8 +146,8 @@ impl Poised<'_> {
         self.arena.release(self.robust);
         phases.mark("going");
         let report = RestoreReport { pid, total: phases.total(), exit_code: None };
-        let f = self.figures;
-        crate::stats::write_restore(opts, phases.of("forking"), report.total, f.pages, f.compared, f.shared)?;
+        crate::stats::write_restore(opts, phases, report.total, &self.figures)?;
+        phases.finish();
         Ok(report)
     }
 }
@@ -171,6 +173,7 @@ fn build<'r>(
     }
     let own = calls::pidfd_open(i32::try_from(std::process::id()).unwrap_or(0), 0)?;
     let engine = transfer.add(own);
+    let (unpacker, packed) = unpacker(tree, draft.base, &mut transfer)?;
     phases.mark("opening");
 
     let count = tree.nodes.len() + tree.alive().map(|(_, _, a)| a.threads.len()).sum::<usize>();
@@ -197,6 +200,7 @@ fn build<'r>(
         numbers: Numbers {
             areas: draft.areas.iter().map(|(&k, &i)| (k, base + i as i32)).collect(),
             pages: draft.pages.iter().map(|(&k, &i)| (k, base + i as i32)).collect(),
+            packed,
         },
         exes: draft.exes.iter().map(|(&id, &i)| (id, base + i as i32)).collect(),
         terminals: draft.terminals.iter().map(|(&pid, &(i, group))| (pid, (base + i as i32, group))).collect(),
@@ -226,6 +230,10 @@ fn build<'r>(
     .call("socketpair")?;
     let sibling = opts.restore_sibling && opts.restore_detach;
     let root = tree.root().pid;
+    for (_, node, a) in tree.alive() {
+        crate::log::begin(node.pid);
+        tracing::info!(pid = node.pid, "comes back, with {} threads", a.threads.len());
+    }
     let mut nursery = Nursery { root: 0, sibling, pids: tree.nodes.iter().map(|n| n.pid).collect(), finished: false };
     // an empty plan first: when it is done, the task is out of its exec, whose end clone3 does not wait for
     arena.load(slots[0], root, Plan::new())?;
@@ -254,7 +262,9 @@ fn build<'r>(
     send(&ours, &transfer.list, &alive)?;
     arena.finish(slots[0], STAGE_LIMIT, alive).task(pid)?;
     arena.load(slots[0], pid, root_plan)?;
-    arena.gather(FORKED, STAGE_LIMIT, alive)?;
+    let memories = tree.alive().map(|(_, n, a)| (u32::try_from(n.pid).unwrap_or(0), &a.memory)).collect();
+    phases.counter().start("forking", figures.pages * crate::memory::PAGE);
+    unpacker.serve(&figures.packed, &memories, phases.counter(), || arena.gather(FORKED, STAGE_LIMIT, alive))?;
     phases.mark("forking");
     drop(transfer);
     open_late(files, &late)?;
@@ -292,6 +302,21 @@ fn build<'r>(
     Ok(Poised { nursery, held, arena, robust, stops, figures })
 }
 
+/// The pipes through which tasks have their packed pages written; tasks without any get none.
+fn unpacker(tree: &Tree, base: i32, transfer: &mut Transfer) -> Result<(Unpacker, HashMap<u32, Pipes>)> {
+    let packed = tree.alive().filter(|(_, _, a)| a.memory.is_packed());
+    let pids: Vec<u32> = packed.map(|(_, n, _)| u32::try_from(n.pid).unwrap_or(0)).collect();
+    let (unpacker, TaskEnds { ask, waits }) = Unpacker::new(&pids)?;
+    let mut pipes = HashMap::new();
+    if !waits.is_empty() {
+        let ask = base + transfer.add(ask) as i32;
+        for (pid, wait) in waits {
+            pipes.insert(pid, Pipes { ask, wait: base + transfer.add(wait) as i32 });
+        }
+    }
+    Ok((unpacker, pipes))
+}
+
 fn filters_come_by_sync(a: &Alive) -> bool {
     a.threads.iter().any(|(_, e)| e.thread_core.as_ref().is_some_and(|c| c.seccomp_mode.unwrap_or(0) != 0))
 }
@@ -299,8 +324,11 @@ fn filters_come_by_sync(a: &Alive) -> bool {
 fn read_inventory(opts: &Options, images: &Images) -> Result<InventoryEntry> {
     let inventory: InventoryEntry = images.read_one(ImageKind::Inventory, ())?;
     let lie = |what: &str| Error::lie("inventory.img", what.to_owned());
-    if !matches!(inventory.img_version, 1 | 2) {
+    if !matches!(inventory.img_version, 1..=3) {
         return Err(lie(&format!("Not supported images version {}", inventory.img_version)));
+    }
+    if let Some(method @ 2..) = inventory.compress {
+        return Err(lie(&format!("pages are packed in an unknown way ({method})")));
     }
     if inventory.fdinfo_per_id != Some(true) {
         return Err(lie("Too old image, no longer supported"));

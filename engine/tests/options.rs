@@ -206,7 +206,12 @@ fn the_table_is_that_list_and_ours() {
 #[test]
 fn our_own_options_belong_to_our_own_name() {
     for opt in table::TABLE.iter().filter(|o| !o.is_crius()) {
-        let value = if opt.meta.is_empty() { None } else { Some("2") };
+        let value = match opt.meta {
+            "" => None,
+            "SIZE" => Some("8K"),
+            "HOW" => Some("json"),
+            _ => Some("2"),
+        };
         let words = [word(opt.spelling.long, value)];
         assert_eq!(parse("criu", &words).err(), Some(Stop::Usage), "--{}", opt.spelling.long);
         assert!(parse("standstill", &words).is_ok(), "--{}", opt.spelling.long);

@@ -176,6 +176,14 @@ pub enum Malformed {
         /// What is wrong with it.
         reason: PagesFault,
     },
+    /// A block of packed pages that does not unpack to its pages.
+    #[error("a block of {size} bytes does not unpack to {pages_size}")]
+    Packed {
+        /// Its size in the image.
+        size: u32,
+        /// The size of its pages.
+        pages_size: u32,
+    },
     /// A record of a stream of images is out of place.
     #[error("{0}")]
     Record(RecordFault),
@@ -217,6 +225,18 @@ pub enum PagesFault {
     /// A page that is said to be in the parent is not in any.
     #[error("no parent has the page")]
     NoParent,
+    /// Blocks in an entry whose content is not in the pages image, or of no page or too many.
+    #[error("blocks that cannot be: of a page at least and 4 MiB at most, and only where there is content")]
+    Blocks,
+    /// There are more or fewer blocks than the pages make.
+    #[error("another number of blocks than the pages make")]
+    BlockCount,
+    /// A block is larger than what it unpacks to.
+    #[error("a block larger than its pages")]
+    BlockSize,
+    /// The blocks' sizes do not sum up to what the entry says.
+    #[error("blocks of another size than stated")]
+    BlockSum,
     /// The page size is not a power of two that a kernel uses.
     #[error("an absurd page size")]
     PageSize,

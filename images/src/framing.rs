@@ -128,6 +128,12 @@ impl<'a> Reader<'a> {
         Ok(Some(bytes))
     }
 
+    /// Where the entry with this number begins, if all entries before it are there.
+    pub(crate) fn offset_of(&mut self, entry: usize) -> Result<u64> {
+        while self.entries < entry && self.next_bytes()?.is_some() {}
+        Ok(self.bytes.at())
+    }
+
     /// The next entry, or none at the end.
     ///
     /// # Errors

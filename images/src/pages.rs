@@ -5,6 +5,9 @@
 //! A page can also be said to be in the parent: the checkpoint that this one builds on. [`PageMap`] is one checked pagemap,
 //! [`PageChain`] is one and all of its parents, and [`PageMapWriter`] writes one.
 //!
+//! Content can be packed in blocks ([`packed`]); the pages image then holds blocks and, at the start of a page each, runs that
+//! are as they were.
+//!
 //! The number of pages moved from one field to another (`compat_nr_pages`, `nr_pages`), and flags came after
 //! `in_parent`: both forms are read, the later is written.
 
@@ -16,12 +19,19 @@ use crate::proto::{PagemapEntry, PagemapHead};
 use crate::store::ReadAt;
 use crate::table::{Id, ImageKind};
 
+pub mod packed;
+
+use packed::{Blocks, PackedPages};
+
 /// Flag: the content is in the parent.
 pub const PE_PARENT: u32 = 1 << 0;
 /// Flag: the page may be brought in when it is first touched.
 pub const PE_LAZY: u32 = 1 << 1;
 /// Flag: the content is in the pages image.
 pub const PE_PRESENT: u32 = 1 << 2;
+
+/// Flag: the content begins at the next page of the pages image.
+pub const PE_PAYLOAD_ALIGNED: u32 = 1 << 3;
 
 /// How many checkpoints may build on each other.
 const LONGEST_CHAIN: usize = 1024;
@@ -31,6 +41,8 @@ const LONGEST_CHAIN: usize = 1024;
 pub enum Place {
     /// In the pages image, from this byte on.
     Pages(u64),
+    /// In blocks, from this byte on of what all of them unpack to.
+    Packed(u64),
     /// In the parent.
     Parent,
     /// In no image: whoever serves lazy pages has it.
@@ -57,6 +69,7 @@ pub struct PageMap {
     page_size: u64,
     runs: Vec<PageRun>,
     content: u64,
+    blocks: Blocks,
 }
 
 impl PageMap {
@@ -71,7 +84,8 @@ impl PageMap {
         page_size: u64,
         pages_len: Option<u64>,
     ) -> Result<Self> {
-        let mut map = Self { pages_id: head.pages_id, page_size, runs: Vec::new(), content: 0 };
+        let mut map =
+            Self { pages_id: head.pages_id, page_size, runs: Vec::new(), content: 0, blocks: Blocks::default() };
         let mut last = 0;
         for (place, entry) in entries.iter().enumerate() {
             let run = map.add(entry, &mut last, pages_len).map_err(|reason| Error::Malformed {
@@ -91,14 +105,21 @@ impl PageMap {
     /// If an image cannot be read, or is malformed, or an entry cannot be.
     pub fn read(images: &Images, kind: ImageKind, id: impl Into<Id>, page_size: u64) -> Result<Self> {
         let id = id.into();
-        let (head, entries) = images.read_pagemap(kind, id)?;
+        let image = images.open(kind, id)?;
+        let (head, entries) = image.reader()?.pagemap()?;
         let pages_len = match images.open_raw(ImageKind::Pages, head.pages_id) {
             Ok(pages) => pages.len(),
             // Without an image, nothing can be in it.
             Err(error) if error.is_missing() => 0,
             Err(error) => return Err(error),
         };
-        Self::new(&kind.file_name(id)?, &head, &entries, page_size, Some(pages_len))
+        Self::new(image.name(), &head, &entries, page_size, Some(pages_len)).map_err(|error| match error {
+            Error::Malformed { image: name, entry, source, .. } => {
+                let offset = image.reader().and_then(|mut reader| reader.offset_of(entry)).unwrap_or(0);
+                Error::Malformed { image: name, entry, offset, source }
+            }
+            other => other,
+        })
     }
 
     fn add(
@@ -124,17 +145,34 @@ impl PageMap {
             return Err(PagesFault::Overlap);
         }
         let flags = entry.flags.unwrap_or(if entry.in_parent.unwrap_or(false) { PE_PARENT } else { PE_PRESENT });
-        if flags & !(PE_PARENT | PE_LAZY | PE_PRESENT) != 0 {
+        if flags & !(PE_PARENT | PE_LAZY | PE_PRESENT | PE_PAYLOAD_ALIGNED) != 0 {
             return Err(PagesFault::Flags);
         }
-        let place = match (flags & PE_PRESENT != 0, flags & PE_PARENT != 0, flags & PE_LAZY != 0) {
+        let present = flags & PE_PRESENT != 0;
+        if !present && flags & PE_PAYLOAD_ALIGNED != 0 {
+            return Err(PagesFault::Flags);
+        }
+        if !present && entry.blocks.is_some() {
+            return Err(PagesFault::Blocks);
+        }
+        let place = match (present, flags & PE_PARENT != 0, flags & PE_LAZY != 0) {
             (true, false, _) => {
-                let begin = self.content;
-                self.content = begin.checked_add(bytes).ok_or(PagesFault::Overflow)?;
+                let mut begin = self.content;
+                if flags & PE_PAYLOAD_ALIGNED != 0 {
+                    begin = begin.checked_next_multiple_of(self.page_size).ok_or(PagesFault::Overflow)?;
+                }
+                let (place, payload) = match &entry.blocks {
+                    None => (Place::Pages(begin), bytes),
+                    Some(blocks) => {
+                        let unpacked = self.blocks.len();
+                        (Place::Packed(unpacked), self.blocks.add(blocks, pages, self.page_size, begin)?)
+                    }
+                };
+                self.content = begin.checked_add(payload).ok_or(PagesFault::Overflow)?;
                 if pages_len.is_some_and(|len| self.content > len) {
                     return Err(PagesFault::PagesImage);
                 }
-                Place::Pages(begin)
+                place
             }
             (false, true, _) => Place::Parent,
             (false, false, true) => Place::Elsewhere,
@@ -160,6 +198,12 @@ impl PageMap {
     #[must_use]
     pub fn runs(&self) -> &[PageRun] {
         &self.runs
+    }
+
+    /// The blocks that its packed runs are in.
+    #[must_use]
+    pub fn blocks(&self) -> &Blocks {
+        &self.blocks
     }
 
     /// How many bytes of the pages image belong to it.
@@ -201,7 +245,8 @@ impl PageRun {
         let pages = end.checked_sub(address)? / page_size;
         let place = match self.place {
             Place::Pages(offset) => Place::Pages(offset + (address - self.address)),
-            place => place,
+            Place::Packed(offset) => Place::Packed(offset + (address - self.address)),
+            place @ (Place::Parent | Place::Elsewhere) => place,
         };
         (pages > 0).then_some(Self { address, pages, place, lazy: self.lazy })
     }
@@ -214,10 +259,13 @@ pub struct Located {
     pub address: u64,
     /// How many they are.
     pub pages: u64,
-    /// Which checkpoint has them: 0 is the last one, 1 the one it builds on, and so on.
+    /// Which source of the chain has them ([`PageChain::pages`]): 0 is the pages image of the last checkpoint, 1 that of
+    /// the one it builds on, and so on; what the blocks of these unpack to comes after all of them.
     pub layer: usize,
-    /// Where in that checkpoint's pages image; none if they are in no image.
+    /// Where in that source; none if they are in no image.
     pub offset: Option<u64>,
+    /// They are known to be zeros, which is not stored.
+    pub zero: bool,
     /// Whether they may be brought in when they are first touched.
     pub lazy: bool,
 }
@@ -226,11 +274,19 @@ pub struct Located {
 pub struct PageChain {
     name: String,
     layers: Vec<Layer>,
+    sources: Vec<Source>,
 }
 
 struct Layer {
     map: PageMap,
-    pages: Option<Box<dyn ReadAt>>,
+    /// The source that its blocks unpack to.
+    unpacked: Option<usize>,
+}
+
+enum Source {
+    None,
+    Pages(Box<dyn ReadAt>),
+    Packed(PackedPages),
 }
 
 impl PageChain {
@@ -240,35 +296,101 @@ impl PageChain {
     /// If an image cannot be read or is malformed, or the checkpoints build on each other in a ring.
     pub fn open(images: &Images, kind: ImageKind, id: impl Into<Id>, page_size: u64) -> Result<Self> {
         let id = id.into();
-        let name = kind.file_name(id)?;
-        let mut layers = vec![Layer::open(images, kind, id, page_size)?];
+        let mut chain = Self { name: kind.file_name(id)?, layers: Vec::new(), sources: Vec::new() };
+        let mut packed = Vec::new();
+        packed.extend(chain.push(images, kind, id, page_size)?);
         let mut next = images.parent()?;
         while let Some(images) = next {
-            if layers.len() >= LONGEST_CHAIN {
+            if chain.layers.len() >= LONGEST_CHAIN {
                 let source = std::io::Error::from(std::io::ErrorKind::TooManyLinks);
-                return Err(Error::Io { image: name, operation: "follow the parents of", source });
+                return Err(Error::Io { image: chain.name, operation: "follow the parents of", source });
             }
             if !images.exists(kind, id)? {
                 break;
             }
-            layers.push(Layer::open(&images, kind, id, page_size)?);
+            packed.extend(chain.push(&images, kind, id, page_size)?);
             next = images.parent()?;
         }
-        Ok(Self { name, layers })
+        for (layer, pages) in packed {
+            let source = chain.sources.len();
+            chain.sources.push(Source::Packed(pages));
+            if let Some(layer) = chain.layers.get_mut(layer) {
+                layer.unpacked = Some(source);
+            }
+        }
+        Ok(chain)
+    }
+
+    /// Adds one more checkpoint; returns its number and what its blocks unpack to, if it has any.
+    fn push(
+        &mut self,
+        images: &Images,
+        kind: ImageKind,
+        id: Id,
+        page_size: u64,
+    ) -> Result<Option<(usize, PackedPages)>> {
+        let map = PageMap::read(images, kind, id, page_size)?;
+        let open = || images.open_raw(ImageKind::Pages, map.pages_id);
+        self.sources.push(match open() {
+            Ok(pages) => Source::Pages(pages),
+            Err(error) if error.is_missing() => Source::None,
+            Err(error) => return Err(error),
+        });
+        let packed = match map.blocks.len() {
+            0 => None,
+            _ => {
+                let name = ImageKind::Pages.file_name(map.pages_id)?;
+                let pages = match open() {
+                    // a map of zeros alone needs no image
+                    Err(error) if error.is_missing() => Box::new(bytes::Bytes::new()),
+                    pages => pages?,
+                };
+                Some((self.layers.len(), PackedPages::new(name, pages, map.blocks.clone())))
+            }
+        };
+        self.layers.push(Layer { map, unpacked: None });
+        Ok(packed)
     }
 
     /// The pagemap of the last checkpoint.
     #[must_use]
     pub fn last(&self) -> &PageMap {
         // There always is a first layer; an empty pagemap would be as true.
-        static EMPTY: PageMap = PageMap { pages_id: 0, page_size: 4096, runs: Vec::new(), content: 0 };
+        static EMPTY: PageMap =
+            PageMap { pages_id: 0, page_size: 4096, runs: Vec::new(), content: 0, blocks: Blocks::EMPTY };
         self.layers.first().map_or(&EMPTY, |layer| &layer.map)
     }
 
-    /// The pages image of a layer, if it has one.
+    /// A source of pages, if it is there: the pages image of a layer, or what its blocks unpack to.
     #[must_use]
-    pub fn pages(&self, layer: usize) -> Option<&dyn ReadAt> {
-        self.layers.get(layer).and_then(|layer| layer.pages.as_deref())
+    pub fn pages(&self, source: usize) -> Option<&dyn ReadAt> {
+        match self.sources.get(source)? {
+            Source::None => None,
+            Source::Pages(pages) => Some(pages.as_ref()),
+            Source::Packed(pages) => Some(pages),
+        }
+    }
+
+    /// How many sources there are.
+    #[must_use]
+    pub fn sources(&self) -> usize {
+        self.sources.len()
+    }
+
+    /// A source that is packed.
+    #[must_use]
+    pub fn packed(&self, source: usize) -> Option<&PackedPages> {
+        match self.sources.get(source)? {
+            Source::None | Source::Pages(_) => None,
+            Source::Packed(pages) => Some(pages),
+        }
+    }
+
+    /// Puts what a packed source unpacks to in its place.
+    pub fn unpacked(&mut self, source: usize, pages: Box<dyn ReadAt>) {
+        if let Some(packed @ Source::Packed(_)) = self.sources.get_mut(source) {
+            *packed = Source::Pages(pages);
+        }
     }
 
     /// All pages, each where its content is.
@@ -293,8 +415,16 @@ impl PageChain {
 
     fn locate(&self, layer: usize, run: PageRun, located: &mut Vec<Located>) -> Result<()> {
         let size = self.last().page_size;
-        let found = |offset| Located { address: run.address, pages: run.pages, layer, offset, lazy: run.lazy };
+        let found =
+            |offset| Located { address: run.address, pages: run.pages, layer, offset, zero: false, lazy: run.lazy };
         match run.place {
+            Place::Packed(offset) => {
+                let Some(Layer { map, unpacked: Some(source) }) = self.layers.get(layer) else { return Ok(()) };
+                for (at, bytes, zero) in map.blocks.stretches(offset..offset + run.bytes(size)) {
+                    let address = run.address + (at - offset);
+                    located.push(Located { address, pages: bytes / size, layer: *source, zero, ..found(Some(at)) });
+                }
+            }
             Place::Pages(offset) => located.push(found(Some(offset))),
             Place::Elsewhere => located.push(found(None)),
             Place::Parent => {
@@ -320,18 +450,6 @@ impl PageChain {
             }
         }
         Ok(())
-    }
-}
-
-impl Layer {
-    fn open(images: &Images, kind: ImageKind, id: Id, page_size: u64) -> Result<Self> {
-        let map = PageMap::read(images, kind, id, page_size)?;
-        let pages = match images.open_raw(ImageKind::Pages, map.pages_id) {
-            Ok(pages) => Some(pages),
-            Err(error) if error.is_missing() => None,
-            Err(error) => return Err(error),
-        };
-        Ok(Self { map, pages })
     }
 }
 
@@ -416,6 +534,7 @@ impl PageMapWriter {
                     in_parent: None,
                     flags: Some(state.flags()),
                     nr_pages: Some(pages),
+                    blocks: None,
                 };
                 self.last = Some((entry, state));
             }
@@ -443,138 +562,4 @@ impl PageMapWriter {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::store::{MemoryStore, Store};
-
-    const SIZE: u64 = 4096;
-
-    fn entry(vaddr: u64, pages: u64, flags: u32) -> PagemapEntry {
-        PagemapEntry { vaddr, compat_nr_pages: 0, in_parent: None, flags: Some(flags), nr_pages: Some(pages) }
-    }
-
-    fn fault(entries: &[PagemapEntry], len: u64) -> PagesFault {
-        match PageMap::new("test", &PagemapHead { pages_id: 1 }, entries, SIZE, Some(len)).unwrap_err() {
-            Error::Malformed { source: Malformed::Pages { reason, .. }, .. } => reason,
-            other => panic!("{other}"),
-        }
-    }
-
-    #[test]
-    fn lies_are_found() {
-        let len = 16 * SIZE;
-        assert_eq!(fault(&[entry(0x1000, 0, 4)], len), PagesFault::Empty);
-        assert_eq!(fault(&[entry(0x1001, 1, 4)], len), PagesFault::Unaligned);
-        assert_eq!(fault(&[entry(0x1000, u64::MAX, 4)], len), PagesFault::Overflow);
-        assert_eq!(fault(&[entry(0x1000, 1 << 52, 1)], len), PagesFault::Overflow);
-        assert_eq!(fault(&[entry(0x2000, 1, 4), entry(0x1000, 1, 4)], len), PagesFault::Overlap);
-        assert_eq!(fault(&[entry(0x1000, 2, 4), entry(0x2000, 1, 4)], len), PagesFault::Overlap);
-        assert_eq!(fault(&[entry(0x1000, 17, 4)], len), PagesFault::PagesImage);
-        assert_eq!(fault(&[entry(0x1000, 1, 5)], len), PagesFault::Flags);
-        assert_eq!(fault(&[entry(0x1000, 1, 0)], len), PagesFault::Flags);
-        assert_eq!(fault(&[entry(0x1000, 1, 12)], len), PagesFault::Flags);
-    }
-
-    #[test]
-    fn both_forms_are_read() {
-        let old = |vaddr, in_parent| PagemapEntry { vaddr, compat_nr_pages: 2, in_parent, flags: None, nr_pages: None };
-        let map = PageMap::new(
-            "test",
-            &PagemapHead { pages_id: 1 },
-            &[
-                old(0x1000, None),
-                old(0x3000, Some(true)),
-                entry(0x8000, 1, PE_PRESENT | PE_LAZY),
-                entry(0x9000, 1, PE_LAZY),
-            ],
-            SIZE,
-            None,
-        )
-        .unwrap();
-        let places: Vec<_> = map.runs().iter().map(|run| (run.pages, run.place, run.lazy)).collect();
-        assert_eq!(
-            places,
-            [
-                (2, Place::Pages(0), false),
-                (2, Place::Parent, false),
-                (1, Place::Pages(0x2000), true),
-                (1, Place::Elsewhere, true)
-            ]
-        );
-        let cut: Vec<_> = map.in_range(0x2000..0x3001).collect();
-        assert_eq!(cut.len(), 2);
-        assert_eq!(cut[0], PageRun { address: 0x2000, pages: 1, place: Place::Pages(0x1000), lazy: false });
-        assert_eq!(cut[1], PageRun { address: 0x3000, pages: 1, place: Place::Parent, lazy: false });
-        assert_eq!(map.in_range(0x5000..0x8000).count(), 0);
-    }
-
-    #[test]
-    fn written_as_read() {
-        let store = MemoryStore::new();
-        store.insert("pages-5.img", vec![0; 4 * 4096]).unwrap();
-        let images = Images::new(store.clone());
-        let mut out = PageMapWriter::create(&images, ImageKind::Pagemap, 7_u32, 5, SIZE).unwrap();
-        out.add(0x1000, 1, PageState::Present).unwrap();
-        out.add(0x2000, 2, PageState::Present).unwrap();
-        out.add(0x4000, 1, PageState::Parent).unwrap();
-        out.add(0x5000, 0, PageState::Parent).unwrap();
-        out.add(0x6000, 1, PageState::Present).unwrap();
-        assert!(out.add(0x6000, 1, PageState::Present).is_err());
-        out.finish().unwrap();
-        let map = PageMap::read(&images, ImageKind::Pagemap, 7_u32, SIZE).unwrap();
-        assert_eq!((map.runs().len(), map.content(), map.pages_id()), (3, 4 * SIZE, 5));
-        store.remove("pages-5.img").unwrap();
-        assert!(PageMap::read(&images, ImageKind::Pagemap, 7_u32, SIZE).is_err());
-    }
-
-    #[test]
-    fn pages_are_found_in_parents() {
-        let base = std::env::temp_dir().join(format!("standstill-images-chain-{}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&base);
-        let make = |name: &str, runs: &[(u64, u64, PageState)]| {
-            let folder = base.join(name);
-            std::fs::create_dir_all(&folder).unwrap();
-            let images = Images::open_folder(&folder).unwrap();
-            let mut out = PageMapWriter::create(&images, ImageKind::Pagemap, 7_u32, 1, SIZE).unwrap();
-            let mut content = 0;
-            for (address, pages, state) in runs {
-                out.add(*address, *pages, *state).unwrap();
-                content += if *state == PageState::Present { *pages } else { 0 };
-            }
-            out.finish().unwrap();
-            std::fs::write(folder.join("pages-1.img"), vec![0; usize::try_from(content * SIZE).unwrap()]).unwrap();
-        };
-        make("1", &[(0x1000, 4, PageState::Present), (0x8000, 1, PageState::Present)]);
-        make("2", &[(0x1000, 1, PageState::Parent), (0x2000, 1, PageState::Present), (0x3000, 2, PageState::Parent)]);
-        make("3", &[(0x1000, 4, PageState::Parent), (0x9000, 1, PageState::Present)]);
-        let link = |name: &str, parent: &str| {
-            let folder = crate::store::FolderStore::open(base.join(name)).unwrap();
-            folder.set_parent(Some(std::path::Path::new(parent))).unwrap();
-        };
-        link("2", "../1");
-        link("3", "../2");
-        let open = |name: &str| {
-            let images = Images::open_folder(base.join(name)).unwrap();
-            PageChain::open(&images, ImageKind::Pagemap, 7_u32, SIZE)
-        };
-        let found: Vec<_> =
-            open("3").unwrap().located().unwrap().iter().map(|l| (l.address, l.layer, l.offset)).collect();
-        assert_eq!(
-            found,
-            [(0x1000, 2, Some(0)), (0x2000, 1, Some(0)), (0x3000, 2, Some(0x2000)), (0x9000, 0, Some(0))]
-        );
-        // A ring of parents.
-        link("1", "../3");
-        assert!(matches!(open("3"), Err(Error::Io { .. })));
-        // A parent that lacks the page.
-        link("3", "../1");
-        std::fs::remove_file(base.join("1/parent")).unwrap();
-        make("3", &[(0x4000, 2, PageState::Parent)]);
-        let error = open("3").unwrap().located().unwrap_err();
-        assert!(matches!(
-            error,
-            Error::Malformed { source: Malformed::Pages { address: 0x5000, reason: PagesFault::NoParent }, .. }
-        ));
-        std::fs::remove_dir_all(&base).unwrap();
-    }
-}
+mod tests;

@@ -82,8 +82,14 @@ impl Run {
 
     /// Dumps the guest, which is dead then.
     pub fn dump(&mut self, engine: &Engine, images: &Path) {
+        self.dump_with(engine, images, &[]);
+    }
+
+    /// Dumps the guest with more options, and it is dead then.
+    pub fn dump_with(&mut self, engine: &Engine, images: &Path, more: &[&str]) {
         self.look();
-        if let Err(e) = engine.dump(self.pid, images, self.guest.dump) {
+        let options = [self.guest.dump, more].concat();
+        if let Err(e) = engine.dump(self.pid, images, &options) {
             panic!("{e}");
         }
         self.is_dumped(images);

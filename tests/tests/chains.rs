@@ -128,6 +128,21 @@ macro_rules! chains {
                     chain.restore(&Engine::ours());
                 }
 
+                /// Every second one packed.
+                #[test]
+                fn packed() {
+                    if !can_track(concat!(stringify!($guest), "::packed")) {
+                        return;
+                    }
+                    let mut chain = Chain::of(stringify!($guest));
+                    for n in 0..4 {
+                        chain.add("pre-dump", if n % 2 == 0 { &["--compress"] } else { &[] });
+                        chain.wait();
+                    }
+                    chain.dump(&["--compress"]);
+                    chain.restore(&Engine::ours());
+                }
+
                 /// Whole checkpoints of a program that goes on, each of which could be the last.
                 #[test]
                 fn snapshots() {

@@ -91,6 +91,8 @@ guests! {
     memory_shared
     memory_sparse
     memory_stack
+    packed_family
+    packed_kinds
     personality
     personality_names
     pipes

@@ -1,5 +1,6 @@
 //! `dump` and `pre-dump`: the engine does it, this file says how it went.
 
+use super::bars::with_bars;
 use super::{chain, print};
 use crate::options::{Options, Persona};
 use std::path::Path;
@@ -16,7 +17,7 @@ pub fn run(options: &Options) -> i32 {
         return 1;
     }
     let start = Instant::now();
-    match crate::dump::run(options) {
+    match crate::dump::run(&with_bars(options)) {
         Ok(_) => {
             info!("Dumping finished successfully");
             if options.personality == Persona::Standstill {

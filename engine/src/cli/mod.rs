@@ -10,6 +10,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use tracing::{error, info, warn};
 
+pub mod bars;
 pub mod capabilities;
 pub mod check;
 pub mod config_files;
@@ -130,7 +131,7 @@ fn perform(line: CommandLine, program: &OsStr) -> Result<i32, UsageError> {
         error!("--stream cannot be used with the {} command", shown(name));
         return Err(UsageError);
     }
-    if !folders(&options, verb) || !open_log(&options) || !agree(&mut options, verb) {
+    if !folders(&options, verb) || !open_log(&options, verb) || !agree(&mut options, verb) {
         return Ok(1);
     }
     Ok(match verb {
@@ -238,10 +239,12 @@ fn folders(options: &Options, verb: Verb) -> bool {
     true
 }
 
-fn open_log(options: &Options) -> bool {
+fn open_log(options: &Options, verb: Verb) -> bool {
     let file = options.log_file.as_deref().map(|f| if f == Path::new("-") { f.into() } else { options.in_work_dir(f) });
     let shown = options.log_file.clone().unwrap_or_default();
-    let target = log::Target { file, per_pid: options.log_pid, mirror_errors: true };
+    // only a restore has tasks of its own
+    let per_pid = options.log_pid && verb == Verb::Restore;
+    let target = log::Target { file, per_pid, mirror_errors: true };
     if let Err(e) = log::open(target) {
         error!("Can't create log file {}: {}", shown.display(), reason(&e));
         return false;

@@ -1,5 +1,6 @@
 //! `restore`: the engine does it, this file says how it went, and becomes what it was told to.
 
+use super::bars::with_bars;
 use super::dump::human_time;
 use super::{chain, print, reason};
 use crate::options::{Options, Persona};
@@ -13,7 +14,7 @@ pub fn run(options: &Options) -> i32 {
         return 1;
     }
     let start = Instant::now();
-    let report = match crate::restore::run(options) {
+    let report = match crate::restore::run(&with_bars(options)) {
         Ok(report) => report,
         Err(e) => {
             error!("{}", chain(&e));

@@ -10,6 +10,7 @@ use crate::options::{
     CgroupMode, CgroupRoot, External, FileValidation, FinalState, InheritFd, JoinNs, NetworkLock, OptionError, Options,
     Persona, PreDumpMode,
 };
+use crate::progress::Listener;
 use std::ffi::OsStr;
 
 /// Where the usage text lists an option.
@@ -183,6 +184,20 @@ fn set_network_lock(o: &mut Options, v: &OsStr) -> Result<(), OptionError> {
         "nftables" => NetworkLock::Nftables,
         "skip" | "none" => NetworkLock::Skip,
         other => return Err(OptionError::NetworkLock(other.to_owned())),
+    };
+    Ok(())
+}
+
+fn set_progress(o: &mut Options, v: &OsStr) -> Result<(), OptionError> {
+    let bad = |v: &str| OptionError::Invalid { option: "progress", value: v.to_owned() };
+    o.progress = match text("progress", v)? {
+        "bar" => Listener::Bars,
+        "none" => Listener::Nobody,
+        "json" => Listener::Json(None),
+        other => {
+            let fd = other.strip_prefix("json:").and_then(|fd| fd.parse::<i32>().ok()).filter(|fd| *fd >= 0);
+            Listener::Json(Some(fd.ok_or_else(|| bad(other))?))
+        }
     };
     Ok(())
 }
@@ -363,8 +378,17 @@ pub const TABLE: &[Opt] = &[
     }, Ours, "how many threads may work at once"),
     switch("show-plan", |o| &mut o.show_plan, Ours, "print what would be done in the tasks, and do nothing"),
     switch("snapshot", |o| &mut o.snapshot, Ours, "let the tree go on while its memory is written"),
-    switch("progress", |o| &mut o.progress, Ours, "show progress"),
-    switch("compress", |o| &mut o.compress, Ours, "pack pages (CRIU cannot read them)"),
+    value("progress", "HOW", set_progress, Ours, "bar (default on a terminal), none, json, or json:FD"),
+    switch("compress", |o| &mut o.compress, Ours, "pack pages with LZ4 (CRIU 4.2 does not restore them)"),
+    value("compress-block", "SIZE", |o, v| {
+        let bad = || OptionError::Invalid { option: "compress-block", value: v.to_string_lossy().into_owned() };
+        let bytes = u32::try_from(size(o.personality, "compress-block", v)?).map_err(|_| bad())?;
+        if bytes == 0 || bytes > 4 << 20 || bytes % 4096 != 0 {
+            return Err(bad());
+        }
+        o.compress_block = bytes;
+        Ok(())
+    }, Ours, "how much is packed together, with K or M (256K)"),
     switch("json", |o| &mut o.json, Ours, "print results as JSON"),
 ];
 

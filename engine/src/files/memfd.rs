@@ -23,6 +23,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
 
 use rustix::fs::{Gid, MemfdFlags, Mode, SealFlags, Stat, Uid};
@@ -34,6 +35,8 @@ use standstill_images::{ImageKind, ImageOutput, Images};
 use super::paths::{place, reopen};
 use super::{no_owner, regular, sparse, Descriptor, DumpFiles, RestoreFiles};
 use crate::error::{At, Call, Error, Result};
+use crate::memory::compress::{self, Stretch, Target};
+use crate::memory::{unpack, Writing};
 use crate::sys::calls;
 use crate::sys::memory::Shared;
 
@@ -182,8 +185,16 @@ fn inode(cx: &mut DumpFiles<'_>, file: OwnedFd, link: &[u8], stat: &Stat) -> Res
 }
 
 impl Job {
+    /// How large it is, holes included.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
     /// Writes the content; returns how many bytes that were.
-    pub fn run(&self, images: &Images) -> Result<u64> {
+    pub fn run(&self, images: &Images, how: &Writing) -> Result<u64> {
+        if how.packed.is_some() {
+            return self.run_packed(images, how);
+        }
         let mut pagemap = PageMapWriter::create(images, ImageKind::ShmemPagemap, self.shmid, self.pages_id, PAGE)?;
         let mut pages = images.create_raw(ImageKind::Pages, self.pages_id)?;
         let mut written = 0;
@@ -210,10 +221,36 @@ impl Job {
             pages.write_all(&vec![0; padding]).call("write(pages)")?;
             pagemap.add(first, (last - first) / PAGE, PageState::Present)?;
             written += last - first;
+            how.counter.add(last - first);
         }
         pages.finish()?;
         pagemap.finish()?;
         Ok(written)
+    }
+
+    fn run_packed(&self, images: &Images, how: &Writing) -> Result<u64> {
+        let mut stretches = Vec::new();
+        for extent in sparse::extents(self.file.as_fd(), self.size) {
+            let (start, len) = extent?;
+            let (address, end) = (start / PAGE * PAGE, (start + len).next_multiple_of(PAGE));
+            let state = PageState::Present;
+            stretches.push(Stretch { address, bytes: end - address, state, plain: self.huge.is_some() });
+        }
+        let file = File::from(self.file.try_clone().call("dup")?);
+        let target = Target { kind: ImageKind::ShmemPagemap, id: self.shmid, pages_id: self.pages_id, how };
+        compress::write(images, &target, &stretches, |parts, buffer| {
+            let mut rest = buffer;
+            for part in parts {
+                let (room, after) = rest.split_at_mut(part.len());
+                // what lies behind the end of the file reads as zeros
+                let there = usize::try_from(self.size - part.address).unwrap_or(usize::MAX).min(room.len());
+                file.read_exact_at(&mut room[..there], part.address).call("pread")?;
+                room[there..].fill(0);
+                rest = after;
+            }
+            Ok(())
+        })?;
+        Ok(stretches.iter().map(|stretch| stretch.bytes).sum())
     }
 
     /// hugetlbfs knows no holes: a page of zeros is taken for one.
@@ -246,7 +283,7 @@ pub fn jobs(cx: &mut DumpFiles<'_>) -> Vec<Job> {
 /// Writes `memfd.img`, and the content that nobody took.
 pub fn finish(cx: &mut DumpFiles<'_>) -> Result<()> {
     for job in jobs(cx) {
-        job.run(cx.images)?;
+        job.run(cx.images, &Writing { packed: cx.opts.pages_per_block(), ..Writing::default() })?;
     }
     if !cx.memfds.entries.is_empty() {
         cx.images.write_entries(ImageKind::MemfdInode, (), cx.memfds.entries.drain(..))?;
@@ -425,11 +462,18 @@ fn fill(file: &OwnedFd, entry: &MemfdInodeEntry, images: &Images) -> Result<()> 
         if run.address + len > end {
             return Err(lie(format!("pages at {:#x} are out of place", run.address)));
         }
+        if run.zero {
+            continue;
+        }
         let pages = chain.pages(run.layer).zip(run.offset);
         let (pages, offset) = pages.ok_or_else(|| lie(format!("the pages at {:#x} are nowhere", run.address)))?;
         // the last page may be longer than the file
         let used = len.min(entry.size - run.address);
         match &huge {
+            None if chain.packed(run.layer).is_some() => {
+                let packed = chain.packed(run.layer).ok_or(Error::Gone)?;
+                unpack::copy(packed, offset..offset + used, &target, run.address)?;
+            }
             Some(memory) => sparse::each_part_of_image(pages, offset, used, |done, bytes| {
                 let at = usize::try_from(run.address + done).map_err(|_| lie("too large".into()))?;
                 memory.write(at, bytes);

@@ -74,7 +74,7 @@ fn shared_anonymous_memory_stays_what_it_was() {
     let id = mapped(&mut dumped, file.try_clone().unwrap().into(), &link, &stat).unwrap();
     assert_eq!(mapped(&mut dumped, file.into(), &link, &stat).unwrap(), id);
     let todo = jobs(&mut dumped);
-    assert_eq!(todo.iter().map(|job| job.run(&images).unwrap()).sum::<u64>(), 2 * 4096);
+    assert_eq!(todo.iter().map(|job| job.run(&images, &Writing::default()).unwrap()).sum::<u64>(), 2 * 4096);
     dumped.finish().unwrap();
     drop(dumped);
 

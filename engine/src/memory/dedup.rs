@@ -2,7 +2,8 @@
 //!
 //! A page that is present in a checkpoint is read from there; what its parents have of it is never read again through this
 //! chain, so its blocks are given back to the file system (fallocate(2), FALLOC_FL_PUNCH_HOLE). The parents' pagemaps stay
-//! as they are: the parents cannot be restored by themselves any more. Where holes cannot be punched nothing is freed.
+//! as they are: the parents cannot be restored by themselves any more. Where holes cannot be punched, and of packed pages, nothing is
+//! freed.
 
 use std::fs::File;
 

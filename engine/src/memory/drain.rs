@@ -12,7 +12,7 @@ use standstill_images::{ImageKind, Images};
 
 use super::scan::Pagemap;
 use super::track::TaskMarks;
-use super::{areas, page, status, PAGE};
+use super::{areas, compress, page, status, Writing, PAGE};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::sys::memory as remote;
 
@@ -28,7 +28,7 @@ pub struct Drain {
     /// Other tasks may share its pages copy-on-write: process_vm_readv(2) would give it copies of its own, since it pins
     /// what it reads (kernel 5.19); /proc/PID/mem does not.
     family: Option<File>,
-    runs: Vec<Run>,
+    pub(super) runs: Vec<Run>,
     /// The task runs while its pages are copied: what it has taken away meanwhile reads as zeros. No mark says of such
     /// a page that it has not changed since, so the next dump does not take it from this one.
     running: bool,
@@ -41,13 +41,15 @@ pub struct Drain {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Run {
-    address: u64,
-    bytes: u64,
-    readable: bool,
-    lazy: bool,
+pub(super) struct Run {
+    pub(super) address: u64,
+    pub(super) bytes: u64,
+    pub(super) readable: bool,
+    pub(super) lazy: bool,
+    /// Of huge pages, which CRIU restores only if they are not packed.
+    pub(super) huge: bool,
     /// It has not changed since the parent, which has it.
-    in_parent: bool,
+    pub(super) in_parent: bool,
 }
 
 impl Run {
@@ -96,7 +98,8 @@ pub fn plan(
             && e.flags & (libc::MAP_LOCKED | libc::MAP_HUGETLB) as u32 == 0
             && e.status & status::VDSO == 0
             && !stack_pointers.iter().any(|sp| (e.start..e.end).contains(sp));
-        let run = Run { address: e.start, bytes: e.end - e.start, readable, lazy, in_parent: false };
+        let huge = e.flags & libc::MAP_HUGETLB as u32 != 0;
+        let run = Run { address: e.start, bytes: e.end - e.start, readable, lazy, huge, in_parent: false };
         if e.status & status::VDSO != 0 {
             look(&mut map, &mut group, &mut drain.runs, &mut guards)?;
             drain.runs.push(run);
@@ -171,7 +174,17 @@ impl Drain {
     }
 
     /// Writes `pagemap-<id>.img`, and copies the pages to `pages-<pages_id>.img`.
-    pub fn write(&self, images: &Images, id: u32, pages_id: u32, vdso: Option<(u64, &[u8])>) -> Result<()> {
+    pub fn write(
+        &self,
+        images: &Images,
+        id: u32,
+        pages_id: u32,
+        vdso: Option<(u64, &[u8])>,
+        how: &Writing,
+    ) -> Result<()> {
+        if how.packed.is_some() {
+            return compress::write_drain(self, images, id, pages_id, vdso, how);
+        }
         let mut image = images.create(ImageKind::Pagemap, id)?;
         image.write(&PagemapHead { pages_id })?;
         let mut last: Option<(u64, u64, u32)> = None;
@@ -197,7 +210,7 @@ impl Drain {
         image.finish()?;
         let mut output = images.create_raw(ImageKind::Pages, pages_id)?;
         match output.as_file() {
-            Some(file) => self.copy(file, vdso)?,
+            Some(file) => self.copy(file, vdso, how)?,
             None => {
                 let mut buf = vec![0; BUFFER];
                 self.each_piece(PIECE, |run, _| {
@@ -208,6 +221,7 @@ impl Drain {
                         std::io::Write::write_all(&mut output, &buf[..n]).call("write")?;
                         done += n as u64;
                     }
+                    how.counter.add(run.bytes);
                     Ok(())
                 })?;
             }
@@ -231,7 +245,7 @@ impl Drain {
         Ok(())
     }
 
-    fn copy(&self, file: &File, vdso: Option<(u64, &[u8])>) -> Result<()> {
+    fn copy(&self, file: &File, vdso: Option<(u64, &[u8])>, how: &Writing) -> Result<()> {
         // batches of about PIECE bytes: many small runs make one batch, a large run makes many
         let mut batches: Vec<(Vec<Run>, u64, u64)> = Vec::new();
         self.each_piece(PIECE, |run, offset| {
@@ -244,8 +258,10 @@ impl Drain {
             }
             Ok(())
         })?;
-        let one = |buf: &mut Vec<u8>, (runs, offset, _): &(Vec<Run>, u64, u64)| {
-            self.copy_batch(file, runs, *offset, buf, vdso)
+        let one = |buf: &mut Vec<u8>, (runs, offset, bytes): &(Vec<Run>, u64, u64)| {
+            self.copy_batch(file, runs, *offset, buf, vdso)?;
+            how.counter.add(*bytes);
+            Ok(())
         };
         if batches.len() < 2 {
             let mut buf = Vec::new();
@@ -305,7 +321,7 @@ impl Drain {
         flush(&mut ranges, &mut filled, buf)
     }
 
-    fn read_ranges(&self, ranges: &[(u64, usize)], buf: &mut [u8]) -> Result<()> {
+    pub(super) fn read_ranges(&self, ranges: &[(u64, usize)], buf: &mut [u8]) -> Result<()> {
         if ranges.is_empty() {
             return Ok(());
         }
@@ -342,7 +358,7 @@ impl Drain {
         Ok(())
     }
 
-    fn read(&self, address: u64, readable: bool, buf: &mut [u8], vdso: Option<(u64, &[u8])>) -> Result<()> {
+    pub(super) fn read(&self, address: u64, readable: bool, buf: &mut [u8], vdso: Option<(u64, &[u8])>) -> Result<()> {
         if let Some((at, content)) = vdso {
             let from = usize::try_from(address.wrapping_sub(at)).unwrap_or(usize::MAX);
             if let Some(bytes) = content.get(from..from.saturating_add(buf.len())) {
@@ -386,5 +402,12 @@ impl Drain {
 }
 
 fn entry(vaddr: u64, bytes: u64, flags: u32) -> PagemapEntry {
-    PagemapEntry { vaddr, compat_nr_pages: 0, in_parent: None, flags: Some(flags), nr_pages: Some(bytes / PAGE) }
+    PagemapEntry {
+        vaddr,
+        compat_nr_pages: 0,
+        in_parent: None,
+        flags: Some(flags),
+        nr_pages: Some(bytes / PAGE),
+        blocks: None,
+    }
 }

@@ -1,12 +1,14 @@
 //! Memory: areas, their pages, and what the vdso needs.
 
 pub mod areas;
+pub mod compress;
 pub mod dedup;
 pub mod drain;
 pub mod fill;
 pub mod rebuild;
 pub mod scan;
 pub mod track;
+pub mod unpack;
 pub mod vdso;
 
 /// Bits of `vma_entry.status`: what an area is.
@@ -36,6 +38,15 @@ pub mod page {
     pub const PARENT: u32 = 1;
     pub const LAZY: u32 = 2;
     pub const PRESENT: u32 = 4;
+}
+
+/// How memory is written.
+#[derive(Debug, Clone, Default)]
+pub struct Writing {
+    /// Packed in blocks of so many pages.
+    pub packed: Option<u32>,
+    /// Who counts what is written.
+    pub counter: crate::progress::Counter,
 }
 
 /// Bytes of a page on x86-64.

@@ -7,12 +7,14 @@
 
 use std::collections::HashMap;
 
+use standstill_images::pages::packed::PackedPages;
 use standstill_images::pages::PageChain;
 use standstill_images::proto::{MmEntry, VmaEntry};
 use standstill_images::{ImageKind, Images, ReadAt};
 
 use super::fill::{self, Filling, Helpers};
-use super::{areas, status, PAGE};
+use super::unpack::{Pipes, Request};
+use super::{areas, status, unpack, PAGE};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::plan::Plan;
 
@@ -61,15 +63,21 @@ pub struct Numbers {
     pub areas: HashMap<(u32, u32), i32>,
     /// Pages images, by task and layer of the chain.
     pub pages: HashMap<(u32, usize), i32>,
+    /// The pipes of tasks with packed pages.
+    pub packed: HashMap<u32, Pipes>,
 }
 
 /// A run of pages with content, and where it is.
 #[derive(Debug, Clone, Copy)]
-struct Content {
-    address: u64,
-    bytes: u64,
-    layer: usize,
-    offset: u64,
+pub struct Content {
+    /// Address of the first page.
+    pub address: u64,
+    /// All of them.
+    pub bytes: u64,
+    /// In which source of the chain their content is.
+    pub layer: usize,
+    /// Where in that source.
+    pub offset: u64,
 }
 
 impl Memory {
@@ -78,7 +86,7 @@ impl Memory {
         let mm: MmEntry = images.read_one(ImageKind::Mm, pid)?;
         let chain = PageChain::open(images, ImageKind::Pagemap, pid, PAGE)?;
         let mut content = Vec::new();
-        for l in chain.located()? {
+        for l in unpack::without_zeros(chain.located()?, &mm.vmas) {
             let Some(offset) = l.offset else {
                 let place = Place::Area(l.address, l.address + l.pages * PAGE);
                 return Err(Error::refused(
@@ -176,14 +184,24 @@ impl Memory {
         self.content.len() * 2 + fill::operations(self.content.iter().map(|c| c.bytes).sum())
     }
 
-    /// Layers of the chain of pages images.
+    /// Sources of pages: pages images, and what was packed in them.
     pub fn layers(&self) -> usize {
-        (0..).take_while(|&n| self.chain.pages(n).is_some()).count()
+        self.chain.sources()
     }
 
     /// A pages image.
     pub fn layer(&self, n: usize) -> Option<&dyn ReadAt> {
-        self.chain.pages(n)
+        self.chain.pages(n).filter(|_| self.packed(n).is_none())
+    }
+
+    /// What was packed in a pages image.
+    pub fn packed(&self, n: usize) -> Option<&PackedPages> {
+        self.chain.packed(n)
+    }
+
+    /// Are there pages that the engine must unpack?
+    pub fn is_packed(&self) -> bool {
+        self.content.iter().any(|c| self.packed(c.layer).is_some())
     }
 
     /// The vdso's and vvar's places.
@@ -272,6 +290,7 @@ impl Memory {
         }
         let mut made = Inherited { areas: Vec::with_capacity(self.mm.vmas.len()) };
         let mut filling = Filling::default();
+        let mut packed = Vec::new();
         for e in self.private() {
             let mut prot = e.prot;
             match kept.get(&e.start) {
@@ -290,14 +309,14 @@ impl Memory {
                     }
                     for run in &k.reads {
                         figures.pages += run.bytes / PAGE;
-                        fill(pid, run, numbers, &mut filling)?;
+                        self.fill(pid, run, numbers, &mut filling, &mut packed)?;
                     }
                 }
                 None => {
                     let mut bytes = 0;
                     for run in self.content(e.start, e.end) {
                         bytes += run.bytes;
-                        fill(pid, &run, numbers, &mut filling)?;
+                        self.fill(pid, &run, numbers, &mut filling, &mut packed)?;
                     }
                     figures.pages += bytes / PAGE;
                     if bytes != 0 {
@@ -309,7 +328,29 @@ impl Memory {
             made.areas.push(Present { entry: *e, prot });
         }
         filling.finish(helpers, plan);
+        if !packed.is_empty() {
+            unpack::ask(pid, *numbers.packed.get(&pid).ok_or(Error::Gone)?, plan);
+            figures.packed.push(Request { pid, content: packed });
+        }
         Ok(made)
+    }
+
+    /// Notes how a run gets to where it belongs: the task reads it, or the engine unpacks it.
+    fn fill(
+        &self,
+        pid: u32,
+        run: &Content,
+        numbers: &Numbers,
+        filling: &mut Filling,
+        packed: &mut Vec<Content>,
+    ) -> Result<()> {
+        if self.packed(run.layer).is_some() {
+            packed.push(*run);
+            return Ok(());
+        }
+        let fd = *numbers.pages.get(&(pid, run.layer)).ok_or(Error::Gone)?;
+        filling.add(fd, run.offset, run.address, run.bytes);
+        Ok(())
     }
 
     /// Compares the areas that this task can have from its parent with the parent's.
@@ -468,7 +509,7 @@ impl Comparison {
 }
 
 /// What was done, for the stats image.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default, Clone)]
 pub struct Figures {
     /// Pages read from images.
     pub pages: u64,
@@ -476,6 +517,8 @@ pub struct Figures {
     pub compared: u64,
     /// Of these, equal.
     pub shared: u64,
+    /// What the engine must unpack for tasks.
+    pub packed: Vec<Request>,
 }
 
 /// First address behind user memory (four-level paging; an area beyond needs five, and says so by its address).
@@ -529,12 +572,6 @@ fn push_page(runs: &mut Vec<Content>, page: Content) {
         }
         _ => runs.push(page),
     }
-}
-
-fn fill(pid: u32, run: &Content, numbers: &Numbers, filling: &mut Filling) -> Result<()> {
-    let fd = *numbers.pages.get(&(pid, run.layer)).ok_or(Error::Gone)?;
-    filling.add(fd, run.offset, run.address, run.bytes);
-    Ok(())
 }
 
 fn map(e: &VmaEntry, prot: u32, numbers: &Numbers, plan: &mut Plan) -> Result<()> {

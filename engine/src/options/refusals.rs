@@ -58,9 +58,5 @@ pub const REFUSALS: &[Refusal] = &[
     refuse("libdir", |o| o.libdir.is_some(), "there are no plugins"),
     refuse("force-irmap", |o| o.force_irmap, "watched files are found by their handles only"),
     refuse("irmap-scan-path", |o| !o.irmap_scan_paths.is_empty(), "watched files are found by their handles only"),
-    refuse("log-pid", |o| o.log_pid, "there is one log; its lines name the task"),
-    refuse("status-fd", |o| o.status_fd.is_some(), "there is no server to wait for yet"),
-    refuse("progress", |o| o.progress, "not done yet; -v3 logs the phases"),
     refuse("snapshot", |o| o.snapshot, "not done yet; use --leave-running"),
-    refuse("compress", |o| o.compress, "pages are kept as they are"),
 ];

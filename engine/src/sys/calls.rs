@@ -174,6 +174,18 @@ pub fn dup_number(fd: i32) -> Result<OwnedFd> {
     }
 }
 
+/// Writes one zero byte to a descriptor that the caller gave us by number, and closes it.
+pub fn say_ready(fd: i32) -> Result<()> {
+    let copy = dup_number(fd)?;
+    let written = rustix::io::write(&copy, &[0]);
+    // SAFETY: the caller gave the number away; nobody in this process uses it after this.
+    unsafe { libc::close(fd) };
+    match written {
+        Ok(_) => Ok(()),
+        Err(errno) => Err(Error::Sys { call: "write(status fd)", source: errno.into() }),
+    }
+}
+
 /// signalfd4(2), with the set as the kernel has it: bit n-1 is signal n.
 pub fn signalfd(mask: u64, flags: i32) -> Result<OwnedFd> {
     // SAFETY: the kernel reads the eight bytes of `mask`; the new descriptor is ours alone.

@@ -41,6 +41,23 @@ pub fn read_remote_ranges(pid: i32, ranges: &[(u64, usize)], buf: &mut [u8]) -> 
     usize::try_from(n).map_err(|_| Error::last("process_vm_readv"))
 }
 
+/// process_vm_writev(2): writes all of `bytes` at `address` of a task, where that is writable.
+pub fn write_remote(pid: i32, address: u64, bytes: &[u8]) -> Result<()> {
+    let mut done = 0;
+    while done < bytes.len() {
+        let rest = &bytes[done..];
+        let local = libc::iovec { iov_base: rest.as_ptr().cast_mut().cast(), iov_len: rest.len() };
+        let remote = libc::iovec { iov_base: (address + done as u64) as *mut _, iov_len: rest.len() };
+        // SAFETY: `local` is `rest`, which is only read; the kernel checks the remote side.
+        let n = unsafe { libc::process_vm_writev(pid, &raw const local, 1, &raw const remote, 1, 0) };
+        match usize::try_from(n) {
+            Ok(n) if n > 0 => done += n,
+            _ => return Err(Error::last("process_vm_writev")),
+        }
+    }
+    Ok(())
+}
+
 /// Memory that this process shares with others; unmapped when dropped.
 #[derive(Debug)]
 pub struct Shared {

@@ -58,7 +58,7 @@ const SEALS: Bits = &[
     ("F_SEAL_FUTURE_WRITE", 0x10),
 ];
 
-const PAGES: Bits = &[("PE_PARENT", 1), ("PE_LAZY", 2), ("PE_PRESENT", 4)];
+const PAGES: Bits = &[("PE_PARENT", 1), ("PE_LAZY", 2), ("PE_PRESENT", 4), ("PE_PAYLOAD_ALIGNED", 8)];
 
 const TASK_STATE: Values = &[(1, "Alive"), (3, "Zombie"), (6, "Stopped")];
 

@@ -18,6 +18,7 @@ mod locks;
 mod membarrier;
 mod memfd;
 mod memory;
+mod packed;
 mod personality;
 mod pipes;
 mod proc_self;
@@ -103,6 +104,7 @@ impl Guest {
 const FLAG: &str = "CRIU 4.2 restores folders without O_DIRECTORY";
 const EINTR: &str = "CRIU 4.2 ends waits with EINTR when it dumps";
 const WRITES: &str = "it goes on writing";
+const PACKED: &str = "CRIU 4.2 knows no packed pages";
 const OTHER_USER: &str = "CRIU 4.2 dumps tasks of other users only with CAP_SYS_RESOURCE";
 
 /// Locks on files, which CRIU leaves out without the option at restore.
@@ -158,6 +160,8 @@ pub const ALL: &[Guest] = &[
     guest("memory_shared", memory::shared),
     guest("memory_sparse", memory::sparse),
     guest("memory_stack", memory::stack),
+    guest("packed_family", packed::family).dump(&["--compress"]).criu(Criu::Cannot(PACKED)),
+    guest("packed_kinds", packed::kinds).dump(&["--compress"]).criu(Criu::Cannot(PACKED)),
     guest("personality", personality::personality).criu(Criu::DumpsOnly("CRIU 4.2 does not restore the persona")),
     guest("personality_names", personality::names),
     guest("pipes", pipes::pipes),
