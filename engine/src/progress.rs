@@ -69,8 +69,7 @@ impl Verb {
 
 /// What happens in a phase, for people.
 pub fn explain(verb: Verb, phase: &str) -> &'static str {
-    let of = |verb: Verb| if verb == Verb::PreDump { Verb::Dump } else { verb };
-    PHASES.iter().find(|(v, name, _)| *v == of(verb) && *name == phase).map_or("", |(.., what)| what)
+    PHASES.iter().find(|(v, name, _)| *v == verb && *name == phase).map_or("", |(.., what)| what)
 }
 
 /// What an event says.
