@@ -16,10 +16,12 @@ use standstill_images::{FolderStore, ImageKind, Images};
 
 use crate::error::{At, Error, Place, Result};
 use crate::files::{locks, memfd, DumpFiles};
+use crate::guard::{Choice, Guard};
 use crate::memory::{self, drain};
 use crate::options::{FinalState, Options, Persona};
 use crate::plan::Plan;
 use crate::proc::maps::VmaName;
+use crate::sockets::netlock::{self, Lock};
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::interrupt;
@@ -88,6 +90,7 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     let workers = Workers::new(opts)?;
     remove_old_images(images)?;
     let robust = RobustList::new()?;
+    let guard = Guard::new(&robust);
     let frozen = freeze::freeze(root, Duration::from_secs(u64::from(opts.timeout)))?;
     phases.mark("freezing");
     interrupt::check()?;
@@ -107,14 +110,18 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     give_ids(&mut tasks, &mut numbers)?;
     refuse_gpus(&tasks)?;
     refuse_locks(opts, &tasks)?;
+    // what `files` undoes when it is dropped must be undone before any of these goes on
+    let mut infected = Vec::with_capacity(tasks.len());
     let mut files =
         DumpFiles::new(opts, images, heads.iter().map(|h| h.0).collect(), numbers.root.net_ns_id.unwrap_or(0));
+    files.guard = Some(&guard);
+    let run = run_id();
+    files.lock = Lock::new(opts.network_lock, &run);
     let fdinfos = dump_files(&mut tasks, &mut files)?;
     phases.mark("reading");
     interrupt::check()?;
 
     // from here on tasks are changed, and put right again when `infected` is dropped
-    let mut infected = Vec::with_capacity(tasks.len());
     let mut asked = Vec::with_capacity(tasks.len());
     for (task, stopped) in tasks.iter().zip(threads) {
         let Kind::Alive(alive) = &task.kind else { continue };
@@ -217,25 +224,37 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     })?;
     phases.mark("memory");
     interrupt::check()?;
+    if files.changes_sockets() {
+        files.prepare_lock(&guard)?;
+        // from here on, tasks go on behind a dead engine when sockets are as they were
+        infected.iter().try_for_each(|host| host.hold(&guard))?;
+    }
     files.finish()?;
     images.write_entries(ImageKind::Pstree, (), written.pstree)?;
     images.write_one(ImageKind::Seccomp, (), &SeccompEntry { seccomp_filters: filters })?;
     write_clocks(images, time_ns, &numbers, written.clocks)?;
     let scanned: u64 = drains.iter().map(|d| d.0.scanned).sum();
     drop(drains);
-    images.write_one(ImageKind::Inventory, (), &inventory(opts, numbers.root))?;
+    images.write_one(
+        ImageKind::Inventory,
+        (),
+        &inventory(opts, numbers.root, netlock::number(files.lock.method()), run),
+    )?;
     images.commit()?;
     phases.mark("inventory");
 
     let alive: Vec<i32> = infected.iter().map(Infected::pid).collect();
     match opts.final_state {
         FinalState::Kill => {
+            finish::decide(&infected, &guard)?;
             files.tasks_end();
             finish::kill(infected)?;
             files.inet.tasks_are_gone();
         }
         state @ (FinalState::Run | FinalState::Stop) => {
             files.tasks_go_on()?;
+            infected.iter().try_for_each(Infected::unhold)?;
+            guard.choose(Choice::Nothing);
             finish::let_go(infected, state == FinalState::Stop)?;
         }
     }
@@ -560,8 +579,7 @@ fn write_clocks(
     Ok(())
 }
 
-fn inventory(opts: &Options, root_ids: TaskKobjIdsEntry) -> InventoryEntry {
-    use crate::options::NetworkLock;
+fn inventory(opts: &Options, root_ids: TaskKobjIdsEntry, network_lock: u32, run: String) -> InventoryEntry {
     InventoryEntry {
         img_version: 2,
         fdinfo_per_id: Some(true),
@@ -570,13 +588,9 @@ fn inventory(opts: &Options, root_ids: TaskKobjIdsEntry) -> InventoryEntry {
         root_cg_set: Some(1),
         lsmtype: Some(0),
         tcp_close: opts.tcp_close.then_some(true),
-        network_lock_method: Some(match opts.network_lock {
-            NetworkLock::Iptables => 0,
-            NetworkLock::Nftables => 1,
-            NetworkLock::Skip => 2,
-        }),
+        network_lock_method: Some(network_lock),
         plugins_entry: Some(PluginsEntry::default()),
-        dump_criu_run_id: Some(run_id().into_bytes()),
+        dump_criu_run_id: Some(run.into_bytes()),
         ..Default::default()
     }
 }

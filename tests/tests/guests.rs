@@ -109,6 +109,7 @@ guests! {
     signals_pending
     signals_stack
     storm
+    tcp_streams
     threads
     threads_500
     timerfd

@@ -14,6 +14,7 @@ pub fn macro_name(code: u32) -> &'static str {
         9 => "Reap",
         10 => "WriteFull",
         11 => "Exit",
+        12 => "Guard",
         _ => "unknown",
     }
 }

@@ -15,6 +15,7 @@ use crate::sys::calls;
 use crate::sys::diag::DiagError;
 
 pub mod inet;
+pub mod netlock;
 pub mod options;
 pub mod queue;
 pub mod tcp;

@@ -140,6 +140,7 @@ impl Shared {
 pub trait SharedPart {}
 impl SharedPart for standstill_restorer::plan::Control {}
 impl SharedPart for standstill_restorer::plan::Arena {}
+impl SharedPart for standstill_restorer::plan::Guard {}
 
 impl Drop for Shared {
     fn drop(&mut self) {

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use standstill_images::proto::{InetSkEntry, IpOptsEntry, TcpOptsEntry};
 
+use super::super::netlock::Ends;
 use super::super::tcp::{self, Repair};
 use super::super::{options, shutdown_how, LISTEN};
 use super::{address, called, is_connection, new, ICMP, ICMPV6, RAW, STREAM, TCP};
@@ -27,6 +28,12 @@ pub fn open(e: &InetSkEntry, cx: &mut RestoreFiles<'_>) -> Result<OwnedFd> {
         make(cx)?;
     }
     cx.opened.remove(&e.id).ok_or_else(|| Error::lie("files.img", format!("{} is there twice", called(e))))
+}
+
+/// The ends of all connections that are made again.
+pub fn connections(cx: &RestoreFiles<'_>) -> Result<Vec<Ends>> {
+    let sockets = cx.entries.values().filter_map(|entry| entry.isk.as_ref());
+    sockets.filter(|e| is_connection(e) && e.dst_port != 0).map(super::ends).collect()
 }
 
 /// Lets all connections go on: after the network is open, before the first task runs.
