@@ -442,8 +442,9 @@ mod tests {
         let process = std::thread::scope(|scope| {
             scope
                 .spawn(|| {
-                    let robust = RobustList::new().unwrap();
-                    let guard = Guard::new(&robust);
+                    // ends with the thread, and not before
+                    let robust: &'static RobustList = Box::leak(Box::new(RobustList::new().unwrap()));
+                    let guard = Guard::new(robust);
                     guard.register(List::Undo, &Act::Remove(&files[0])).unwrap();
                     let held = guard.hold(folder.as_fd()).unwrap();
                     use std::os::unix::ffi::OsStrExt;
@@ -451,7 +452,7 @@ mod tests {
                     guard.register(List::End, &Act::RemoveIn(held, name, false)).unwrap();
                     guard.choose(choice);
                     let running = guard.running.borrow_mut().take().unwrap();
-                    std::mem::forget((guard, robust));
+                    std::mem::forget(guard);
                     running
                 })
                 .join()

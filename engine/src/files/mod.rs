@@ -431,10 +431,10 @@ impl<'a> RestoreFiles<'a> {
             FdTypes::Tty => tty::open(entry.tty.as_ref().ok_or_else(missing)?, self),
             FdTypes::Unixsk => sockets::unix::open(entry.usk.as_ref().ok_or_else(missing)?, self),
             FdTypes::Inetsk => sockets::inet::open(entry.isk.as_ref().ok_or_else(missing)?, self),
+            FdTypes::Netlinksk => sockets::netlink::open(entry.nlsk.as_ref().ok_or_else(missing)?, self),
             FdTypes::Ns => nsfile::open(entry.nsf.as_ref().ok_or_else(missing)?, self),
             kind @ (FdTypes::Und
             | FdTypes::Packetsk
-            | FdTypes::Netlinksk
             | FdTypes::Tunf
             | FdTypes::Ext
             | FdTypes::Fanotify
@@ -498,6 +498,7 @@ fn owner_of(entry: &FileEntry) -> Option<&FownEntry> {
         .or(entry.tty.as_ref().map(|e| &e.fown))
         .or(entry.usk.as_ref().map(|e| &e.fown))
         .or(entry.isk.as_ref().map(|e| &e.fown))
+        .or(entry.nlsk.as_ref().map(|e| &e.fown))
 }
 
 /// F_SETSIG and F_SETOWN_EX, with the ids that the owner had when it was set (fcntl(2)).

@@ -286,7 +286,8 @@ fn restore_rules(ends: Ends, how: &str) -> Result<()> {
 fn remove_rules(all: &[Ends]) {
     for &ends in all {
         if let Err(e) = restore_rules(ends, "-D") {
-            tracing::warn!("the rules for {} - {} are not taken away: {e}", ends.0, ends.1);
+            // they were taken away by somebody, or went with the host
+            tracing::info!("the rules for {} - {} are not taken away: {e}", ends.0, ends.1);
         }
     }
 }
