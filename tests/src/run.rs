@@ -64,6 +64,11 @@ impl Run {
         self.folder.join("files").join(name)
     }
 
+    /// Whether it is the guest of this name.
+    pub fn is(&self, name: &str) -> bool {
+        self.guest.name == name
+    }
+
     /// A folder for images.
     pub fn images(&self, name: &str) -> PathBuf {
         self.folder.join(name)

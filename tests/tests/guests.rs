@@ -89,6 +89,7 @@ guests! {
     memory_shared
     memory_sparse
     memory_stack
+    netlink
     personality
     personality_names
     pipes

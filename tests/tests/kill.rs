@@ -29,6 +29,8 @@ struct Watch {
     masks: BTreeMap<i32, BTreeSet<String>>,
     /// Our own children then.
     children: HashSet<i32>,
+    /// It has connections, in a network of its own.
+    connected: bool,
 }
 
 /// The counters that the guest's threads, and its child, count up.
@@ -53,7 +55,7 @@ impl Watch {
             }
             std::thread::sleep(Duration::from_micros(300));
         }
-        Watch { run, masks, children: process::own_children() }
+        Watch { run, masks, children: process::own_children(), connected: name == "tcp_streams" }
     }
 
     /// The guest goes on, and nothing of the engine is left.
@@ -79,6 +81,9 @@ impl Watch {
                 if !masks.contains(&mask) {
                     waiting.push_str(&format!("thread {tid} blocks {mask}; "));
                 }
+            }
+            if self.connected && locks().is_some_and(|n| n != 0) {
+                waiting.push_str("connections are locked; ");
             }
             for (n, (now, then)) in beats(&self.run).iter().zip(&before).enumerate() {
                 if now == then {
@@ -158,6 +163,12 @@ fn killed_at(n: u32, engine: &Command, trace: &Path) -> bool {
         }
     }
     panic!("request {n}: the ids of the guest are in use all the time:\n{last}")
+}
+
+/// How many locks there are in our network; `None` if nobody can tell.
+fn locks() -> Option<usize> {
+    let output = Command::new("nft").args(["list", "tables"]).output().ok().filter(|o| o.status.success())?;
+    Some(String::from_utf8_lossy(&output.stdout).lines().filter(|l| l.contains("CRIU-")).count())
 }
 
 /// A number that looks random, and is the same for the same seed.
@@ -299,9 +310,17 @@ fn outcome(run: &Run, children: &HashSet<i32>, when: &str) -> Outcome {
     seen.unwrap_or(Outcome::Nothing)
 }
 
+/// While nobody is there, nobody may answer for a guest's connections; while it is, nothing may be in their way.
+fn check_locks(run: &Run, seen: Outcome, when: &str) {
+    let locked = usize::from(seen == Outcome::Nothing);
+    let fine = !run.is("tcp_streams") || within(Duration::from_secs(5), || locks().is_none_or(|n| n == locked));
+    assert!(fine, "{when}: {:?} locks, not {locked}", locks());
+}
+
 /// As [`outcome`] of a restore; then the guest is dumped again, so that it is dead.
 fn restored(run: &mut Run, images: &Path, children: &HashSet<i32>, when: &str) -> Outcome {
     let seen = outcome(run, children, when);
+    check_locks(run, seen, when);
     if seen == Outcome::Whole {
         run.dump(&Engine::ours(), images);
     }
@@ -380,6 +399,7 @@ fn a_restore_killed_at_random() {
 /// A dump that ends the guest: it goes on, or is in the images and all of it is dead.
 fn brought_back(run: &mut Run, images: &Path, children: &HashSet<i32>, when: &str) -> Outcome {
     let seen = outcome(run, children, when);
+    check_locks(run, seen, when);
     if seen == Outcome::Nothing {
         run.restore(&Engine::ours(), images);
     }

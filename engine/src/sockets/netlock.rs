@@ -185,6 +185,13 @@ impl Lifted {
             // not here, so nothing is locked by it
             Err(_) => return Ok(()),
         };
+        if !self.all.is_empty() {
+            // they are in it already, if there is one
+            match nftables.run(&nftables::add(&table, &self.all)) {
+                Err(e) if e.errno() == libc::ENOENT => return Ok(()),
+                other => other?,
+            }
+        }
         // with a guard, the table returns should we die; the last of these is done first
         let held = match guard.filter(|_| !self.all.is_empty()) {
             Some(guard) => Some((guard, guard.hold(nftables.socket())?)),

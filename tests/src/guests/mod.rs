@@ -18,6 +18,7 @@ mod locks;
 mod membarrier;
 mod memfd;
 mod memory;
+mod netlink;
 mod personality;
 mod pipes;
 mod proc_self;
@@ -170,6 +171,7 @@ pub const ALL: &[Guest] = &[
     guest("memory_shared", memory::shared),
     guest("memory_sparse", memory::sparse),
     guest("memory_stack", memory::stack),
+    guest("netlink", netlink::netlink),
     guest("personality", personality::personality).criu(Criu::DumpsOnly("CRIU 4.2 does not restore the persona")),
     guest("personality_names", personality::names),
     guest("pipes", pipes::pipes),
