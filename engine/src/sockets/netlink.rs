@@ -23,6 +23,7 @@ use super::options::{self, Opt};
 use super::queue;
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{set_status_flags, Descriptor, DumpFiles, RestoreFiles};
+use crate::sys::diag::netlink::NetlinkSocket;
 use crate::sys::diag::Diag;
 
 const ADD_MEMBERSHIP: Opt = Opt::new(libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, "NETLINK_ADD_MEMBERSHIP");
@@ -36,9 +37,12 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
     let fd = d.copy.as_fd();
     let ino = u32::try_from(d.stat.st_ino).unwrap_or(u32::MAX);
     let sockets = super::listed(Diag::open().and_then(|mut diag| diag.netlink()))?;
-    let Some(socket) = sockets.into_iter().find(|s| s.ino == ino) else {
-        return Err(d.refused("a netlink socket that the kernel does not list", "close it before the dump"));
+    // the kernel does not list one that has no number yet and is in no group
+    let new = NetlinkSocket {
+        protocol: u8::try_from(options::PROTOCOL.get(fd)?).unwrap_or(u8::MAX),
+        ..NetlinkSocket::default()
     };
+    let socket = sockets.into_iter().find(|s| s.ino == ino).unwrap_or(new);
     if queue::is_readable(fd)? || socket.flags.is_some_and(|flags| flags & ANSWERING != 0) {
         return Err(d.refused("a netlink socket with messages in its queue", "The socket has data to read"));
     }
