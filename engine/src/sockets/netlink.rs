@@ -3,7 +3,7 @@
 //! The kernel lists them (netlink_diag) with their own number, the groups they listen to, and where they are connected to.
 //!
 //! Image: [`NetlinkSkEntry`] in `files.img`; `groups` as words, group N is bit N-1; `dst_group` is a number of a group, `state`
-//! 1 if connected.
+//! 1 if connected, else 7.
 //!
 //! Their numbers are taken before tasks run; another socket may have one by then, as those the kernel gives are the
 //! pids of whoever asks first.
@@ -27,7 +27,7 @@ use crate::sys::diag::netlink::NetlinkSocket;
 use crate::sys::diag::Diag;
 
 const ADD_MEMBERSHIP: Opt = Opt::new(libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, "NETLINK_ADD_MEMBERSHIP");
-/// NETLINK_CONNECTED.
+/// NETLINK_CONNECTED; TCP_CLOSE is the state of all others.
 const CONNECTED: u32 = 1;
 /// NDIAG_FLAG_CB_RUNNING.
 const ANSWERING: u32 = 1;
@@ -40,6 +40,7 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
     // the kernel does not list one that has no number yet and is in no group
     let new = NetlinkSocket {
         protocol: u8::try_from(options::PROTOCOL.get(fd)?).unwrap_or(u8::MAX),
+        state: super::CLOSE as u8,
         ..NetlinkSocket::default()
     };
     let socket = sockets.into_iter().find(|s| s.ino == ino).unwrap_or(new);
@@ -90,7 +91,7 @@ fn make(e: &NetlinkSkEntry) -> Result<OwnedFd> {
         }
     }
     match e.state {
-        0 => {}
+        0 | super::CLOSE => {}
         CONNECTED => {
             let group = match e.dst_group {
                 0 => 0,
