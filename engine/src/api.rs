@@ -20,7 +20,7 @@ use std::time::Duration;
 use crate::check::{self, Category, Found};
 use crate::dump::DumpReport;
 use crate::error::Result;
-use crate::options::{FinalState, Options};
+use crate::options::{FinalState, NetworkLock, Options};
 use crate::progress::{Event, Hook, Listener};
 use crate::restore::RestoreReport;
 
@@ -40,7 +40,7 @@ pub struct Dump {
 impl Dump {
     /// Of the tree whose root is `pid`. Images go to the current folder, and the tree is killed when they are complete.
     pub fn new(pid: i32) -> Dump {
-        Dump { options: Options { pid: Some(pid), ..Options::default() } }
+        Dump { options: Options { pid: Some(pid), network_lock: NetworkLock::Nftables, ..Options::default() } }
     }
 
     /// Where images go; the folder must be there.

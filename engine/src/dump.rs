@@ -16,6 +16,7 @@ use standstill_images::{FolderStore, ImageKind, Images};
 
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{locks, memfd, DumpFiles};
+use crate::guard::{Choice, Guard};
 use crate::memory::track::{self, Tracking};
 use crate::memory::{self, dedup, drain, Writing};
 use crate::options::{FinalState, Options, Persona};
@@ -23,6 +24,7 @@ use crate::plan::Plan;
 use crate::proc::maps::{VmFlags, Vma, VmaName};
 use crate::proc::status::Status;
 use crate::progress::Verb;
+use crate::sockets::netlock::{self, Lock};
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::interrupt;
@@ -123,6 +125,7 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     let workers = Workers::new(opts)?;
     remove_old_images(images)?;
     let robust = RobustList::new()?;
+    let guard = Guard::new(&robust);
     let frozen = freeze::freeze(root, Duration::from_secs(u64::from(opts.timeout)))?;
     phases.mark("freezing");
     interrupt::check()?;
@@ -145,15 +148,18 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     let run = run_id();
     let tracked = is_tracked(root, &tasks)?;
     let mut tracking = begin_tracking(opts, root, heads.first().map(|h| &h.3), images)?;
+    // what `files` undoes when it is dropped must be undone before any of these goes on
+    let mut infected = Vec::with_capacity(tasks.len());
     let mut files =
         DumpFiles::new(opts, images, heads.iter().map(|h| h.0).collect(), numbers.root.net_ns_id.unwrap_or(0));
     files.memory_is_tracked = tracked;
+    files.guard = Some(&guard);
+    files.lock = Lock::new(opts.network_lock, &run);
     let fdinfos = dump_files(&mut tasks, &mut files)?;
     phases.mark("reading");
     interrupt::check()?;
 
     // from here on tasks are changed, and put right again when `infected` is dropped
-    let mut infected = Vec::with_capacity(tasks.len());
     let mut asked = Vec::with_capacity(tasks.len());
     for (task, stopped) in tasks.iter().zip(threads) {
         let Kind::Alive(alive) = &task.kind else { continue };
@@ -276,6 +282,11 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     })?;
     phases.mark("memory");
     interrupt::check()?;
+    if files.changes_sockets() {
+        files.prepare_lock(&guard)?;
+        // from here on, tasks go on behind a dead engine when sockets are as they were
+        infected.iter().try_for_each(|host| host.hold(&guard))?;
+    }
     files.finish()?;
     images.write_entries(ImageKind::Pstree, (), written.pstree)?;
     images.write_one(ImageKind::Seccomp, (), &SeccompEntry { seccomp_filters: filters })?;
@@ -283,7 +294,7 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     let scanned: u64 = drains.iter().map(|d| d.0.scanned).sum();
     let in_parent: u64 = drains.iter().map(|d| d.0.in_parent).sum();
     drop(drains);
-    let mut inventory = inventory(opts, numbers.root, &run);
+    let mut inventory = inventory(opts, numbers.root, netlock::number(files.lock.method()), &run);
     inventory.dump_uptime = tracking.as_ref().map(|_| track::uptime());
     images.write_one(ImageKind::Inventory, (), &inventory)?;
     images.commit()?;
@@ -295,12 +306,15 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     let alive: Vec<i32> = infected.iter().map(Infected::pid).collect();
     match opts.final_state {
         FinalState::Kill => {
+            finish::decide(&infected, &guard)?;
             files.tasks_end();
             finish::kill(infected)?;
             files.inet.tasks_are_gone();
         }
         state @ (FinalState::Run | FinalState::Stop) => {
             files.tasks_go_on()?;
+            infected.iter().try_for_each(Infected::unhold)?;
+            guard.choose(Choice::Nothing);
             finish::let_go(infected, state == FinalState::Stop)?;
         }
     }
@@ -695,8 +709,7 @@ pub(crate) fn begin_tracking(
     Tracking::begin(root, stat, images.parent()?, again).map(Some)
 }
 
-fn inventory(opts: &Options, root_ids: TaskKobjIdsEntry, run: &str) -> InventoryEntry {
-    use crate::options::NetworkLock;
+fn inventory(opts: &Options, root_ids: TaskKobjIdsEntry, network_lock: u32, run: &str) -> InventoryEntry {
     InventoryEntry {
         // 3: pages may be packed
         img_version: if opts.compress { 3 } else { 2 },
@@ -707,11 +720,7 @@ fn inventory(opts: &Options, root_ids: TaskKobjIdsEntry, run: &str) -> Inventory
         root_cg_set: Some(1),
         lsmtype: Some(0),
         tcp_close: opts.tcp_close.then_some(true),
-        network_lock_method: Some(match opts.network_lock {
-            NetworkLock::Iptables => 0,
-            NetworkLock::Nftables => 1,
-            NetworkLock::Skip => 2,
-        }),
+        network_lock_method: Some(network_lock),
         plugins_entry: Some(PluginsEntry::default()),
         dump_criu_run_id: Some(run.as_bytes().to_vec()),
         ..Default::default()

@@ -40,6 +40,7 @@ pub mod dump;
 pub mod error;
 pub mod files;
 pub mod gpu;
+pub mod guard;
 pub mod log;
 pub mod memory;
 pub mod options;

@@ -13,7 +13,8 @@ use standstill_images::{FolderStore, ImageKind, Images};
 use standstill_restorer::plan::{Code, Expect};
 
 use crate::error::{At, Call, Error, Place, Result};
-use crate::files::{inotify, memfd, RestoreFiles};
+use crate::files::{inotify, memfd, remove_names, RestoreFiles};
+use crate::guard::{Choice, Guard, List};
 use crate::memory::rebuild::{unmap_all_but, Figures, Numbers};
 use crate::memory::unpack::{Pipes, TaskEnds, Unpacker};
 use crate::memory::vdso::Layout;
@@ -22,6 +23,8 @@ use crate::plan::arena::{Arena, Slot};
 use crate::plan::{Arg, Plan};
 use crate::proc;
 use crate::progress::Verb;
+use crate::sockets::inet;
+use crate::sockets::netlock::Lifted;
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::{calls, ptrace, spawn};
@@ -106,13 +109,15 @@ fn restore(opts: &Options, images: &Images) -> Result<RestoreReport> {
     let mut files = RestoreFiles::read(opts, images)?;
     let tree = tree.with_dead(&files.regular.dead_pids);
     let robust = RobustList::new()?;
-    let result = build(opts, images, &tree, &birth, &filters, clocks, &mut files, &robust, &mut phases);
+    let guard = Guard::new(&robust);
+    files.guard = Some(&guard);
+    let result = build(opts, images, &inventory, &tree, &birth, &filters, clocks, &mut files, &robust, &mut phases);
     // ghosts and links are taken away again, however it ended; and nobody's pipe may have another end with us
     let cleaned = files.clean(result.is_ok());
+    let names = files.litter.take();
     drop(files);
     let poised = result?;
-    cleaned?;
-    let report = poised.go(opts, &mut phases)?;
+    let report = cleaned.and_then(|()| poised.go(opts, &guard, &mut phases)).inspect_err(|_| remove_names(&names))?;
     if opts.auto_dedup {
         // the program runs: that its images still take room is no reason to fail
         if let Err(e) = crate::memory::dedup::free_all(images) {
@@ -129,11 +134,12 @@ struct Poised<'a> {
     arena: Arena,
     robust: &'a RobustList,
     stops: Vec<(i32, i32)>,
+    lifted: Lifted,
     figures: Figures,
 }
 
 impl Poised<'_> {
-    fn go(mut self, opts: &Options, phases: &mut Phases) -> Result<RestoreReport> {
+    fn go(mut self, opts: &Options, guard: &Guard<'_>, phases: &mut Phases) -> Result<RestoreReport> {
         let pid = self.nursery.root;
         if let Some(path) = &opts.pidfile {
             write_pidfile(opts, path, pid)?;
@@ -141,7 +147,11 @@ impl Poised<'_> {
         for &(pid, signal) in &self.stops {
             calls::kill(pid, signal).task(pid)?;
         }
+        self.held.unbind()?;
+        // the one store that decides
+        guard.choose(Choice::Nothing);
         self.nursery.finished = true;
+        self.lifted.done();
         self.held.go()?;
         self.arena.release(self.robust);
         phases.mark("going");
@@ -156,6 +166,7 @@ impl Poised<'_> {
 fn build<'r>(
     opts: &Options,
     images: &Images,
+    inventory: &InventoryEntry,
     tree: &Tree,
     birth: &Birth,
     filters: &SeccompEntry,
@@ -243,7 +254,6 @@ fn build<'r>(
         boot: arena.boot(slots[0]),
         inherit: &[arena.fd(), theirs.as_fd()],
         sibling,
-        quiet: false,
     };
     let pid = release::when_reaped(root, || spawn::spawn(&birth_of_root))
         .map_err(|e| match e.errno() {
@@ -295,11 +305,32 @@ fn build<'r>(
             .task(node.pid)?;
         set_leader(a).task(node.pid)?;
     }
-    crate::sockets::inet::repair_ends(files)?;
+    let connections = inet::connections(files)?;
+    if let Some(guard) = files.guard {
+        bind_by_guard(guard, &nursery.pids, !connections.is_empty())?;
+    }
+    let lifted = Lifted::lift(inventory, connections, files.guard)?;
+    inet::repair_ends(files)?;
     inotify::settle(files)?;
     let stops = tree.alive().filter_map(|(_, n, a)| Some((n.pid, stop_signal(a, opts)?))).collect();
     phases.mark("registers");
-    Ok(Poised { nursery, held, arena, robust, stops, figures })
+    Ok(Poised { nursery, held, arena, robust, stops, lifted, figures })
+}
+
+/// The guard kills the tree, should we die before it is let go. The kernel does that too (PTRACE_O_EXITKILL), but task by
+/// task, and so it is taken off: for one process, that happens or does not.
+fn bind_by_guard(guard: &Guard<'_>, pids: &[i32], needed: bool) -> Result<()> {
+    if pids.len() == 1 && !guard.is_running() && !needed {
+        return Ok(());
+    }
+    for &pid in pids {
+        match guard.register_kill(List::Undo, pid) {
+            // it was there for a moment only
+            Err(e) if e.errno() == libc::ESRCH => {}
+            other => other?,
+        }
+    }
+    Ok(())
 }
 
 /// The pipes through which tasks have their packed pages written; tasks without any get none.

@@ -171,6 +171,12 @@ unsafe extern "C" fn work(control: *const Control) {
                 break;
             }
         }
+        let hold = &(*(c.owner as *const plan::Owner)).hold;
+        let mut looks = 0;
+        while hold.load(Acquire) != 0 && looks < plan::HOLD_LOOKS && !alive(c) {
+            wait_while(hold, 1);
+            looks += 1;
+        }
         if c.orphan != 0 {
             syscall(EXIT_GROUP, [1, 0, 0, 0, 0, 0]);
         }
@@ -190,7 +196,8 @@ unsafe fn run(c: &Control) {
         i = 0;
         while i < c.count as usize {
             let op = &*(c.ops as *const Op).add(i);
-            ending = ending || !alive(c);
+            // a guard runs on
+            ending = ending || (c.orphan != 2 && !alive(c));
             if ending && op.always == 0 {
                 i += 1;
                 continue;
@@ -287,6 +294,7 @@ unsafe fn step(c: &Control, op: &Op) -> i64 {
                     wait_while(word, 0);
                 }
             }
+            x if x == Code::Guard as u32 => guard(c, a[0]),
             x if x == Code::Exit as u32 => loop {
                 syscall(EXIT_GROUP, [a[0], 0, 0, 0, 0, 0]);
             },
@@ -498,6 +506,46 @@ unsafe fn receive(socket: usize, to: usize, count: usize) -> i64 {
             }
         }
         got as i64
+    }
+}
+
+/// Takes descriptors until the guard is over or the engine is dead. What was sent before that is there still.
+unsafe fn guard(c: &Control, at: usize) -> i64 {
+    // SAFETY: the engine laid out guard, lists and owner in memory that stays mapped here.
+    unsafe {
+        let g = &*(at as *const plan::Guard);
+        let owner = &(*(c.owner as *const plan::Owner)).word;
+        let mut got = 0;
+        loop {
+            let word = owner.load(Acquire);
+            let sent = g.sent.load(Acquire);
+            if got < sent {
+                let r = receive(g.socket as usize, g.first as usize + got as usize, (sent - got) as usize);
+                if r < 0 {
+                    return r;
+                }
+                got = sent;
+                continue;
+            }
+            if g.over.load(Acquire) != 0 {
+                return 0;
+            }
+            if word & plan::OWNER_DIED != 0 {
+                break;
+            }
+            wait_while(owner, word);
+        }
+        let choice = g.choice.load(Acquire) as usize;
+        if choice == 0 || choice > 2 {
+            return 0;
+        }
+        let list = &*g.lists.as_ptr().add(choice - 1);
+        let mut left = list.count.load(Acquire) as usize;
+        while left > 0 {
+            left -= 1;
+            step(c, &*(list.ops as *const Op).add(left));
+        }
+        0
     }
 }
 

@@ -38,6 +38,8 @@ pub enum Code {
     /// made with `clone3` from the `clone_args` at `args[2]`, take pieces as well, and are gone at the end. One that cannot
     /// be made is done without.
     Fill = 13,
+    /// Wait until the [`Guard`] at `args[0]` is over, or the engine is dead: then run the list that was chosen.
+    Guard = 14,
 }
 
 /// How an operand is read.
@@ -95,7 +97,7 @@ pub struct Control {
     pub turn: AtomicU32,
     /// The last turn that the executor ended.
     pub done: AtomicU32,
-    /// What a task does whose engine is gone: 0 return to its program, 1 exit.
+    /// What a task does whose engine is gone: 0 return to its program, 1 exit, 2 go on with its plan.
     pub orphan: u32,
     /// Zero.
     pub reserved: u32,
@@ -130,8 +132,8 @@ const _: () = assert!(core::mem::size_of::<Control>() == 96);
 pub struct Owner {
     /// The futex word: the engine thread's id.
     pub word: AtomicU32,
-    /// Zero.
-    pub reserved: u32,
+    /// Not zero: when the engine is dead, tasks wait until this is zero again, since a guard is putting things in order.
+    pub hold: AtomicU32,
     /// The robust list's node, in the engine's addresses.
     pub next: AtomicU64,
 }
@@ -191,7 +193,38 @@ const _: () = assert!(core::mem::size_of::<Piece>() == 32);
 /// for each page.
 pub const POPULATE_FROM: u64 = 32 << 10;
 
+/// Operations that a guard may have to run.
+#[repr(C)]
+pub struct List {
+    /// Address of the first.
+    pub ops: u64,
+    /// How many there are.
+    pub count: AtomicU32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// What a guard reads: it runs one of two lists, the last operation first, when its engine is dead.
+#[repr(C)]
+pub struct Guard {
+    /// Not zero: the guard is not needed any more.
+    pub over: AtomicU32,
+    /// Which list is run: 0 none, 1 the first, 2 the second.
+    pub choice: AtomicU32,
+    /// How many descriptors were sent.
+    pub sent: AtomicU32,
+    /// Number of the socket that they come through.
+    pub socket: u32,
+    /// The number that the first descriptor gets; those after it follow.
+    pub first: u64,
+    /// The lists.
+    pub lists: [List; 2],
+}
+const _: () = assert!(core::mem::size_of::<Guard>() == 56);
+
 /// FUTEX_OWNER_DIED: the kernel sets it in [`Owner::word`] when the engine's thread is gone (futex(2)).
 pub const OWNER_DIED: u32 = 0x4000_0000;
+/// How often the executor looks at [`Owner::hold`]: it gives up after that.
+pub const HOLD_LOOKS: u32 = 250;
 /// How long the executor sleeps before it looks at [`Owner::word`] again, in nanoseconds.
 pub const PATIENCE_NS: i64 = 20_000_000;

@@ -18,6 +18,25 @@ pub fn adopt() {
     });
 }
 
+/// From now on this thread, and the processes that it starts, have a network of their own, in which they reach themselves.
+///
+/// # Panics
+/// If that cannot be had.
+pub fn private_network() {
+    let mut request = [0u8; 40];
+    request[..2].copy_from_slice(b"lo");
+    request[16..18].copy_from_slice(&(libc::IFF_UP as u16).to_ne_bytes());
+    // SAFETY: the request is a struct ifreq: a name, then flags.
+    let r = unsafe {
+        assert_eq!(libc::unshare(libc::CLONE_NEWNET), 0, "unshare(CLONE_NEWNET): {}", io::Error::last_os_error());
+        let socket = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
+        let r = libc::ioctl(socket, libc::SIOCSIFFLAGS as _, request.as_mut_ptr());
+        libc::close(socket);
+        r
+    };
+    assert_eq!(r, 0, "SIOCSIFFLAGS: {}", io::Error::last_os_error());
+}
+
 /// Whether there is a process of this id, be it a zombie.
 pub fn exists(pid: i32) -> bool {
     fs::metadata(format!("/proc/{pid}")).is_ok()

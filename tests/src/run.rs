@@ -32,6 +32,9 @@ impl Run {
     pub fn start(name: &str) -> Run {
         process::adopt();
         let Some(guest) = guests::find(name) else { panic!("there is no guest {name}") };
+        if guest.alone_in_network {
+            process::private_network();
+        }
         let folder = process::scratch(name);
         let files = folder.join("files");
         std::fs::create_dir_all(&files).unwrap_or_else(|e| panic!("{}: {e}", files.display()));
@@ -59,6 +62,11 @@ impl Run {
     /// One of the guest's own files.
     pub fn file(&self, name: &str) -> PathBuf {
         self.folder.join("files").join(name)
+    }
+
+    /// Whether it is the guest of this name.
+    pub fn is(&self, name: &str) -> bool {
+        self.guest.name == name
     }
 
     /// A folder for images.

@@ -91,6 +91,7 @@ guests! {
     memory_shared
     memory_sparse
     memory_stack
+    netlink
     packed_family
     packed_kinds
     personality
@@ -113,6 +114,7 @@ guests! {
     signals_pending
     signals_stack
     storm
+    tcp_streams
     threads
     threads_500
     timerfd

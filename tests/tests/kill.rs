@@ -29,6 +29,8 @@ struct Watch {
     masks: BTreeMap<i32, BTreeSet<String>>,
     /// Our own children then.
     children: HashSet<i32>,
+    /// It has connections, in a network of its own.
+    connected: bool,
 }
 
 /// The counters that the guest's threads, and its child, count up.
@@ -53,7 +55,7 @@ impl Watch {
             }
             std::thread::sleep(Duration::from_micros(300));
         }
-        Watch { run, masks, children: process::own_children() }
+        Watch { run, masks, children: process::own_children(), connected: name == "tcp_streams" }
     }
 
     /// The guest goes on, and nothing of the engine is left.
@@ -79,6 +81,9 @@ impl Watch {
                 if !masks.contains(&mask) {
                     waiting.push_str(&format!("thread {tid} blocks {mask}; "));
                 }
+            }
+            if self.connected && locks().is_some_and(|n| n != 0) {
+                waiting.push_str("connections are locked; ");
             }
             for (n, (now, then)) in beats(&self.run).iter().zip(&before).enumerate() {
                 if now == then {
@@ -160,6 +165,12 @@ fn killed_at(n: u32, engine: &Command, trace: &Path) -> bool {
     panic!("request {n}: the ids of the guest are in use all the time:\n{last}")
 }
 
+/// How many locks there are in our network; `None` if nobody can tell.
+fn locks() -> Option<usize> {
+    let output = Command::new("nft").args(["list", "tables"]).output().ok().filter(|o| o.status.success())?;
+    Some(String::from_utf8_lossy(&output.stdout).lines().filter(|l| l.contains("CRIU-")).count())
+}
+
 /// A number that looks random, and is the same for the same seed.
 fn random(state: &mut u64) -> u64 {
     *state ^= *state << 13;
@@ -183,11 +194,22 @@ fn seed() -> u64 {
 fn a_dump_killed_at_each_request() {
     let Some(()) = strace("a_dump_killed_at_each_request") else { return };
     let _alone = alone();
-    let watch = Watch::start("storm");
+    each_request_of_a_dump("storm", &[]);
+}
+
+#[test]
+fn a_dump_of_connections_killed_at_each_request() {
+    let Some(()) = strace("a_dump_of_connections_killed_at_each_request") else { return };
+    let _alone = alone();
+    each_request_of_a_dump("tcp_streams", &["--tcp-established", "--network-lock", "nftables"]);
+}
+
+fn each_request_of_a_dump(guest: &str, options: &[&str]) {
+    let watch = Watch::start(guest);
     let images = watch.run.images("images");
     fs::create_dir_all(&images).unwrap_or_else(|e| panic!("{e}"));
     let pid = watch.run.pid.to_string();
-    let dump = Engine::ours().command("dump", &images, &["-R", "-t", &pid]);
+    let dump = Engine::ours().command("dump", &images, &[&["-R", "-t", &pid][..], options].concat());
     let trace = watch.run.folder.join("strace");
     // how many there are differs a little from run to run
     let mut whole = 0;
@@ -208,13 +230,23 @@ fn a_dump_killed_at_each_request() {
 #[test]
 fn a_dump_killed_at_random() {
     let _alone = alone();
-    let watch = Watch::start("storm");
+    random_kills_of_a_dump("storm", &[]);
+}
+
+#[test]
+fn a_dump_of_connections_killed_at_random() {
+    let _alone = alone();
+    random_kills_of_a_dump("tcp_streams", &["--tcp-established", "--network-lock", "nftables"]);
+}
+
+fn random_kills_of_a_dump(guest: &str, options: &[&str]) {
+    let watch = Watch::start(guest);
     let images = watch.run.images("images");
     fs::create_dir_all(&images).unwrap_or_else(|e| panic!("{e}"));
     let pid = watch.run.pid.to_string();
     let engine = Engine::ours();
     let dump = || {
-        let mut command = engine.command("dump", &images, &["-R", "-t", &pid]);
+        let mut command = engine.command("dump", &images, &[&["-R", "-t", &pid][..], options].concat());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         command.spawn().unwrap_or_else(|e| panic!("{e}"))
     };
@@ -241,108 +273,188 @@ fn a_dump_killed_at_random() {
     watch.end();
 }
 
-/// What a killed restore came to.
+/// What a killed engine left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Outcome {
     /// Nobody is there.
     Nothing,
     /// The guest goes on.
     Whole,
-    /// The engine was killed between letting one process go and the other, which no request does at once.
-    Part,
 }
 
-/// Waits until it is clear what a killed restore came to; then the guest is dumped again, so that it is dead.
-fn outcome(run: &mut Run, images: &Path, children: &HashSet<i32>, when: &str) -> Outcome {
+/// Waits until it is clear what a killed restore, or a dump that was to kill, came to: all of it, or nothing.
+fn outcome(run: &Run, children: &HashSet<i32>, when: &str) -> Outcome {
     let before = beats(run);
     let mut left = BTreeSet::new();
     let mut seen = None;
     let settled = within(Duration::from_secs(10), || {
+        assert!(!run.file("result").exists(), "{when}: {}", fs::read_to_string(run.file("result")).unwrap_or_default());
         left = process::own_children().difference(children).copied().filter(|&c| process::reap(c).is_none()).collect();
-        let there = run.tree.iter().filter(|&&p| process::alive(p)).count();
+        let there = run.tree.iter().filter(|&&p| process::exists(p)).count();
+        let alive = run.tree.iter().filter(|&&p| process::alive(p)).count();
         let goes_on = beats(run).iter().zip(&before).all(|(now, then)| now != then);
         let traced = run.tree.iter().any(|&p| !matches!(field(p, p, "TracerPid").as_str(), "" | "0"));
-        seen = match there {
-            0 if left.is_empty() => Some(Outcome::Nothing),
-            n if n == run.tree.len() && goes_on && !traced => Some(Outcome::Whole),
+        left.retain(|child| !run.tree.contains(child));
+        seen = match (there, alive) {
+            (0, 0) if left.is_empty() => Some(Outcome::Nothing),
+            (_, n) if n == run.tree.len() && goes_on && !traced && left.is_empty() => Some(Outcome::Whole),
             _ => None,
         };
-        // the child ends the guest when it finds its parent gone
         seen.is_some()
     });
-    let part = run.file("result").exists();
-    if !settled || part {
+    if !settled {
         let texts: Vec<String> = left.iter().chain(&run.tree).map(|p| process::describe(*p)).collect();
         process::end(&run.tree);
-        assert!(part, "{when}: left behind: {left:?}\n{}", texts.concat());
-        let _ = fs::remove_file(run.file("result"));
-        return Outcome::Part;
+        panic!("{when}: half a tree, or somebody else, is left behind: {left:?}\n{}", texts.concat());
     }
-    if seen == Some(Outcome::Whole) {
+    seen.unwrap_or(Outcome::Nothing)
+}
+
+/// While nobody is there, nobody may answer for a guest's connections; while it is, nothing may be in their way.
+fn check_locks(run: &Run, seen: Outcome, when: &str) {
+    let locked = usize::from(seen == Outcome::Nothing);
+    let fine = !run.is("tcp_streams") || within(Duration::from_secs(5), || locks().is_none_or(|n| n == locked));
+    assert!(fine, "{when}: {:?} locks, not {locked}", locks());
+}
+
+/// As [`outcome`] of a restore; then the guest is dumped again, so that it is dead.
+fn restored(run: &mut Run, images: &Path, children: &HashSet<i32>, when: &str) -> Outcome {
+    let seen = outcome(run, children, when);
+    check_locks(run, seen, when);
+    if seen == Outcome::Whole {
         run.dump(&Engine::ours(), images);
-        return Outcome::Whole;
     }
-    Outcome::Nothing
+    seen
+}
+
+/// A guest that is dumped, with the children that we had before it, and a note for it that engines die.
+fn dumped(name: &str) -> (Run, std::path::PathBuf, HashSet<i32>) {
+    let children = process::own_children();
+    let mut run = Run::start(name);
+    let images = run.images("images");
+    fs::write(run.file("engines-die"), "").unwrap_or_else(|e| panic!("{e}"));
+    run.dump(&Engine::ours(), &images);
+    (run, images, children)
+}
+
+/// Starts an engine, and kills it after some time that is shorter than `longest`.
+fn killed_at_random(command: &mut Command, longest: Duration, state: &mut u64) -> bool {
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = command.spawn().unwrap_or_else(|e| panic!("{e}"));
+    std::thread::sleep(Duration::from_micros(
+        random(state) % u64::try_from(longest.as_micros()).unwrap_or(u64::MAX).max(1),
+    ));
+    let _ = child.kill();
+    !child.wait().is_ok_and(|s| s.success())
 }
 
 #[test]
 fn a_restore_killed_at_each_request() {
     let Some(()) = strace("a_restore_killed_at_each_request") else { return };
     let _alone = alone();
-    let children = process::own_children();
-    let mut run = Run::start("storm");
-    let images = run.images("images");
-    fs::write(run.file("engines-die"), "").unwrap_or_else(|e| panic!("{e}"));
-    // each is let go by a request of its own
-    let threads: usize = run.tree.iter().map(|&p| process::threads(p).len()).sum();
-    run.dump(&Engine::ours(), &images);
-    let trace = run.folder.join("strace");
-    let restore = Engine::ours().command("restore", &images, &["-d"]);
-    let (mut whole, mut part, mut n) = (0, 0, 0);
-    while whole < 3 {
-        n += 1;
-        assert!(n < 5000, "a restore of one process does not need {n} requests");
-        if !killed_at(n, &restore, &trace) {
-            whole += 1;
+    for guest in ["storm", "tcp_streams"] {
+        let (mut run, images, children) = dumped(guest);
+        let trace = run.folder.join("strace");
+        let options: &[&str] = if guest == "storm" { &["-d"] } else { &["-d", "--tcp-established"] };
+        let restore = Engine::ours().command("restore", &images, options);
+        let (mut whole, mut n) = (0, 0);
+        while whole < 3 {
+            n += 1;
+            assert!(n < 5000, "a restore does not need {n} requests");
+            if !killed_at(n, &restore, &trace) {
+                whole += 1;
+            }
+            restored(&mut run, &images, &children, &format!("{guest} killed at request {n}"));
         }
-        part += usize::from(outcome(&mut run, &images, &children, &format!("killed at request {n}")) == Outcome::Part);
+        eprintln!("{guest}: killed at each of {n} requests");
+        run.restore(&Engine::ours(), &images);
+        run.check(How::Restored);
     }
-    eprintln!("killed at each of {n} requests; {part} times half of the tree was let go");
-    assert!(part <= threads, "{part} times only half of the tree was let go");
-    run.restore(&Engine::ours(), &images);
-    run.check(How::Restored);
 }
 
 #[test]
 fn a_restore_killed_at_random() {
     let _alone = alone();
-    let children = process::own_children();
-    let mut run = Run::start("storm");
-    let images = run.images("images");
-    let engine = Engine::ours();
-    fs::write(run.file("engines-die"), "").unwrap_or_else(|e| panic!("{e}"));
-    run.dump(&engine, &images);
-    let began = Instant::now();
-    run.restore(&engine, &images);
-    let micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
-    run.dump(&engine, &images);
-    let mut state = seed();
-    let (kills, mut whole, mut part) = (number("STANDSTILL_KILLS", 200) / 2, 0, 0);
-    for n in 0..kills {
-        let mut command = engine.command("restore", &images, &["-d"]);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let mut child = command.spawn().unwrap_or_else(|e| panic!("{e}"));
-        std::thread::sleep(Duration::from_micros(random(&mut state) % micros));
-        let _ = child.kill();
-        let _ = child.wait();
-        match outcome(&mut run, &images, &children, &format!("random kill {n}")) {
-            Outcome::Nothing => {}
-            Outcome::Whole => whole += 1,
-            Outcome::Part => part += 1,
+    for guest in ["storm", "tcp_streams"] {
+        let (mut run, images, children) = dumped(guest);
+        let engine = Engine::ours();
+        let began = Instant::now();
+        run.restore(&engine, &images);
+        let longest = began.elapsed();
+        run.dump(&engine, &images);
+        let mut state = seed();
+        let (kills, mut whole) = (number("STANDSTILL_KILLS", 200) / 4, 0);
+        for n in 0..kills {
+            let options: &[&str] = if guest == "storm" { &["-d"] } else { &["-d", "--tcp-established"] };
+            killed_at_random(&mut engine.command("restore", &images, options), longest, &mut state);
+            let when = format!("{guest}, random kill {n}");
+            whole += usize::from(restored(&mut run, &images, &children, &when) == Outcome::Whole);
         }
+        eprintln!("{guest}: {whole} of {kills} restores were done before they were killed");
+        run.restore(&engine, &images);
+        run.check(How::Restored);
     }
-    eprintln!("{whole} of {kills} restores were done before they were killed, {part} were half done");
-    assert!(part * 20 <= kills, "{part} of {kills} times half of the tree was let go");
-    run.restore(&engine, &images);
-    run.check(How::Restored);
+}
+
+/// A dump that ends the guest: it goes on, or is in the images and all of it is dead.
+fn brought_back(run: &mut Run, images: &Path, children: &HashSet<i32>, when: &str) -> Outcome {
+    let seen = outcome(run, children, when);
+    check_locks(run, seen, when);
+    if seen == Outcome::Nothing {
+        run.restore(&Engine::ours(), images);
+    }
+    seen
+}
+
+#[test]
+fn a_dump_that_kills_killed_at_each_request() {
+    let Some(()) = strace("a_dump_that_kills_killed_at_each_request") else { return };
+    let _alone = alone();
+    for (guest, options) in
+        [("storm", &[][..]), ("tcp_streams", &["--tcp-established", "--network-lock", "nftables"][..])]
+    {
+        let (mut run, images, children) = dumped(guest);
+        run.restore(&Engine::ours(), &images);
+        let pid = run.pid.to_string();
+        let dump = Engine::ours().command("dump", &images, &[&["-t", &pid][..], options].concat());
+        let trace = run.folder.join("strace");
+        let (mut whole, mut n) = (0, 0);
+        while whole < 3 {
+            n += 1;
+            assert!(n < 5000, "a dump does not need {n} requests");
+            if !killed_at(n, &dump, &trace) {
+                whole += 1;
+            }
+            brought_back(&mut run, &images, &children, &format!("{guest} killed at request {n}"));
+        }
+        eprintln!("{guest}: killed at each of {n} requests");
+        run.check(How::Restored);
+    }
+}
+
+#[test]
+fn a_dump_that_kills_killed_at_random() {
+    let _alone = alone();
+    for (guest, options) in
+        [("storm", &[][..]), ("tcp_streams", &["--tcp-established", "--network-lock", "nftables"][..])]
+    {
+        let (mut run, images, children) = dumped(guest);
+        let engine = Engine::ours();
+        run.restore(&engine, &images);
+        let began = Instant::now();
+        run.dump(&engine, &images);
+        let longest = began.elapsed();
+        run.restore(&engine, &images);
+        let pid = run.pid.to_string();
+        let mut state = seed();
+        let (kills, mut dead) = (number("STANDSTILL_KILLS", 200) / 4, 0);
+        for n in 0..kills {
+            let mut dump = engine.command("dump", &images, &[&["-t", &pid][..], options].concat());
+            killed_at_random(&mut dump, longest, &mut state);
+            let when = format!("{guest}, random kill {n}");
+            dead += usize::from(brought_back(&mut run, &images, &children, &when) == Outcome::Nothing);
+        }
+        eprintln!("{guest}: {dead} of {kills} dumps were done before they were killed");
+        run.check(How::Restored);
+    }
 }

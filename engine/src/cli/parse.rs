@@ -7,7 +7,7 @@ use super::config_files::{self, Choice, ConfigError};
 use super::getopt::{Given, Scanner};
 use super::table::{self, Effect};
 use super::values;
-use crate::options::{OptionError, Options, Persona};
+use crate::options::{NetworkLock, OptionError, Options, Persona};
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use tracing::{error, info, warn};
@@ -45,8 +45,12 @@ pub fn command_line(args: &[OsString]) -> Result<CommandLine, Stop> {
     if words.iter().take_while(|w| *w != "--").any(|w| w == "--help" || w == "-h") {
         return Err(Stop::Help);
     }
-    let mut reader =
-        Reader { options: Options { personality, ..Options::default() }, exec_cmd: false, lock_given: false };
+    let network_lock = match personality {
+        Persona::Criu => NetworkLock::Iptables,
+        Persona::Standstill => NetworkLock::Nftables,
+    };
+    let options = Options { personality, network_lock, ..Options::default() };
+    let mut reader = Reader { options, exec_cmd: false, lock_given: false };
     for (path, required) in config_files::files(&choice(words, personality), |name| std::env::var_os(name)) {
         match config_files::read(&path) {
             // a file that cannot be opened is none; one that was named must be there, though CRIU does not mind

@@ -366,7 +366,7 @@ pub const TABLE: &[Opt] = &[
     value("lsm-mount-context", "CONTEXT",
         |o, v| { o.lsm_mount_context = Some(text("lsm-mount-context", v)?.to_owned()); Ok(()) }, Special,
         "new security context for mounts that have one"),
-    value("network-lock", "METHOD", set_network_lock, Special, "keep packets out by iptables (default), nftables, skip"),
+    value("network-lock", "METHOD", set_network_lock, Special, "keep packets out by nftables (default; of criu: iptables), iptables, skip"),
     switch("mntns-compat-mode", |o| &mut o.mntns_compat_mode, Special, "make mounts as old kernels need it"),
     switch("unprivileged", |o| &mut o.unprivileged, Generic, "accept what does not work without root"),
     switch("ghost-fiemap", |o| &mut o.ghost_fiemap, Special, "find holes of deleted files by FIEMAP (default)"),

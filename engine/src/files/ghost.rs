@@ -27,6 +27,7 @@ use standstill_images::{GhostContent, ImageKind, Images};
 use super::paths::{open_below, place, reopen, split};
 use super::{magic_link, sparse};
 use crate::error::{At, Call, Error, Result};
+use crate::guard::{Act, Guard, List};
 
 /// Regular files from this size on are written in chunks.
 const CHUNKS_FROM: u64 = 3 * 4096;
@@ -80,6 +81,7 @@ pub(super) fn write(images: &Images, id: u32, file: BorrowedFd<'_>, stat: &Stat)
 /// by then. `unnamed`: it came from O_TMPFILE.
 pub(super) fn make(
     images: &Images,
+    guard: Option<&Guard<'_>>,
     root: BorrowedFd<'_>,
     id: u32,
     names: &[&[u8]],
@@ -90,7 +92,7 @@ pub(super) fn make(
     let kind = FileType::from_raw_mode(entry.mode);
     let Some((&first, others)) = names.split_first() else { return Ok(Vec::new()) };
 
-    let mut spot = Spot::find(root, first, id).at(place(first))?;
+    let mut spot = Spot::find(root, first, id, guard).at(place(first))?;
     if unnamed && others.is_empty() && kind == FileType::RegularFile {
         match nameless(&spot, &entry, &content) {
             Err(error) if [libc::EOPNOTSUPP, libc::EISDIR, libc::ENOENT].contains(&error.errno()) => {}
@@ -103,7 +105,7 @@ pub(super) fn make(
     }
     let mut spots = vec![spot];
     for name in others {
-        let (fd, spot) = link(root, made[0].as_fd(), name, id).at(place(name))?;
+        let (fd, spot) = link(root, made[0].as_fd(), name, id, guard).at(place(name))?;
         made.push(fd);
         spots.push(spot);
     }
@@ -112,21 +114,33 @@ pub(super) fn make(
 }
 
 /// An O_PATH descriptor of the inode behind `source`, by a name that is gone again.
-pub(super) fn relink(root: BorrowedFd<'_>, source: BorrowedFd<'_>, name: &[u8], id: u32) -> Result<OwnedFd> {
-    let (fd, spot) = link(root, source, name, id)?;
+pub(super) fn relink(
+    root: BorrowedFd<'_>,
+    source: BorrowedFd<'_>,
+    name: &[u8],
+    id: u32,
+    guard: Option<&Guard<'_>>,
+) -> Result<OwnedFd> {
+    let (fd, spot) = link(root, source, name, id, guard)?;
     spot.clear()?;
     Ok(fd)
 }
 
-fn link(root: BorrowedFd<'_>, source: BorrowedFd<'_>, name: &[u8], id: u32) -> Result<(OwnedFd, Spot)> {
-    let mut spot = Spot::find(root, name, id)?;
+fn link<'g>(
+    root: BorrowedFd<'_>,
+    source: BorrowedFd<'_>,
+    name: &[u8],
+    id: u32,
+    guard: Option<&'g Guard<'g>>,
+) -> Result<(OwnedFd, Spot<'g>)> {
+    let mut spot = Spot::find(root, name, id, guard)?;
     spot.put(|folder, name| rustix::fs::linkat(CWD, magic_link(source), folder, name, AtFlags::SYMLINK_FOLLOW))
         .call("linkat")?;
     Ok((spot.open()?, spot))
 }
 
 /// A regular file without a name, which can still get one.
-fn nameless(spot: &Spot, entry: &GhostFileEntry, content: &GhostContent<'_>) -> Result<OwnedFd> {
+fn nameless(spot: &Spot<'_>, entry: &GhostFileEntry, content: &GhostContent<'_>) -> Result<OwnedFd> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     let file =
         File::from(rustix::fs::openat(&spot.folder, ".", flags, Mode::RUSR | Mode::WUSR).call("open(O_TMPFILE)")?);
@@ -136,7 +150,12 @@ fn nameless(spot: &Spot, entry: &GhostFileEntry, content: &GhostContent<'_>) -> 
     Ok(handle)
 }
 
-fn make_named(spot: &mut Spot, kind: FileType, entry: &GhostFileEntry, content: &GhostContent<'_>) -> Result<OwnedFd> {
+fn make_named(
+    spot: &mut Spot<'_>,
+    kind: FileType,
+    entry: &GhostFileEntry,
+    content: &GhostContent<'_>,
+) -> Result<OwnedFd> {
     let private = Mode::RUSR | Mode::WUSR;
     let handle = match kind {
         FileType::RegularFile => {
@@ -215,7 +234,8 @@ fn describe(file: BorrowedFd<'_>, kind: FileType, entry: &GhostFileEntry) -> Res
 
 /// A name in a folder for a moment: what was put there, and the folders that were missing, go when this is dropped.
 #[derive(Debug)]
-struct Spot {
+struct Spot<'g> {
+    guard: Option<&'g Guard<'g>>,
     folder: OwnedFd,
     name: Vec<u8>,
     id: u32,
@@ -224,9 +244,9 @@ struct Spot {
     made: Vec<(OwnedFd, Vec<u8>)>,
 }
 
-impl Spot {
+impl<'g> Spot<'g> {
     /// Finds the folder of `path` below `root`, and makes what is missing of it.
-    fn find(root: BorrowedFd<'_>, path: &[u8], id: u32) -> Result<Spot> {
+    fn find(root: BorrowedFd<'_>, path: &[u8], id: u32, guard: Option<&'g Guard<'g>>) -> Result<Spot<'g>> {
         let (mut upper, name) = split(path);
         if name.is_empty() || name == b"." || name == b".." {
             return Err(Error::lie(
@@ -258,8 +278,10 @@ impl Spot {
         if !fits {
             tracing::warn!(path = %String::from_utf8_lossy(path), "the folder of a deleted file is none now: its name changes");
         }
-        let mut spot = Spot { folder, name: name.to_vec(), id, taken: false, is_folder: false, made: Vec::new() };
+        let mut spot =
+            Spot { guard, folder, name: name.to_vec(), id, taken: false, is_folder: false, made: Vec::new() };
         for name in missing.into_iter().rev() {
+            spot.guards(&spot.folder, name, true)?;
             rustix::fs::mkdirat(&spot.folder, name, Mode::from_raw_mode(0o777)).call("mkdir")?;
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let inner = rustix::fs::openat(&spot.folder, name, flags, Mode::empty()).call("open")?;
@@ -269,11 +291,25 @@ impl Spot {
         Ok(spot)
     }
 
+    /// A name that is free is to be made: it goes if the engine dies.
+    fn guards(&self, folder: &OwnedFd, name: &[u8], is_folder: bool) -> Result<()> {
+        let free = || rustix::fs::statat(folder, name, AtFlags::SYMLINK_NOFOLLOW).is_err_and(|e| e == Errno::NOENT);
+        if let Some(guard) = self.guard.filter(|_| free()) {
+            let held = guard.hold(folder.as_fd())?;
+            guard.register(List::Undo, &Act::RemoveIn(held, name, is_folder))?;
+        }
+        Ok(())
+    }
+
     /// Puts something there, under another name if this one is taken.
     fn put<T>(&mut self, mut put: impl FnMut(BorrowedFd<'_>, &[u8]) -> rustix::io::Result<T>) -> rustix::io::Result<T> {
         let suffixes = [String::new(), ".cr_link".into(), format!(".cr.{:x}.ghost", self.id)];
         for suffix in suffixes {
             let name = [self.name.as_slice(), suffix.as_bytes()].concat();
+            // what was a folder has another way to be removed, so both are tried
+            for is_folder in [false, true] {
+                self.guards(&self.folder, &name, is_folder).map_err(|e| Errno::from_raw_os_error(e.errno()))?;
+            }
             match put(self.folder.as_fd(), &name) {
                 Err(Errno::EXIST) => {}
                 other => {
@@ -317,7 +353,7 @@ impl Spot {
     }
 }
 
-impl Drop for Spot {
+impl Drop for Spot<'_> {
     fn drop(&mut self) {
         if let Err(error) = self.remove() {
             tracing::warn!(name = %String::from_utf8_lossy(&self.name), %error, "a temporary name could not be removed");
@@ -362,7 +398,7 @@ mod tests {
         write(&images, 7, file.as_fd(), &rustix::fs::fstat(&file).unwrap()).unwrap();
 
         let (a, b) = (format!("{}/a", dir.display()), format!("{}/gone/b", dir.display()));
-        let made = make(&images, root().as_fd(), 7, &[a.as_bytes(), b.as_bytes()], false).unwrap();
+        let made = make(&images, None, root().as_fd(), 7, &[a.as_bytes(), b.as_bytes()], false).unwrap();
         assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0);
         assert_eq!(link_of(&made[0]), format!("{a} (deleted)"));
         assert_eq!(link_of(&made[1]), format!("{b} (deleted)"));
@@ -397,7 +433,7 @@ mod tests {
         for (id, fd) in [(1, &a), (2, &b), (3, &c)] {
             let old = rustix::fs::fstat(fd).unwrap();
             write(&images, id, fd.as_fd(), &old).unwrap();
-            let made = make(&images, root().as_fd(), id, &[path.as_os_str().as_bytes()], false).unwrap();
+            let made = make(&images, None, root().as_fd(), id, &[path.as_os_str().as_bytes()], false).unwrap();
             let new = rustix::fs::fstat(&made[0]).unwrap();
             assert_eq!((old.st_mode, old.st_mtime), (new.st_mode, new.st_mtime));
             assert_eq!(link_of(&made[0]), format!("{} (deleted)", path.display()));
@@ -418,7 +454,7 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         write(&images, 1, file.as_fd(), &rustix::fs::fstat(&file).unwrap()).unwrap();
         std::fs::write(&path, "new").unwrap();
-        let made = make(&images, root().as_fd(), 1, &[path.as_os_str().as_bytes()], false).unwrap();
+        let made = make(&images, None, root().as_fd(), 1, &[path.as_os_str().as_bytes()], false).unwrap();
         assert!(link_of(&made[0]).ends_with("/log.cr_link (deleted)"));
         assert_eq!(std::fs::read(magic_link(made[0].as_fd())).unwrap(), b"old");
         assert_eq!(std::fs::read(&path).unwrap(), b"new");
@@ -435,7 +471,7 @@ mod tests {
         };
         write(&images, 1, file.as_fd(), &rustix::fs::fstat(&file).unwrap()).unwrap();
         let name = format!("{}/#12", dir.display());
-        let made = make(&images, root().as_fd(), 1, &[name.as_bytes()], true).unwrap();
+        let made = make(&images, None, root().as_fd(), 1, &[name.as_bytes()], true).unwrap();
         rustix::fs::linkat(CWD, magic_link(made[0].as_fd()), CWD, dir.join("named"), AtFlags::SYMLINK_FOLLOW).unwrap();
         std::fs::remove_dir_all(&dir).unwrap();
     }

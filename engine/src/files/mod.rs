@@ -15,6 +15,7 @@ use standstill_images::proto::{FdTypes, FdinfoEntry, FileEntry, FownEntry};
 use standstill_images::{ImageKind, Images};
 
 use crate::error::{At, Call, Error, Place, Result};
+use crate::guard::{Act, Guard, List};
 use crate::options::Options;
 use crate::plan::Plan;
 use crate::proc::fdinfo::{self, FdInfo};
@@ -112,6 +113,8 @@ pub struct DumpFiles<'a> {
     pub memfds: memfd::Dumped,
     /// Unix sockets.
     pub unix: sockets::unix::Dumped,
+    /// What keeps packets away from connections.
+    pub lock: sockets::netlock::Lock,
     /// Internet sockets.
     pub inet: sockets::inet::Dumped,
     /// Terminals.
@@ -122,6 +125,8 @@ pub struct DumpFiles<'a> {
     pub memory_is_tracked: bool,
     /// Id of the network namespace that the sockets are in (as in the ids image).
     pub net_ns: u32,
+    /// Undoes what is changed outside of the engine, should that die.
+    pub guard: Option<&'a Guard<'a>>,
     entries: Vec<FileEntry>,
     next: u32,
     pages: u32,
@@ -143,11 +148,13 @@ impl<'a> DumpFiles<'a> {
             fifos: Default::default(),
             memfds: Default::default(),
             unix: Default::default(),
+            lock: sockets::netlock::Lock::new(opts.network_lock, ""),
             inet: Default::default(),
             ttys: Default::default(),
             locks: Default::default(),
             memory_is_tracked: false,
             net_ns,
+            guard: None,
             entries: Vec::new(),
             next: 1,
             pages: 0,
@@ -181,12 +188,28 @@ impl<'a> DumpFiles<'a> {
 
     /// Undoes what only makes sense for tasks that are killed: names that were made for files without one.
     pub fn tasks_go_on(&mut self) -> Result<()> {
+        self.lock.lift()?;
+        self.inet.tasks_go_on()?;
         regular::tasks_go_on(self)
+    }
+
+    /// Will [`DumpFiles::finish`] change something about sockets for a while?
+    pub fn changes_sockets(&self) -> bool {
+        !self.inet.connections().is_empty() || self.unix.has_queues()
+    }
+
+    /// Gets ready to keep packets away from connections, if there are some or may be some in flight.
+    pub fn prepare_lock(&mut self, guard: &Guard<'_>) -> Result<()> {
+        if !self.inet.connections().is_empty() || (self.opts.tcp_established && self.unix.has_queues()) {
+            self.lock.prepare(guard)?;
+        }
+        Ok(())
     }
 
     /// Keeps these names: the images are complete and the tasks are about to end. Without this they go with `self`.
     pub fn tasks_end(&mut self) {
         regular::tasks_end(self);
+        self.lock.keep();
     }
 
     /// Adds an entry to `files.img`.
@@ -307,8 +330,10 @@ pub struct RestoreFiles<'a> {
     pub ttys: tty::Restored,
     /// Locks.
     pub locks: locks::Restored,
-    /// What must be removed when the restore is over, whether it worked or not.
-    pub litter: Vec<PathBuf>,
+    /// Names that must be removed if the restore fails.
+    pub litter: std::cell::RefCell<Vec<PathBuf>>,
+    /// Removes them, should the engine die.
+    pub guard: Option<&'a Guard<'a>>,
     opening: HashSet<u32>,
 }
 
@@ -335,7 +360,8 @@ impl<'a> RestoreFiles<'a> {
             inet: Default::default(),
             ttys: Default::default(),
             locks: Default::default(),
-            litter: Vec::new(),
+            litter: Default::default(),
+            guard: None,
             opening: HashSet::new(),
         };
         regular::read(&mut files)?;
@@ -372,21 +398,22 @@ impl<'a> RestoreFiles<'a> {
         Ok(regular::opens_late(self, id) || pidfd::opens_late(self.entry(id)?))
     }
 
-    /// Takes away what was made for the restore alone: names of deleted files, and, if it worked, of linked ones.
+    /// A name is about to be made that a restore which fails, or whose engine is killed, must not leave behind.
+    pub fn makes_name(&self, path: PathBuf) -> Result<()> {
+        if let Some(guard) = self.guard {
+            guard.register(List::Undo, &Act::Remove(&path))?;
+        }
+        self.litter.borrow_mut().push(path);
+        Ok(())
+    }
+
+    /// If the restore worked, takes away names of linked files, which were for it alone; if not, all names that it made.
     pub fn clean(&mut self, worked: bool) -> Result<()> {
-        for path in std::mem::take(&mut self.litter) {
-            match std::fs::remove_file(&path) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(e).call("unlink").at(Place::Path(path))
-                }
-                _ => {}
-            }
-        }
         if worked {
-            regular::done(self)
-        } else {
-            Ok(())
+            return regular::done(self);
         }
+        remove_names(&self.litter.take());
+        Ok(())
     }
 
     /// Dispatches by type; an entry without the part that its type promises is a lie.
@@ -407,10 +434,10 @@ impl<'a> RestoreFiles<'a> {
             FdTypes::Tty => tty::open(entry.tty.as_ref().ok_or_else(missing)?, self),
             FdTypes::Unixsk => sockets::unix::open(entry.usk.as_ref().ok_or_else(missing)?, self),
             FdTypes::Inetsk => sockets::inet::open(entry.isk.as_ref().ok_or_else(missing)?, self),
+            FdTypes::Netlinksk => sockets::netlink::open(entry.nlsk.as_ref().ok_or_else(missing)?, self),
             FdTypes::Ns => nsfile::open(entry.nsf.as_ref().ok_or_else(missing)?, self),
             kind @ (FdTypes::Und
             | FdTypes::Packetsk
-            | FdTypes::Netlinksk
             | FdTypes::Tunf
             | FdTypes::Ext
             | FdTypes::Fanotify
@@ -448,6 +475,18 @@ impl<'a> RestoreFiles<'a> {
     }
 }
 
+/// Removes names that a restore made which failed.
+pub fn remove_names(made: &[PathBuf]) {
+    for path in made.iter().rev() {
+        match std::fs::remove_file(path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                tracing::error!("{} was made and cannot be removed: {e}", path.display());
+            }
+            _ => {}
+        }
+    }
+}
+
 /// The part of an entry that says who gets SIGIO.
 fn owner_of(entry: &FileEntry) -> Option<&FownEntry> {
     None.or(entry.reg.as_ref().map(|e| &e.fown))
@@ -462,6 +501,7 @@ fn owner_of(entry: &FileEntry) -> Option<&FownEntry> {
         .or(entry.tty.as_ref().map(|e| &e.fown))
         .or(entry.usk.as_ref().map(|e| &e.fown))
         .or(entry.isk.as_ref().map(|e| &e.fown))
+        .or(entry.nlsk.as_ref().map(|e| &e.fown))
 }
 
 /// F_SETSIG and F_SETOWN_EX, with the ids that the owner had when it was set (fcntl(2)).

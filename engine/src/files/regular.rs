@@ -33,6 +33,7 @@ use standstill_images::ImageKind;
 use super::paths::{nearest, open_below, place, reopen, silly, split, task_of, NAMELESS};
 use super::{devices, ghost, magic_link, no_owner, set_status_flags, validate, Descriptor, DumpFiles, RestoreFiles};
 use crate::error::{At, Call, Error, Place, Result};
+use crate::guard::{Act, List};
 use crate::options::FileValidation;
 use crate::sys::calls;
 
@@ -344,6 +345,10 @@ fn linked(seen: &Seen<'_>, id: u32, bare: &[u8], fs: u64, cx: &mut DumpFiles<'_>
             let link = cx.new_id();
             let (folder, mut path) = nearest(root(cx)?.as_fd(), bare)?;
             let name = format!("link_remap.{link}").into_bytes();
+            if let Some(guard) = cx.guard {
+                let held = guard.hold(folder.as_fd())?;
+                guard.register(List::Undo, &Act::RemoveIn(held, &name, false))?;
+            }
             match rustix::fs::linkat(CWD, magic_link(seen.file), &folder, &name, AtFlags::SYMLINK_FOLLOW) {
                 Ok(()) => {}
                 // from a lower layer: there the count of names is not that of what can be linked
@@ -518,7 +523,7 @@ fn handle<'a>(cx: &'a mut RestoreFiles<'_>, e: &RegFileEntry, remap: Remap) -> R
                 let name = by_id(cx, to)?.name;
                 let flags = (libc::O_PATH | libc::O_NOFOLLOW) as u32;
                 let source = open_below(root.as_fd(), &name, flags).call("open").at(place(&name))?;
-                let handle = ghost::relink(root.as_fd(), source.as_fd(), &e.name, to)?;
+                let handle = ghost::relink(root.as_fd(), source.as_fd(), &e.name, to, cx.guard)?;
                 cx.regular.handles.insert(e.id, handle);
             }
             Remap::Ghost(id) => {
@@ -528,7 +533,7 @@ fn handle<'a>(cx: &'a mut RestoreFiles<'_>, e: &RegFileEntry, remap: Remap) -> R
                 names.sort_unstable();
                 names.dedup();
                 let unnamed = users.iter().any(|user| user.flags & NAMELESS != 0);
-                let made = ghost::make(cx.images, root.as_fd(), id, &names, unnamed)?;
+                let made = ghost::make(cx.images, cx.guard, root.as_fd(), id, &names, unnamed)?;
                 for user in users {
                     let made = names
                         .binary_search(&user.name.as_slice())

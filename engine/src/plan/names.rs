@@ -16,6 +16,7 @@ pub fn macro_name(code: u32) -> &'static str {
         11 => "Exit",
         12 => "Await",
         13 => "Fill",
+        14 => "Guard",
         _ => "unknown",
     }
 }

@@ -25,7 +25,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use standstill_images::proto::{FdTypes, FileEntry, InetSkEntry, IpOptsEntry, IpOptsRawEntry, TcpOptsEntry};
 
 use super::options::{self, Opt};
-use super::{tcp, CLOSE, ESTABLISHED, LISTEN};
+use super::{netlock, tcp, CLOSE, ESTABLISHED, LISTEN};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{Descriptor, DumpFiles};
 use crate::sys::diag::inet::{InetFamily, InetProtocol, InetSocket};
@@ -33,7 +33,7 @@ use crate::sys::diag::{Diag, DiagError};
 
 mod restore;
 
-pub use restore::{open, repair_ends, Restored};
+pub use restore::{connections, open, repair_ends, Restored};
 
 const IPPROTO_UDPLITE: u32 = 136;
 const IPPROTO_MPTCP: u32 = 262;
@@ -68,6 +68,8 @@ const ICMPV6_FILTER: Opt = Opt::new(libc::IPPROTO_ICMPV6, 1, "ICMPV6_FILTER");
 pub struct Dumped {
     /// The kernel's list of one family and protocol, by inode.
     listed: HashMap<(InetFamily, InetProtocol), HashMap<u32, InetSocket>>,
+    /// Connections whose image is to be written, when nobody can use them any more.
+    connections: Vec<(InetSkEntry, OwnedFd)>,
     /// Connections in repair mode: they go on when this goes.
     repaired: Vec<tcp::Repair>,
 }
@@ -84,6 +86,16 @@ impl Dumped {
             unknown.insert(sockets.into_iter().map(|s| (s.inode, s)).collect());
         }
         Ok(self.listed.get(&(family, protocol)).and_then(|sockets| sockets.get(&ino)).cloned())
+    }
+
+    /// Connections that [`finish`] writes.
+    pub fn connections(&self) -> &[(InetSkEntry, OwnedFd)] {
+        &self.connections
+    }
+
+    /// The tasks are about to go on, and so are their connections: in repair mode, what they send would fail.
+    pub fn tasks_go_on(&mut self) -> Result<()> {
+        self.repaired.drain(..).try_for_each(tcp::Repair::resume)
     }
 
     /// The tasks are gone: their connections end without a word to the other side. Without this, dropping it lets them go on.
@@ -282,12 +294,31 @@ fn tcp_state(
                 let advice = "Connected TCP socket, consider using --tcp-established option.";
                 return Err(Error::refused(called(e), advice));
             }
-            let repair = tcp::dump(fd, e, cx.images).at(Place::Step("TCP connection"))?;
-            cx.inet.repaired.push(repair);
+            cx.inet.connections.push((e.clone(), fd.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?));
             Ok(())
         }
         other => Err(Error::refused(format!("{} in state {other}", called(e)), "try again when it is connected")),
     }
+}
+
+/// Writes the images of connections, which stay locked and in repair mode.
+pub fn finish(cx: &mut DumpFiles<'_>) -> Result<()> {
+    for (e, fd) in std::mem::take(&mut cx.inet.connections) {
+        let place = Place::Item("socket", e.ino.into());
+        cx.lock.add(ends(&e)?).at(place.clone())?;
+        let repair = tcp::dump(fd.as_fd(), &e, cx.images, cx.guard)
+            .at(Place::Step("TCP connection"))
+            .map_err(|e| Error::In { place, source: Box::new(e) })?;
+        cx.inet.repaired.push(repair);
+    }
+    Ok(())
+}
+
+/// The ends of a connection.
+pub fn ends(e: &InetSkEntry) -> Result<netlock::Ends> {
+    let own = address(&e.src_addr, e.src_port);
+    own.zip(address(&e.dst_addr, e.dst_port))
+        .ok_or_else(|| Error::lie("files.img", format!("socket {} has no addresses", e.ino)))
 }
 
 /// What was shut down on a TCP socket that is not connected: poll(2) tells.
@@ -337,11 +368,6 @@ fn ip_options(fd: BorrowedFd<'_>, e: &InetSkEntry) -> Result<IpOptsEntry> {
             ttl: some(IP_TTL)?,
         },
     })
-}
-
-/// Ends a dump. Connections stay in repair mode, until the tasks are gone or [`Dumped`] is dropped.
-pub fn finish(_cx: &mut DumpFiles<'_>) -> Result<()> {
-    Ok(())
 }
 
 /// Which files of an image are connections: their image's number.

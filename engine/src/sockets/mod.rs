@@ -15,6 +15,8 @@ use crate::sys::calls;
 use crate::sys::diag::DiagError;
 
 pub mod inet;
+pub mod netlink;
+pub mod netlock;
 pub mod options;
 pub mod queue;
 pub mod tcp;
@@ -54,9 +56,7 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
     match i32::try_from(family).unwrap_or(-1) {
         libc::AF_UNIX => unix::dump(d, id, cx),
         libc::AF_INET | libc::AF_INET6 => inet::dump(d, id, cx),
-        libc::AF_NETLINK => {
-            Err(d.refused("a netlink socket", "close it before the dump; this kind cannot be carried yet"))
-        }
+        libc::AF_NETLINK => netlink::dump(d, id, cx),
         libc::AF_PACKET => {
             Err(d.refused("a packet socket", "close it before the dump; this kind cannot be carried yet"))
         }

@@ -18,6 +18,7 @@ use std::os::fd::BorrowedFd;
 use standstill_images::proto::SkOptsEntry;
 
 use crate::error::{At, Error, Place, Result};
+use crate::guard::{Act, Guard, Held, List};
 use crate::sys::calls;
 
 /// An option, with the name that messages call it by.
@@ -77,6 +78,27 @@ impl Opt {
     /// As [`Opt::bring`], if an image says something.
     pub fn bring_if(self, fd: BorrowedFd<'_>, value: Option<impl Into<u32>>) -> Result<()> {
         value.map_or(Ok(()), |value| self.bring(fd, value.into()))
+    }
+}
+
+/// A socket of the program whose options the engine changes for a while, and the guard that puts them back should the engine
+/// die.
+#[derive(Clone, Copy, Debug)]
+pub struct Guarded<'g> {
+    guard: &'g Guard<'g>,
+    socket: Held,
+}
+
+impl<'g> Guarded<'g> {
+    /// Gives the guard its copy of the socket.
+    pub fn new(guard: &'g Guard<'g>, fd: BorrowedFd<'_>) -> Result<Guarded<'g>> {
+        Ok(Guarded { guard, socket: guard.hold(fd)? })
+    }
+
+    /// This value is what the option gets then.
+    pub fn resets(&self, option: Opt, value: u32) -> Result<()> {
+        let act = Act::SocketOption(self.socket, option.level, option.number, &value.to_ne_bytes());
+        self.guard.register(List::Undo, &act)
     }
 }
 

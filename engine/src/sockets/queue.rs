@@ -2,7 +2,7 @@
 //!
 //! The program's queue is never read from, only looked at. A stream with no descriptors in it, or only at its end, is seen
 //! with one MSG_PEEK. To see past the first message, and past descriptors in a stream, SO_PEEK_OFF must be set, which
-//! belongs to the open file that the program has too: [`PeekOffset`] sets it back, whatever happens but our own SIGKILL.
+//! belongs to the open file that the program has too: [`PeekOffset`] sets it back, whatever happens.
 //!
 //! Image: `sk-queues.img`, a [`SkPacketEntry`] a message, in the order they were sent, then its bytes. `id_for` is the file id
 //! of the receiver. Descriptors in flight are files of `files.img`, by id. A stream has no messages: an entry goes on until
@@ -28,8 +28,9 @@ use rustix::net::{
 use standstill_images::proto::SkPacketEntry;
 use standstill_images::{ImageKind, Images};
 
-use super::options;
+use super::options::{self, Guarded};
 use crate::error::{Call, Error, Result};
+use crate::guard::Guard;
 
 /// The most descriptors that one message carries (SCM_MAX_FD).
 const MOST_FDS: usize = 253;
@@ -56,17 +57,23 @@ pub struct Stored {
     pub rights: Vec<u32>,
 }
 
-/// SO_PEEK_OFF while it is ours: the program's value returns when this goes.
+/// SO_PEEK_OFF while it is ours: the program's value returns when this goes, or, by the guard, when the engine dies.
 pub(super) struct PeekOffset<'fd> {
     fd: BorrowedFd<'fd>,
+    guarded: Option<Guarded<'fd>>,
     before: u32,
     set: bool,
 }
 
 impl<'fd> PeekOffset<'fd> {
     /// As it is now.
-    pub(super) fn of(fd: BorrowedFd<'fd>) -> Result<Self> {
-        Ok(PeekOffset { fd, before: options::PEEK_OFF.get(fd)?, set: false })
+    pub(super) fn of(fd: BorrowedFd<'fd>, guarded: Option<Guarded<'fd>>) -> Result<Self> {
+        Ok(PeekOffset { fd, guarded, before: options::PEEK_OFF.get(fd)?, set: false })
+    }
+
+    /// As it is now, of a socket that the guard does not have yet.
+    fn guarded(fd: BorrowedFd<'fd>, guard: Option<&'fd Guard<'fd>>) -> Result<Self> {
+        Self::of(fd, guard.map(|guard| Guarded::new(guard, fd)).transpose()?)
     }
 
     /// The program uses it itself.
@@ -76,6 +83,9 @@ impl<'fd> PeekOffset<'fd> {
 
     /// What is looked at next.
     pub(super) fn set(&mut self, offset: usize) -> Result<()> {
+        if let Some(guarded) = self.guarded.take() {
+            guarded.resets(options::PEEK_OFF, self.before)?;
+        }
         self.set = true;
         options::PEEK_OFF.set(self.fd, u32::try_from(offset).unwrap_or(u32::MAX >> 1))
     }
@@ -107,7 +117,12 @@ pub fn is_readable(fd: BorrowedFd<'_>) -> Result<bool> {
 
 /// What waits in the queue of a connected or unconnected unix socket. `stream`: it has no message boundaries; `ended`: its
 /// end looks like an empty message, since it is a sequence of packets that was shut down for receiving.
-pub fn peek(fd: BorrowedFd<'_>, stream: bool, ended: bool) -> Result<Vec<Message>> {
+pub fn peek<'fd>(
+    fd: BorrowedFd<'fd>,
+    stream: bool,
+    ended: bool,
+    guard: Option<&'fd Guard<'fd>>,
+) -> Result<Vec<Message>> {
     if !is_readable(fd)? {
         return Ok(Vec::new());
     }
@@ -123,9 +138,9 @@ pub fn peek(fd: BorrowedFd<'_>, stream: bool, ended: bool) -> Result<Vec<Message
         ));
     }
     if stream {
-        peek_stream(fd, waiting)
+        peek_stream(fd, waiting, guard)
     } else {
-        peek_messages(fd, waiting, ended)
+        peek_messages(fd, waiting, ended, guard)
     }
 }
 
@@ -163,22 +178,22 @@ fn look(fd: BorrowedFd<'_>, stream: bool, buffer: &mut [u8]) -> Result<Option<(u
     Ok(Some((got.bytes, rights)))
 }
 
-fn peek_stream(fd: BorrowedFd<'_>, waiting: usize) -> Result<Vec<Message>> {
+fn peek_stream<'fd>(fd: BorrowedFd<'fd>, waiting: usize, guard: Option<&'fd Guard<'fd>>) -> Result<Vec<Message>> {
     if rustix::net::recv(fd, &mut [0u8; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT | RecvFlags::OOB).is_ok() {
         return Err(Error::refused(
             "an urgent byte in flight on a unix stream",
             "let the program receive before the dump",
         ));
     }
-    let mut offset = PeekOffset::of(fd)?;
     let mut buffer = vec![0; waiting];
-    if !offset.in_use() {
+    if !PeekOffset::of(fd, None)?.in_use() {
         if let Some((got, rights)) = look(fd, true, &mut buffer)? {
             if got == waiting {
                 return Ok(vec![Message { bytes: buffer, rights }]);
             }
         }
     }
+    let mut offset = PeekOffset::guarded(fd, guard)?;
     let (mut messages, mut at) = (Vec::new(), 0);
     while at < waiting {
         offset.set(at)?;
@@ -196,8 +211,13 @@ fn peek_stream(fd: BorrowedFd<'_>, waiting: usize) -> Result<Vec<Message>> {
     Ok(messages)
 }
 
-fn peek_messages(fd: BorrowedFd<'_>, waiting: usize, ended: bool) -> Result<Vec<Message>> {
-    let mut offset = PeekOffset::of(fd)?;
+fn peek_messages<'fd>(
+    fd: BorrowedFd<'fd>,
+    waiting: usize,
+    ended: bool,
+    guard: Option<&'fd Guard<'fd>>,
+) -> Result<Vec<Message>> {
+    let mut offset = PeekOffset::guarded(fd, guard)?;
     let (mut messages, mut at) = (Vec::new(), 0);
     let mut buffer = vec![0; USUAL];
     offset.set(0)?;
@@ -280,11 +300,11 @@ mod tests {
     #[test]
     fn a_stream_is_seen_whole_and_stays() {
         let (a, b) = pair(SocketType::STREAM);
-        assert!(peek(b.as_fd(), true, false).unwrap().is_empty());
+        assert!(peek(b.as_fd(), true, false, None).unwrap().is_empty());
         let long = vec![b'x'; 100_000];
         send(a.as_fd(), true, b"begin ", &[]).unwrap();
         send(a.as_fd(), true, &long, &[]).unwrap();
-        let seen = peek(b.as_fd(), true, false).unwrap();
+        let seen = peek(b.as_fd(), true, false, None).unwrap();
         assert_eq!((seen.len(), seen[0].bytes.len()), (1, 100_006));
         assert_eq!(peek_offset(&b), -1);
         let mut head = [0; 6];
@@ -301,7 +321,7 @@ mod tests {
         send(a.as_fd(), true, b"after", &[]).unwrap();
         send(a.as_fd(), true, b"!", &file()).unwrap();
         send(a.as_fd(), true, b"end", &[]).unwrap();
-        let seen = peek(b.as_fd(), true, false).unwrap();
+        let seen = peek(b.as_fd(), true, false, None).unwrap();
         assert_eq!(texts(&seen), [(&b"beforewith"[..], 1), (b"after!", 1), (b"end", 0)]);
         assert_eq!(peek_offset(&b), -1);
     }
@@ -313,7 +333,7 @@ mod tests {
             for text in [&b"one"[..], b"", b"three", &[b'l'; 70_000]] {
                 send(a.as_fd(), false, text, &[]).unwrap();
             }
-            let seen = peek(b.as_fd(), false, false).unwrap();
+            let seen = peek(b.as_fd(), false, false, None).unwrap();
             assert_eq!(texts(&seen), [(&b"one"[..], 0), (b"", 0), (b"three", 0), (&[b'l'; 70_000], 0)]);
             assert_eq!(peek_offset(&b), -1);
         }
@@ -324,7 +344,7 @@ mod tests {
         let (a, b) = pair(SocketType::SEQPACKET);
         send(a.as_fd(), false, b"one", &[]).unwrap();
         rustix::net::shutdown(&a, Shutdown::Write).unwrap();
-        assert_eq!(texts(&peek(b.as_fd(), false, true).unwrap()), [(&b"one"[..], 0)]);
+        assert_eq!(texts(&peek(b.as_fd(), false, true, None).unwrap()), [(&b"one"[..], 0)]);
     }
 
     #[test]
@@ -332,7 +352,7 @@ mod tests {
         let (a, b) = pair(SocketType::STREAM);
         send(a.as_fd(), true, b"0123456789", &[]).unwrap();
         options::PEEK_OFF.set(b.as_fd(), 4).unwrap();
-        assert_eq!(texts(&peek(b.as_fd(), true, false).unwrap()), [(&b"0123456789"[..], 0)]);
+        assert_eq!(texts(&peek(b.as_fd(), true, false, None).unwrap()), [(&b"0123456789"[..], 0)]);
         assert_eq!(peek_offset(&b), 4);
     }
 
@@ -341,11 +361,11 @@ mod tests {
         let (a, b) = pair(SocketType::STREAM);
         send(a.as_fd(), true, b"x", &[]).unwrap();
         options::PASSCRED.set(b.as_fd(), 1).unwrap();
-        assert!(matches!(peek(b.as_fd(), true, false), Err(Error::Refused { .. })));
+        assert!(matches!(peek(b.as_fd(), true, false, None), Err(Error::Refused { .. })));
         options::PASSCRED.set(b.as_fd(), 0).unwrap();
-        assert!(peek(b.as_fd(), true, false).is_ok());
+        assert!(peek(b.as_fd(), true, false, None).is_ok());
         if rustix::net::send(&a, b"!", SendFlags::OOB).is_ok() {
-            assert!(matches!(peek(b.as_fd(), true, false), Err(Error::Refused { .. })));
+            assert!(matches!(peek(b.as_fd(), true, false, None), Err(Error::Refused { .. })));
         }
     }
 }

@@ -26,10 +26,12 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use standstill_images::proto::{InetSkEntry, SkOptsEntry, TcpStreamEntry};
 use standstill_images::{ImageKind, Images};
 
+use super::options::Guarded;
 use super::options::{self, Opt};
 use super::queue::PeekOffset;
 use super::ESTABLISHED;
 use crate::error::{Call, Error, Result};
+use crate::guard::Guard;
 use crate::sys::calls;
 
 mod fin;
@@ -168,6 +170,12 @@ impl Repair {
         }
     }
 
+    /// Lets a connection that was dumped go on.
+    pub fn resume(mut self) -> Result<()> {
+        self.resumes = false;
+        self.off()
+    }
+
     /// Ends a connection without a word to the peer, when nobody else has the socket any more.
     pub fn abandon(mut self) {
         self.resumes = false;
@@ -190,7 +198,13 @@ impl Drop for Repair {
 }
 
 /// Writes a connection to its image. It goes on when what comes back is dropped.
-pub fn dump(fd: BorrowedFd<'_>, e: &InetSkEntry, images: &Images) -> Result<Repair> {
+pub fn dump(fd: BorrowedFd<'_>, e: &InetSkEntry, images: &Images, guard: Option<&Guard<'_>>) -> Result<Repair> {
+    let socket = guard.map(|guard| Guarded::new(guard, fd)).transpose()?;
+    if let Some(socket) = &socket {
+        // the last is done first
+        socket.resets(options::REUSEADDR, u32::from(e.opts.reuseaddr.unwrap_or_default()))?;
+        socket.resets(REPAIR, 0)?;
+    }
     let repair = Repair::begin(fd, e, true)?;
     let info = Info::read(fd)?;
     if info.state != e.state {
@@ -227,8 +241,8 @@ pub fn dump(fd: BorrowedFd<'_>, e: &InetSkEntry, images: &Images) -> Result<Repa
     (entry.snd_wl1, entry.snd_wnd, entry.max_window, entry.rcv_wnd, entry.rcv_wup) =
         (next(), next(), next(), next(), next());
     let (received, sent);
-    (entry.inq_seq, received) = queue(fd, RECV_QUEUE, entry.inq_len)?;
-    (entry.outq_seq, sent) = queue(fd, SEND_QUEUE, entry.outq_len)?;
+    (entry.inq_seq, received) = queue(fd, socket.as_ref(), RECV_QUEUE, entry.inq_len)?;
+    (entry.outq_seq, sent) = queue(fd, socket.as_ref(), SEND_QUEUE, entry.outq_len)?;
     let mut image = images.create(ImageKind::TcpStream, e.ino)?;
     image.write_with_payload(&entry, &(received.as_slice(), sent.as_slice()))?;
     image.finish()?;
@@ -242,13 +256,13 @@ fn length(fd: BorrowedFd<'_>, request: u64, call: &'static str) -> Result<u32> {
 }
 
 /// The end of a queue, and what is in it.
-fn queue(fd: BorrowedFd<'_>, which: u32, len: u32) -> Result<(u32, Vec<u8>)> {
+fn queue(fd: BorrowedFd<'_>, guard: Option<&Guarded<'_>>, which: u32, len: u32) -> Result<(u32, Vec<u8>)> {
     REPAIR_QUEUE.set(fd, which)?;
     let end = QUEUE_SEQ.get(fd)?;
     if len == 0 {
         return Ok((end, Vec::new()));
     }
-    let mut offset = PeekOffset::of(fd)?;
+    let mut offset = PeekOffset::of(fd, guard.copied())?;
     if offset.in_use() {
         offset.set(0)?;
     }

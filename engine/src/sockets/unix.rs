@@ -65,6 +65,11 @@ struct Ours {
 }
 
 impl Dumped {
+    /// Is there something to be looked at?
+    pub fn has_queues(&self) -> bool {
+        !self.queues.is_empty()
+    }
+
     /// What the kernel says of a socket.
     fn find(&mut self, ino: u32) -> Result<UnixSocket> {
         if self.listed.is_none() {
@@ -247,7 +252,7 @@ fn in_flight(
     let ended = ours.kind == SocketType::SEQPACKET && socket.shutdown & 1 != 0;
     let (id_for, stream) = (ours.id, ours.kind == SocketType::STREAM);
     let me = i32::try_from(std::process::id()).unwrap_or(0);
-    for message in queue::peek(fd, stream, ended)? {
+    for message in queue::peek(fd, stream, ended, cx.guard)? {
         let mut rights = Vec::new();
         for file in message.rights {
             // held for the rest of the dump, so it is told from all other files by our own number of it

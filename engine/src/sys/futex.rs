@@ -11,6 +11,9 @@ use crate::sys::memory::Shared;
 
 impl crate::sys::memory::SharedPart for Owner {}
 
+/// FUTEX_WAITERS: somebody is to be woken when the owner dies.
+const WAITERS: u32 = 0x8000_0000;
+
 /// Sleeps while `word` is `value`, at most for `patience`.
 pub fn wait(word: &AtomicU32, value: u32, patience: Duration) {
     let time =
@@ -81,6 +84,13 @@ impl RobustList {
             (*head).first = node;
         }
         self.nodes.borrow_mut().push(node);
+    }
+
+    /// As [`RobustList::own`], for somebody who sleeps on the word itself: the kernel wakes them at once.
+    pub fn own_and_wake(&self, memory: &Shared, offset: usize) {
+        self.own(memory, offset);
+        let owner: &Owner = memory.at(offset);
+        owner.word.fetch_or(WAITERS, Ordering::SeqCst);
     }
 
     /// Gives up the word; call before the memory is unmapped.

@@ -162,6 +162,7 @@ pub struct SharedWord(pub std::sync::atomic::AtomicU32);
 impl SharedPart for SharedWord {}
 impl SharedPart for standstill_restorer::plan::Control {}
 impl SharedPart for standstill_restorer::plan::Arena {}
+impl SharedPart for standstill_restorer::plan::Guard {}
 
 impl Drop for Shared {
     fn drop(&mut self) {

@@ -98,43 +98,79 @@ pub struct Spawn<'a> {
     pub inherit: &'a [BorrowedFd<'a>],
     /// Make it our sibling instead of our child.
     pub sibling: bool,
-    /// Nobody gets a signal when it ends, and only `__WALL` waits for it.
-    pub quiet: bool,
 }
 
 /// First number that [`Spawn::inherit`] gets in the child.
 pub const FIRST_FD: i32 = 3;
 
+/// What a child needs until its exec, and who keeps it alive.
+struct Prepared {
+    errand: Box<Errand>,
+    _kept: (File, OwnedFd, Vec<OwnedFd>, Vec<i32>),
+    _words: (Box<[*const libc::c_char; 2]>, Box<[*const libc::c_char; 1]>),
+}
+
+impl Prepared {
+    fn new(s: &Spawn<'_>) -> Result<Prepared> {
+        let program = memfd(c"standstill", 0)?;
+        let mut boot = s.boot;
+        boot.fd = FIRST_FD as u64;
+        let mut file = File::from(program);
+        file.write_all(&elf(s.load_at, &arch::boot(&boot))).call("write(memfd)")?;
+        // numbers high enough that moving one does not overwrite the next
+        let above = FIRST_FD + i32::try_from(s.inherit.len()).unwrap_or(i32::MAX / 2).max(61);
+        let copy = |fd: BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(fd, above).call("fcntl(F_DUPFD_CLOEXEC)");
+        let moved: Vec<OwnedFd> = s.inherit.iter().map(|fd| copy(*fd)).collect::<Result<_>>()?;
+        let inherit: Vec<i32> = moved.iter().map(AsRawFd::as_raw_fd).collect();
+        let program = rustix::io::fcntl_dupfd_cloexec(&file, above).call("fcntl(F_DUPFD_CLOEXEC)")?;
+        let words = (Box::new([c"standstill".as_ptr(), std::ptr::null()]), Box::new([std::ptr::null()]));
+        let errand = Box::new(Errand {
+            program: program.as_raw_fd(),
+            inherit: inherit.as_ptr(),
+            count: inherit.len() as i32,
+            empty: c"".as_ptr(),
+            argv: words.0.as_ptr(),
+            envp: words.1.as_ptr(),
+            error: 0,
+            failed: 0,
+        });
+        Ok(Prepared { errand, _kept: (file, program, moved, inherit), _words: words })
+    }
+
+    /// What became of the child whose id, or error, this is.
+    fn outcome(&self, pid: i64) -> Result<i32> {
+        let error = |call, number| Err(Error::Sys { call, source: std::io::Error::from_raw_os_error(number) });
+        if pid < 0 {
+            return error("clone3", (-pid) as i32);
+        }
+        // SAFETY: the child, which wrote this, is gone from our memory.
+        let (failed, number) = unsafe { ((&raw const self.errand.failed).read_volatile(), self.errand.error) };
+        if failed != 0 {
+            return error("execveat", number);
+        }
+        Ok(pid as i32)
+    }
+}
+
+/// With all signals of this thread blocked, so that no handler of the program runs in a child that has our memory.
+fn unsignalled<T>(run: impl FnOnce() -> T) -> T {
+    let all = !0u64;
+    let mut before = 0u64;
+    // SAFETY: two words that live across the call.
+    unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const all, &raw mut before, 8) };
+    let result = run();
+    // SAFETY: as above.
+    unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const before, 0, 8) };
+    result
+}
+
 /// Makes the first task; its pid. All of its signals are blocked, its actions are the default.
 pub fn spawn(s: &Spawn<'_>) -> Result<i32> {
-    let program = memfd(c"standstill", 0)?;
-    let mut boot = s.boot;
-    boot.fd = FIRST_FD as u64;
-    let mut file = File::from(program);
-    file.write_all(&elf(s.load_at, &arch::boot(&boot))).call("write(memfd)")?;
-    // numbers high enough that moving one does not overwrite the next
-    let above = FIRST_FD + i32::try_from(s.inherit.len()).unwrap_or(i32::MAX / 2).max(61);
-    let copy = |fd: BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(fd, above).call("fcntl(F_DUPFD_CLOEXEC)");
-    let moved: Vec<OwnedFd> = s.inherit.iter().map(|fd| copy(*fd)).collect::<Result<_>>()?;
-    let inherit: Vec<i32> = moved.iter().map(AsRawFd::as_raw_fd).collect();
-    let program = rustix::io::fcntl_dupfd_cloexec(&file, above).call("fcntl(F_DUPFD_CLOEXEC)")?;
-    let name = c"standstill";
-    let argv = [name.as_ptr(), std::ptr::null()];
-    let envp = [std::ptr::null()];
-    let mut errand = Errand {
-        program: program.as_raw_fd(),
-        inherit: inherit.as_ptr(),
-        count: inherit.len() as i32,
-        empty: c"".as_ptr(),
-        argv: argv.as_ptr(),
-        envp: envp.as_ptr(),
-        error: 0,
-        failed: 0,
-    };
+    let mut prepared = Prepared::new(s)?;
     let mut stack = vec![0u64; 4096];
     let tid = s.pid;
     let mut args = CloneArgs {
-        flags: (libc::CLONE_VM | libc::CLONE_VFORK) as u64 | 1 << 32,
+        flags: (libc::CLONE_VM | libc::CLONE_VFORK) as u64 | CLONE_CLEAR_SIGHAND,
         exit_signal: libc::SIGCHLD as u64,
         stack: stack.as_mut_ptr() as u64,
         stack_size: (stack.len() * 8) as u64,
@@ -142,36 +178,100 @@ pub fn spawn(s: &Spawn<'_>) -> Result<i32> {
     };
     if s.sibling {
         args.flags |= libc::CLONE_PARENT as u64;
-    }
-    if s.sibling || s.quiet {
         args.exit_signal = 0;
     }
     if s.pid != 0 {
         args.set_tid = &raw const tid as u64;
         args.set_tid_size = 1;
     }
+    let errand: *mut Errand = &raw mut *prepared.errand;
     // SAFETY: all signals are blocked meanwhile, so no handler of ours runs in the child; CLONE_VFORK keeps this thread,
     // and with it everything that `errand` points to, until the child has done its exec or is gone.
-    let pid = unsafe {
-        let all = !0u64;
-        let mut before = 0u64;
-        libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const all, &raw mut before, 8);
-        let pid = clone_child(&args, &raw mut errand);
-        libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const before, 0, 8);
-        pid
-    };
+    let pid = unsignalled(|| unsafe { clone_child(&args, errand.cast(), child) });
     drop(stack);
-    if pid < 0 {
-        return Err(Error::Sys { call: "clone3", source: std::io::Error::from_raw_os_error((-pid) as i32) });
-    }
-    if errand.failed != 0 {
-        let _ = super::calls::wait_child(pid as i32, 0);
-        return Err(Error::Sys { call: "execveat", source: std::io::Error::from_raw_os_error(errand.error) });
-    }
-    Ok(pid as i32)
+    prepared.outcome(pid).inspect_err(|_| {
+        if pid > 0 {
+            let _ = super::calls::wait_child(pid as i32, 0);
+        }
+    })
 }
 
-unsafe fn clone_child(args: &CloneArgs, errand: *mut Errand) -> i64 {
+/// A fresh process that nobody sees: it has a keeper for a parent, which shares our memory, waits for it and ends. Neither
+/// gives anybody a SIGCHLD, and no `wait` of an embedding program finds them (`exit_signal` 0; an exec would reset that, hence
+/// the keeper, which makes none).
+#[derive(Debug)]
+pub struct Kept {
+    keeper: i32,
+    keep: *mut Keep,
+}
+
+/// What the keeper needs; leaked if the keeper cannot be waited for.
+#[repr(C)]
+struct Keep {
+    errand: *mut Errand,
+    args: CloneArgs,
+    done: std::sync::atomic::AtomicU32,
+    pid: i64,
+    prepared: Prepared,
+    stacks: [Vec<u64>; 2],
+}
+
+/// Makes a process that [`Kept`] tells of; it has a session of its own.
+pub fn spawn_kept(s: &Spawn<'_>) -> Result<Kept> {
+    let mut prepared = Prepared::new(s)?;
+    let mut stacks = [vec![0u64; 4096], vec![0u64; 4096]];
+    let mut args = |n: usize, flags: i32, exit_signal: i32| CloneArgs {
+        flags: flags as u64 | CLONE_CLEAR_SIGHAND,
+        exit_signal: exit_signal as u64,
+        stack: stacks[n].as_mut_ptr() as u64,
+        stack_size: (stacks[n].len() * 8) as u64,
+        ..Default::default()
+    };
+    let own = args(0, libc::CLONE_VM, 0);
+    let childs = args(1, libc::CLONE_VM | libc::CLONE_VFORK, libc::SIGCHLD);
+    let errand: *mut Errand = &raw mut *prepared.errand;
+    let keep = Box::into_raw(Box::new(Keep { errand, args: childs, done: 0.into(), pid: 0, prepared, stacks }));
+    // SAFETY: signals are blocked, for good in the keeper; `keep` stays until the keeper was waited for.
+    let keeper = unsignalled(|| unsafe { clone_child(&own, keep.cast(), keeper) });
+    if keeper < 0 {
+        // SAFETY: nobody else has it.
+        drop(unsafe { Box::from_raw(keep) });
+        return Err(Error::Sys { call: "clone3", source: std::io::Error::from_raw_os_error((-keeper) as i32) });
+    }
+    let kept = Kept { keeper: keeper as i32, keep };
+    // SAFETY: `keep` lives; the keeper writes `pid` before `done`, and neither after that.
+    let (done, pid) = unsafe { (&(*keep).done, &raw const (*keep).pid) };
+    while done.load(std::sync::atomic::Ordering::Acquire) == 0 {
+        super::futex::wait(done, 0, std::time::Duration::from_millis(10));
+        if !super::ptrace::exists(kept.keeper) {
+            return Err(Error::Gone);
+        }
+    }
+    // SAFETY: as above.
+    unsafe { (*keep).prepared.outcome(pid.read_volatile()) }?;
+    Ok(kept)
+}
+
+// SAFETY: what it points to belongs to the process, and is touched by its drop only.
+unsafe impl Send for Kept {}
+
+impl Drop for Kept {
+    /// Waits for the end of the process.
+    fn drop(&mut self) {
+        if super::calls::wait_child(self.keeper, libc::__WALL).is_ok() {
+            // SAFETY: the keeper is gone, and the process never had our memory after its exec.
+            drop(unsafe { Box::from_raw(self.keep) });
+        }
+    }
+}
+
+/// CLONE_CLEAR_SIGHAND: all actions are the default.
+const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
+
+/// What a child of [`clone_child`] runs.
+type Entry = unsafe extern "C" fn(*mut libc::c_void) -> !;
+
+unsafe fn clone_child(args: &CloneArgs, with: *mut libc::c_void, entry: Entry) -> i64 {
     let r: i64;
     // SAFETY: the child starts on its own stack and never comes back into this function.
     unsafe {
@@ -182,14 +282,14 @@ unsafe fn clone_child(args: &CloneArgs, errand: *mut Errand) -> i64 {
             "xor ebp, ebp",
             "mov rdi, r12",
             "and rsp, -16",
-            "call {child}",
+            "call r13",
             "ud2",
             "2:",
-            child = sym child,
             inlateout("rax") 435i64 => r,
             in("rdi") args as *const CloneArgs,
             in("rsi") size_of::<CloneArgs>(),
-            in("r12") errand,
+            in("r12") with,
+            in("r13") entry,
             lateout("rcx") _, lateout("r11") _,
         );
     }
@@ -207,12 +307,12 @@ unsafe fn raw(nr: i64, a: [usize; 5]) -> i64 {
 }
 
 /// Runs in the child, in our memory: system calls only, nothing that allocates, locks or touches errno.
-unsafe extern "C" fn child(errand: *mut Errand) -> ! {
+unsafe extern "C" fn child(errand: *mut libc::c_void) -> ! {
     const CLOSE_RANGE_CLOEXEC: usize = 4;
     const AT_EMPTY_PATH: usize = 0x1000;
     // SAFETY: the parent waits in clone3 and keeps all of this alive; the descriptor table is the child's own copy.
     unsafe {
-        let e = &mut *errand;
+        let e = &mut *errand.cast::<Errand>();
         raw(libc::SYS_close_range, [3, u32::MAX as usize, CLOSE_RANGE_CLOEXEC, 0, 0]);
         let mut i = 0;
         while i < e.count {
@@ -227,6 +327,28 @@ unsafe extern "C" fn child(errand: *mut Errand) -> ! {
         e.failed = 1;
         loop {
             raw(libc::SYS_exit, [127, 0, 0, 0, 0]);
+        }
+    }
+}
+
+/// Runs in the keeper, in our memory: as [`child`], and it has none of our descriptors.
+unsafe extern "C" fn keeper(keep: *mut libc::c_void) -> ! {
+    const WALL: usize = 0x4000_0000;
+    const EINTR: i64 = -4;
+    // SAFETY: `keep` is there until we are waited for; whoever waits for `done` has read `pid` by then or later.
+    unsafe {
+        let k = keep.cast::<Keep>();
+        raw(libc::SYS_setsid, [0; 5]);
+        let pid = clone_child(&(*k).args, (*k).errand.cast(), child);
+        (&raw mut (*k).pid).write_volatile(pid);
+        (*k).done.store(1, std::sync::atomic::Ordering::Release);
+        raw(libc::SYS_futex, [(&raw const (*k).done) as usize, libc::FUTEX_WAKE as usize, 1, 0, 0]);
+        raw(libc::SYS_close_range, [0, u32::MAX as usize, 0, 0, 0]);
+        if pid > 0 {
+            while raw(libc::SYS_wait4, [pid as usize, 0, WALL, 0, 0]) == EINTR {}
+        }
+        loop {
+            raw(libc::SYS_exit, [0; 5]);
         }
     }
 }

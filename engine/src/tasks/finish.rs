@@ -1,18 +1,36 @@
 //! What becomes of the tasks when their checkpoint is complete.
 
 use crate::error::{At, Result};
+use crate::guard::{Choice, Guard, List};
 use crate::sys::calls;
 use crate::tracee::{Infected, Stopped};
 
-/// Kills everyone. First all are bound to end with us, so that from the first kill on there is no way back to half a tree.
-pub fn kill(mut infected: Vec<Infected<'_>>) -> Result<()> {
-    for host in &mut infected {
-        host.bind()?;
+/// From here on everyone is killed, whatever becomes of us: one store, if there is more than one process or something that
+/// would be undone otherwise. A kill of a single process happens or does not.
+pub fn decide(infected: &[Infected<'_>], guard: &Guard<'_>) -> Result<()> {
+    if infected.len() > 1 || guard.is_running() {
+        for host in infected {
+            guard.register_kill(List::End, host.pid())?;
+        }
+        // nobody goes on for the moment that the guard may need
+        for host in infected {
+            host.hold(guard)?;
+        }
+        guard.choose(Choice::End);
     }
+    Ok(())
+}
+
+/// Kills everyone, which was decided.
+pub fn kill(infected: Vec<Infected<'_>>) -> Result<()> {
     let mut ends = Vec::new();
     for host in &infected {
         ends.extend(host.threads().iter().rev().map(Stopped::tid));
-        calls::kill(host.pid(), libc::SIGKILL).task(host.pid())?;
+        match calls::kill(host.pid(), libc::SIGKILL) {
+            // somebody else did
+            Err(e) if e.errno() == libc::ESRCH => {}
+            other => other.task(host.pid())?,
+        }
     }
     infected.into_iter().for_each(Infected::forget);
     // as their tracer we are told of each thread's end first; the parent hears of the process after that

@@ -76,15 +76,20 @@ impl Seized {
         }
     }
 
-    /// Lets everyone go: first nobody is bound to us any more, then all run.
-    pub fn go(mut self) -> Result<()> {
-        let tids: Vec<i32> = self.threads.drain().map(|(tid, _)| tid).collect();
-        for &tid in &tids {
+    /// Nobody is bound to us any more, but all are stopped. If we die meanwhile, the kernel ends some: one process or none,
+    /// but of several all that are still bound.
+    pub fn unbind(&self) -> Result<()> {
+        for &tid in self.threads.keys() {
             ptrace::set_options(tid, ptrace::SYSGOOD)
                 .or_else(|e| if e.errno() == libc::EINVAL { Ok(()) } else { Err(e) })
                 .task(tid)?;
         }
-        for tid in tids {
+        Ok(())
+    }
+
+    /// Lets everyone go.
+    pub fn go(mut self) -> Result<()> {
+        for (tid, _) in self.threads.drain() {
             ptrace::detach(tid, 0).task(tid)?;
         }
         Ok(())

@@ -11,10 +11,11 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use standstill_restorer::arch::{self, Registers, STUB_SIZE};
-use standstill_restorer::plan::{Code, Control, Expect};
+use standstill_restorer::plan::{Code, Control, Expect, Owner};
 
 use super::{Stopped, ALL_SIGNALS, STOP_LIMIT};
 use crate::error::{At, Call, Error, Place, Result};
+use crate::guard::{Act, Guard, List};
 use crate::plan::{Arg, Plan};
 use crate::sys::calls;
 use crate::sys::futex::{self, RobustList};
@@ -121,6 +122,8 @@ pub struct Infected<'a> {
     threads: Vec<Stopped>,
     area: Area,
     shared: Option<Shared>,
+    /// The area's memory as a file.
+    file: Option<File>,
     robust: &'a RobustList,
     memory: File,
     /// Trampoline in the vdso: address, and the bytes that were there (all zero).
@@ -155,6 +158,7 @@ impl<'a> Infected<'a> {
             area: Area::of(threads.len(), xsave),
             threads,
             shared: None,
+            file: None,
             robust,
             memory,
             tail,
@@ -228,6 +232,7 @@ impl<'a> Infected<'a> {
             write_control(&shared, self.area.slot(i), &control);
         }
         self.shared = Some(shared);
+        self.file = Some(file);
         Ok(())
     }
 
@@ -427,12 +432,20 @@ impl<'a> Infected<'a> {
         Ok(std::mem::take(&mut self.threads))
     }
 
-    /// Binds all threads to end with us (PTRACE_O_EXITKILL); they are stopped after that.
-    pub fn bind(&mut self) -> Result<()> {
-        self.halt()?;
-        for thread in &self.threads {
-            ptrace::set_options(thread.tid(), ptrace::EXITKILL).task(thread.tid())?;
-        }
+    /// From now on threads do not return to their program when the engine is dead, until the guard has put all else in
+    /// order, or has killed them.
+    pub fn hold(&self, guard: &Guard<'_>) -> Result<()> {
+        const HOLD: usize = std::mem::offset_of!(Owner, hold);
+        let (shared, file) = (self.shared()?, self.file.as_ref().ok_or(Error::Gone)?);
+        let area = guard.hold(file.as_fd())?;
+        guard.register(List::Undo, &Act::WriteAt(area, (self.area.code + HOLD) as u64, &[0; 4]))?;
+        shared.at::<Owner>(self.area.code).hold.store(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Undoes [`Infected::hold`]: all is in order.
+    pub fn unhold(&self) -> Result<()> {
+        self.shared()?.at::<Owner>(self.area.code).hold.store(0, Ordering::SeqCst);
         Ok(())
     }
 

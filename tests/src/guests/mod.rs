@@ -18,6 +18,7 @@ mod locks;
 mod membarrier;
 mod memfd;
 mod memory;
+mod netlink;
 mod packed;
 mod personality;
 mod pipes;
@@ -30,6 +31,7 @@ mod seccomp;
 mod signalfd;
 mod signals;
 mod storm;
+mod tcp;
 mod threads;
 mod timerfd;
 mod timers;
@@ -72,12 +74,24 @@ pub struct Guest {
     pub refused: &'static [&'static str],
     /// Two checkpoints of it differ in ways that no list can hold, for this reason.
     pub changes: Option<&'static str>,
+    /// It has a network namespace with nobody else in it, and so have those who dump and restore it.
+    pub alone_in_network: bool,
     /// How many dumps in a row it is to survive when it is left running.
     pub dumps: u32,
 }
 
 const fn guest(name: &'static str, run: fn()) -> Guest {
-    Guest { name, run, dump: &[], restore: &[], criu: Criu::Carries, refused: &[], changes: None, dumps: 2 }
+    Guest {
+        name,
+        run,
+        dump: &[],
+        restore: &[],
+        criu: Criu::Carries,
+        refused: &[],
+        changes: None,
+        alone_in_network: false,
+        dumps: 2,
+    }
 }
 
 impl Guest {
@@ -95,6 +109,9 @@ impl Guest {
     }
     const fn changes(self, why: &'static str) -> Guest {
         Guest { changes: Some(why), ..self }
+    }
+    const fn alone_in_network(self) -> Guest {
+        Guest { alone_in_network: true, ..self }
     }
     const fn dumps(self, dumps: u32) -> Guest {
         Guest { dumps, ..self }
@@ -160,6 +177,7 @@ pub const ALL: &[Guest] = &[
     guest("memory_shared", memory::shared),
     guest("memory_sparse", memory::sparse),
     guest("memory_stack", memory::stack),
+    guest("netlink", netlink::netlink),
     guest("packed_family", packed::family).dump(&["--compress"]).criu(Criu::Cannot(PACKED)),
     guest("packed_kinds", packed::kinds).dump(&["--compress"]).criu(Criu::Cannot(PACKED)),
     guest("personality", personality::personality).criu(Criu::DumpsOnly("CRIU 4.2 does not restore the persona")),
@@ -182,6 +200,13 @@ pub const ALL: &[Guest] = &[
     guest("signals_pending", signals::pending),
     guest("signals_stack", signals::stack),
     guest("storm", storm::storm).changes("signals come and go").dumps(20).criu(Criu::RestoresOnly(EINTR)),
+    guest("tcp_streams", tcp::streams)
+        .dump(&["--tcp-established", "--network-lock", "nftables"])
+        .restore(&["--tcp-established"])
+        .changes("data goes on")
+        .dumps(10)
+        .alone_in_network()
+        .criu(Criu::RestoresOnly(EINTR)),
     guest("threads", threads::threads),
     guest("threads_500", threads::many),
     guest("timerfd", timerfd::timerfd),

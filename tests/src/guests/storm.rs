@@ -25,9 +25,9 @@ extern "C" fn answered(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void)
 }
 
 /// The threads' counters, which whoever watches may map too.
-fn counters() -> &'static [AtomicU64; 512] {
+pub(super) fn counters() -> &'static [AtomicU64; 512] {
     use std::os::fd::AsRawFd as _;
-    let file = did(std::fs::File::options().read(true).write(true).create(true).truncate(true).open("counters"));
+    let file = did(std::fs::File::options().read(true).write(true).create(true).truncate(false).open("counters"));
     did(file.set_len(4096));
     let area = map_file(0, 4096, RW, libc::MAP_SHARED, file.as_raw_fd(), 0);
     unsafe { &*area.cast() }

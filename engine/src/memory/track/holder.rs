@@ -144,14 +144,13 @@ impl Holder {
         let inherit: Vec<BorrowedFd<'_>> =
             [arena.fd(), file.as_fd(), pidfd.as_fd()].into_iter().chain(watches).collect();
         let boot = arena.boot(first);
-        // an intermediate, whose end leaves the holder to init; its end is ours to learn of, nobody gets a signal
-        let pid = spawn::spawn(&spawn::Spawn {
+        // an intermediate, whose end leaves the holder to init; its own parent, the keeper, is invisible to a host program
+        let kept = spawn::spawn_kept(&spawn::Spawn {
             pid: 0,
             load_at: arena.load_at(),
             boot,
             inherit: &inherit,
             sibling: false,
-            quiet: true,
         })?;
         drop(inherit);
         let made = (|| {
@@ -166,21 +165,24 @@ impl Holder {
             let args = plan.words(&[0, 0, 0, 0, 0, stack, size, 0, 0, 0, 0]);
             let child = [args.into(), 88.into(), arena.control(second).into()];
             plan.op(Code::Clone, 0, &child, Expect::NonNegative, [0; 2], "the holder");
-            arena.load(first, pid, plan)?;
-            let alive = || crate::tasks::release::still_there(pid);
-            arena.finish(first, LIMIT, alive)?;
+            arena.load(first, 0, plan)?;
+            arena.finish(first, LIMIT, || Ok(()))?;
             let mut wait = Plan::new();
             let poll = wait.bytes(&[ROOT.to_le_bytes(), 1_i32.to_le_bytes()].concat());
             wait.ask("the end of the root", libc::SYS_poll, &[poll.into(), 1.into(), (-1).into()]);
             wait.op(Code::Exit, 0, &[0.into()], Expect::Any, [0; 2], "its own end");
-            arena.load(second, pid, wait)
+            arena.load(second, 0, wait)
         })();
         // from here on the holder does not mind our end
         if made.is_ok() {
             arena.release(&robust);
         }
-        let _ = calls::kill(pid, libc::SIGKILL);
-        let _ = calls::wait_child(pid, libc::__WALL);
+        let mut end = Plan::new();
+        end.op(Code::Exit, 0, &[0.into()], Expect::Any, [0; 2], "the end of the intermediate");
+        if made.is_err() || arena.load(first, 0, end).is_err() {
+            arena.cancel();
+        }
+        drop(kept);
         made
     }
 }

@@ -1,13 +1,15 @@
 //! Making internet sockets again, all at once: see the order in [`super`].
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 use standstill_images::proto::{InetSkEntry, IpOptsEntry, TcpOptsEntry};
 
+use super::super::netlock::Ends;
 use super::super::tcp::{self, Repair};
-use super::super::{options, shutdown_how, LISTEN};
+use super::super::{options, shutdown_how, CLOSE, LISTEN};
 use super::{address, called, is_connection, new, ICMP, ICMPV6, RAW, STREAM, TCP};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{set_status_flags, RestoreFiles};
@@ -29,6 +31,12 @@ pub fn open(e: &InetSkEntry, cx: &mut RestoreFiles<'_>) -> Result<OwnedFd> {
     cx.opened.remove(&e.id).ok_or_else(|| Error::lie("files.img", format!("{} is there twice", called(e))))
 }
 
+/// The ends of all connections that are made again.
+pub fn connections(cx: &RestoreFiles<'_>) -> Result<Vec<Ends>> {
+    let sockets = cx.entries.values().filter_map(|entry| entry.isk.as_ref());
+    sockets.filter(|e| is_connection(e) && e.dst_port != 0).map(super::ends).collect()
+}
+
 /// Lets all connections go on: after the network is open, before the first task runs.
 pub fn repair_ends(cx: &mut RestoreFiles<'_>) -> Result<()> {
     cx.inet.repaired.drain(..).try_for_each(Repair::end)
@@ -44,10 +52,14 @@ struct Making {
 fn make(cx: &mut RestoreFiles<'_>) -> Result<()> {
     let mut entries: Vec<InetSkEntry> = cx.entries.values().filter_map(|entry| entry.isk.clone()).collect();
     entries.sort_by_key(|e| e.id);
+    // whoever shares a port that way had said so when it was bound, and may have taken that back since
+    let shared: HashSet<u32> =
+        entries.iter().filter(|e| e.opts.so_reuseport == Some(true)).map(|e| e.src_port).collect();
     let mut sockets = Vec::with_capacity(entries.len());
     for e in entries {
         let place = Place::Item("socket", e.ino.into());
-        sockets.push(bound(e, cx).at(place)?);
+        let shared = shared.contains(&e.src_port);
+        sockets.push(bound(e, shared, cx).at(place)?);
     }
     type Phase = fn(&mut Making, &RestoreFiles<'_>) -> Result<()>;
     let phases: [Phase; 3] = [listens, connects, last];
@@ -65,7 +77,7 @@ fn make(cx: &mut RestoreFiles<'_>) -> Result<()> {
 }
 
 /// A new socket with all that its port depends on, and with its port.
-fn bound(e: InetSkEntry, cx: &RestoreFiles<'_>) -> Result<Making> {
+fn bound(e: InetSkEntry, shared: bool, cx: &RestoreFiles<'_>) -> Result<Making> {
     let fd = new(&e)?;
     let mut making = Making { e, fd, repair: None };
     let (e, fd) = (&making.e, making.fd.as_fd());
@@ -73,7 +85,7 @@ fn bound(e: InetSkEntry, cx: &RestoreFiles<'_>) -> Result<Making> {
         super::IPV6_V6ONLY.set(fd, 1)?;
     }
     options::bind_to_device(fd, &e.opts)?;
-    if e.opts.so_reuseport == Some(true) {
+    if shared {
         options::REUSEPORT.set(fd, 1)?;
     }
     if is_connection(e) {
@@ -91,9 +103,18 @@ fn bound(e: InetSkEntry, cx: &RestoreFiles<'_>) -> Result<Making> {
         options::REUSEADDR.set(fd, 1)?;
     }
     if making.e.src_port != 0 {
-        bind(making.fd.as_fd(), &making.e).at(Place::Step("bind"))?;
+        match bind(making.fd.as_fd(), &making.e).at(Place::Step("bind")) {
+            // it is closed already, and what its connection has left on the host has the port for a while
+            Err(e) if cx.opts.tcp_close && was_closed(&making.e) => tracing::warn!("{e}"),
+            other => other?,
+        }
     }
     Ok(making)
+}
+
+/// A TCP socket whose connection is over.
+fn was_closed(e: &InetSkEntry) -> bool {
+    (e.r#type, e.proto, e.state) == (STREAM, TCP, CLOSE) && e.shutdown.is_some()
 }
 
 fn bind(fd: BorrowedFd<'_>, e: &InetSkEntry) -> Result<()> {
@@ -179,6 +200,7 @@ fn last(socket: &mut Making, _cx: &RestoreFiles<'_>) -> Result<()> {
     if socket.repair.is_none() {
         options::REUSEADDR.bring_if(fd, e.opts.reuseaddr)?;
     }
+    options::REUSEPORT.bring(fd, u32::from(e.opts.so_reuseport == Some(true)))?;
     if let Some(tcp) = e.tcp_opts.as_ref().filter(|_| (e.r#type, e.proto) == (STREAM, TCP)) {
         tcp_options(fd, tcp)?;
     }

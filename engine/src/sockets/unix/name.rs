@@ -18,7 +18,7 @@ use rustix::net::SocketAddrUnix;
 use standstill_images::proto::UnixSkEntry;
 
 use crate::error::{At, Call, Error, Place, Result};
-use crate::files::magic_link;
+use crate::files::{magic_link, RestoreFiles};
 
 /// What an entry is bound to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,7 +68,15 @@ fn in_folder<T: Send>(folder: Option<&Path>, run: impl FnOnce() -> Result<T> + S
 }
 
 /// Binds a socket. What comes back opens the file that it is bound to, if it is one.
-pub(super) fn bind(fd: BorrowedFd<'_>, e: &UnixSkEntry) -> Result<Option<OwnedFd>> {
+/// If nothing had its name, that goes when the restore fails.
+pub(super) fn bind(fd: BorrowedFd<'_>, e: &UnixSkEntry, cx: &RestoreFiles<'_>) -> Result<Option<OwnedFd>> {
+    if let Name::Path(path, folder) = Name::of(e)? {
+        let full = folder.map_or_else(|| path.to_owned(), |folder| folder.join(path));
+        let full = std::path::absolute(&full).call("getcwd").at(Place::Path(full))?;
+        if rustix::fs::lstat(&full).is_err_and(|e| e == Errno::NOENT) {
+            cx.makes_name(full)?;
+        }
+    }
     match Name::of(e)? {
         Name::None => Ok(None),
         Name::Abstract(name) => {

@@ -235,7 +235,7 @@ impl All {
             Role::Alone | Role::Sends(_) | Role::Waits(_) | Role::Outside(_) => socket(e)?,
         };
         if !matches!(self.roles[n], Role::Given(_)) {
-            if let Some(node) = name::bind(fd.as_fd(), e)? {
+            if let Some(node) = name::bind(fd.as_fd(), e, cx)? {
                 self.nodes.insert(n, node);
             }
             if e.state == LISTEN {
@@ -253,8 +253,8 @@ impl All {
                 let (a, b) = (self.sockets[n].clone(), self.sockets[other].clone());
                 let (fd, peer) = if is_dgram(&a) {
                     let (fd, peer) = pair(&a)?;
-                    name::bind(fd.as_fd(), &a)?;
-                    name::bind(peer.as_fd(), &b)?;
+                    name::bind(fd.as_fd(), &a, cx)?;
+                    name::bind(peer.as_fd(), &b, cx)?;
                     (fd, peer)
                 } else if self.listener(&b).is_some() && self.listener(&a).is_none() || a.name.is_empty() {
                     let (peer, fd) = self.accepted(&b, Some(&a), cx)?;
@@ -295,7 +295,7 @@ impl All {
         }
         let from = socket(e)?;
         if let Some(other) = other {
-            name::bind(from.as_fd(), other)?;
+            name::bind(from.as_fd(), other, cx)?;
         }
         let (listening, node) = match self.listener(e) {
             Some(n) => (self.fd(n, cx)?, self.nodes.get(&n)),
@@ -304,7 +304,7 @@ impl All {
                     Some(at) => at,
                     None => {
                         let fd = socket(e)?;
-                        let node = name::bind(fd.as_fd(), e)?;
+                        let node = name::bind(fd.as_fd(), e, cx)?;
                         rustix::net::listen(&fd, 1).call("listen")?;
                         self.listening.push((e.clone(), fd, node));
                         self.listening.len() - 1

@@ -136,7 +136,7 @@ fn descriptors_in_flight() {
     queue::send(a.as_fd(), true, b"x", &message).unwrap();
     drop(message);
     let [a, b, writer] = again([a, b, writer]);
-    let got = queue::peek(b.as_fd(), true, false).unwrap().remove(0);
+    let got = queue::peek(b.as_fd(), true, false, None).unwrap().remove(0);
     assert_eq!((got.bytes.as_slice(), got.rights.len()), (&b"x"[..], 2));
     send(&writer, b" and on");
     let mut text = vec![0; 13];
