@@ -20,6 +20,7 @@ use crate::memory::{self, drain};
 use crate::options::{FinalState, Options, Persona};
 use crate::plan::Plan;
 use crate::proc::maps::VmaName;
+use crate::stages::{Stage, Stages};
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::interrupt;
@@ -71,20 +72,26 @@ struct Alive {
 /// Dumps the tree below `opts.pid` into `opts.images_dir`. Whatever happens, the tree goes on, unless it was to be killed
 /// and the checkpoint is complete.
 pub fn run(opts: &Options) -> Result<DumpReport> {
+    run_with(opts, &Stages::new(opts, None))
+}
+
+/// The same, and tells others of its stages.
+pub fn run_with(opts: &Options, stages: &Stages<'_>) -> Result<DumpReport> {
     opts.refuse_unsupported().map_err(|e| Error::Usage { what: e.to_string() })?;
     let root = opts.required_pid().map_err(|e| Error::Usage { what: e.to_string() })?;
     let images = Images::new(FolderStore::open(&opts.images_dir)?);
     // SIGINT and the like end a dump in order, where that can be seen to; the threads that we start have them blocked, too
     let _interrupts = interrupt::Watch::new()?;
     // all of ptrace belongs to one thread, which outlives its tracees
-    std::thread::scope(|scope| match scope.spawn(|| dump(opts, root, &images)).join() {
+    std::thread::scope(|scope| match scope.spawn(|| dump(opts, stages, root, &images)).join() {
         Ok(result) => result,
         Err(panic) => std::panic::resume_unwind(panic),
     })
 }
 
-fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
+fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images) -> Result<DumpReport> {
     let mut phases = Phases::start();
+    stages.reach(Stage::PreDump, Some(root))?;
     let workers = Workers::new(opts)?;
     remove_old_images(images)?;
     let robust = RobustList::new()?;
@@ -93,6 +100,7 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     interrupt::check()?;
     let frozen_at = Instant::now();
     tracing::info!("{} tasks stand still", frozen.len());
+    let opts = &opts.with_external(stages.external_files()?);
 
     let mut threads: Vec<Vec<Stopped>> = Vec::with_capacity(frozen.len());
     let mut heads = Vec::with_capacity(frozen.len());
@@ -226,6 +234,7 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     images.write_one(ImageKind::Inventory, (), &inventory(opts, numbers.root))?;
     images.commit()?;
     phases.mark("inventory");
+    stages.reach(Stage::PostDump, Some(root))?;
 
     let alive: Vec<i32> = infected.iter().map(Infected::pid).collect();
     match opts.final_state {

@@ -48,6 +48,7 @@ pub mod proc;
 pub mod restore;
 pub mod signals;
 pub mod sockets;
+pub mod stages;
 pub mod stats;
 pub mod sys;
 pub mod tasks;

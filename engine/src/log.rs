@@ -106,6 +106,22 @@ pub fn open(target: Target) -> io::Result<()> {
     Ok(())
 }
 
+/// Closes the log; what is said from now on is kept for the next one.
+pub fn close() {
+    if let Some(log) = LOG.get() {
+        *log.lock() = State::Early(Vec::new());
+        tracing::callsite::rebuild_interest_cache();
+    }
+}
+
+/// The log file, for a program whose output belongs there; nothing if the log is not a file.
+pub fn file() -> Option<File> {
+    match &*LOG.get()?.lock() {
+        State::Open { sink: Sink::File(file), .. } => file.try_clone().ok(),
+        State::Open { .. } | State::Early(_) => None,
+    }
+}
+
 /// Writes what was kept to standard error if no log was ever opened. The last thing a program does.
 pub fn finish() {
     if LOG.get().is_some_and(|log| matches!(*log.lock(), State::Early(_))) {

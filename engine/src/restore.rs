@@ -20,6 +20,7 @@ use crate::options::{FinalState, Options};
 use crate::plan::arena::{Arena, Slot};
 use crate::plan::{Arg, Plan};
 use crate::proc;
+use crate::stages::{Stage, Stages};
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::{calls, ptrace, spawn};
@@ -43,9 +44,14 @@ pub struct RestoreReport {
 
 /// Restores the checkpoint in `opts.images_dir`. Without `opts.restore_detach` it returns when the program has ended.
 pub fn run(opts: &Options) -> Result<RestoreReport> {
+    run_with(opts, &Stages::new(opts, None))
+}
+
+/// The same, and tells others of its stages.
+pub fn run_with(opts: &Options, stages: &Stages<'_>) -> Result<RestoreReport> {
     opts.refuse_unsupported().map_err(|e| Error::Usage { what: e.to_string() })?;
     let images = Images::new(FolderStore::open(&opts.images_dir)?);
-    let report = std::thread::scope(|scope| match scope.spawn(|| restore(opts, &images)).join() {
+    let report = std::thread::scope(|scope| match scope.spawn(|| restore(opts, stages, &images)).join() {
         Ok(result) => result,
         Err(panic) => std::panic::resume_unwind(panic),
     })?;
@@ -86,7 +92,7 @@ impl Drop for Nursery {
     }
 }
 
-fn restore(opts: &Options, images: &Images) -> Result<RestoreReport> {
+fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<RestoreReport> {
     let mut phases = Phases::start();
     let inventory = read_inventory(opts, images)?;
     let job = opts.shell_job.then(release::own_session_and_group);
@@ -100,13 +106,13 @@ fn restore(opts: &Options, images: &Images) -> Result<RestoreReport> {
     let mut files = RestoreFiles::read(opts, images)?;
     let tree = tree.with_dead(&files.regular.dead_pids);
     let robust = RobustList::new()?;
-    let result = build(opts, images, &tree, &birth, &filters, clocks, &mut files, &robust, &mut phases);
+    let result = build(opts, stages, images, &tree, &birth, &filters, clocks, &mut files, &robust, &mut phases);
     // ghosts and links are taken away again, however it ended; and nobody's pipe may have another end with us
     let cleaned = files.clean(result.is_ok());
     drop(files);
     let poised = result?;
     cleaned?;
-    let report = poised.go(opts, &mut phases)?;
+    let report = poised.go(opts, stages, &mut phases)?;
     Ok(report)
 }
 
@@ -121,7 +127,7 @@ struct Poised<'a> {
 }
 
 impl Poised<'_> {
-    fn go(mut self, opts: &Options, phases: &mut Phases) -> Result<RestoreReport> {
+    fn go(mut self, opts: &Options, stages: &Stages<'_>, phases: &mut Phases) -> Result<RestoreReport> {
         let pid = self.nursery.root;
         if let Some(path) = &opts.pidfile {
             write_pidfile(opts, path, pid)?;
@@ -129,6 +135,7 @@ impl Poised<'_> {
         for &(pid, signal) in &self.stops {
             calls::kill(pid, signal).task(pid)?;
         }
+        stages.announce(Stage::PreResume, Some(pid));
         self.nursery.finished = true;
         self.held.go()?;
         self.arena.release(self.robust);
@@ -136,6 +143,7 @@ impl Poised<'_> {
         let report = RestoreReport { pid, total: phases.total(), exit_code: None };
         let f = self.figures;
         crate::stats::write_restore(opts, phases.of("forking"), report.total, f.pages, f.compared, f.shared)?;
+        stages.announce(Stage::PostResume, Some(pid));
         Ok(report)
     }
 }
@@ -143,6 +151,7 @@ impl Poised<'_> {
 #[allow(clippy::too_many_arguments)]
 fn build<'r>(
     opts: &Options,
+    stages: &Stages<'_>,
     images: &Images,
     tree: &Tree,
     birth: &Birth,
@@ -152,7 +161,11 @@ fn build<'r>(
     robust: &'r RobustList,
     phases: &mut Phases,
 ) -> Result<Poised<'r>> {
+    stages.reach(Stage::PreRestore, None)?;
     let (mut transfer, mut draft) = open_files(opts, images, tree, files)?;
+    for master in std::mem::take(&mut files.ttys.orphan_masters) {
+        stages.orphan_master(master.as_fd())?;
+    }
     // a placeholder holds the number of each file that can be opened only when the tasks exist
     let placeholder = File::open("/dev/null").call("open(/dev/null)")?;
     let mut late: HashMap<u32, OwnedFd> = HashMap::new();
@@ -227,9 +240,7 @@ fn build<'r>(
     };
     let pid = release::when_reaped(root, || spawn::spawn(&birth_of_root))
         .map_err(|e| match e.errno() {
-            libc::EEXIST => Error::Usage {
-                what: format!("Can't fork for {root}: File exists; the id is in use, restore in a new PID namespace"),
-            },
+            libc::EEXIST => Error::IdInUse { pid: root },
             _ => e,
         })
         .task(root)?;
@@ -272,6 +283,8 @@ fn build<'r>(
             .task(node.pid)?;
         set_leader(a).task(node.pid)?;
     }
+    // connections are held off until here: who says no now breaks none
+    stages.reach(Stage::PostRestore, Some(pid))?;
     crate::sockets::inet::repair_ends(files)?;
     inotify::settle(files)?;
     let stops = tree.alive().filter_map(|(_, n, a)| Some((n.pid, stop_signal(a, opts)?))).collect();

@@ -270,19 +270,7 @@ fn agree(o: &mut Options, verb: Verb) -> bool {
     if o.ps_socket.is_some() && (o.address.is_some() || o.port.is_some()) {
         warn!("Using --address or --port in combination with --ps-socket is obsolete");
     }
-    let standard_socket = o.ps_socket.is_some_and(|fd| (0..=2).contains(&fd));
-    let joins_net = o.join_ns.iter().any(|j| j.kind == crate::options::NamespaceKind::Net);
-    let problems = [
-        (
-            o.restore_sibling && !o.restore_detach && !o.swrk,
-            "--restore-sibling only makes sense with --restore-detached",
-        ),
-        (standard_socket && o.restore_detach, "Standard file descriptors will be closed in daemon mode"),
-        (o.mntns_compat_mode && verb != Verb::Restore, "Option --mntns-compat-mode is only valid on restore"),
-        (joins_net && o.empty_ns.net, "Conflicting flags: --join-ns and --empty-ns"),
-        (!o.inherit_fds.is_empty() && verb != Verb::Restore, "--inherit-fd is restore-only option"),
-    ];
-    if let Some((_, text)) = problems.iter().find(|(wrong, _)| *wrong) {
+    if let Some(text) = o.conflict(verb == Verb::Restore) {
         error!("{text}");
         if text.starts_with("Conflicting") {
             error!("Error: namespace flags conflict");

@@ -268,6 +268,19 @@ pub fn replace(fd: BorrowedFd<'_>, place: BorrowedFd<'_>) -> Result<()> {
     answer("dup3", unsafe { libc::dup3(fd.as_raw_fd(), place.as_raw_fd(), libc::O_CLOEXEC) }.into()).map(drop)
 }
 
+/// The program will have no signal blocked, whatever is held off here.
+pub fn plain_signals(command: &mut std::process::Command) -> &mut std::process::Command {
+    use std::os::unix::process::CommandExt as _;
+    // SAFETY: between fork and exec there is one system call, which reads a word that lives across it.
+    unsafe {
+        command.pre_exec(|| {
+            let none = 0u64;
+            libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const none, 0, 8);
+            Ok(())
+        })
+    }
+}
+
 /// Signals that are blocked in this thread for as long as this lives.
 #[derive(Debug)]
 pub struct BlockedSignals {
