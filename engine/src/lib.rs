@@ -46,6 +46,7 @@ pub mod options;
 pub mod plan;
 pub mod proc;
 pub mod restore;
+pub mod rpc;
 pub mod signals;
 pub mod sockets;
 pub mod stages;

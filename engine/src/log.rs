@@ -77,6 +77,11 @@ pub fn install(level: u32) {
     }
 }
 
+/// How much is said.
+pub fn level() -> u32 {
+    LOG.get().map_or(0, |log| log.level.load(Ordering::Relaxed))
+}
+
 /// Changes how much is said. What was kept so far is judged by the level that holds when the log is opened.
 pub fn set_level(level: u32) {
     if let Some(log) = LOG.get() {
@@ -104,14 +109,6 @@ pub fn open(target: Target) -> io::Result<()> {
     drop(state);
     tracing::callsite::rebuild_interest_cache();
     Ok(())
-}
-
-/// Closes the log; what is said from now on is kept for the next one.
-pub fn close() {
-    if let Some(log) = LOG.get() {
-        *log.lock() = State::Early(Vec::new());
-        tracing::callsite::rebuild_interest_cache();
-    }
 }
 
 /// The log file, for a program whose output belongs there; nothing if the log is not a file.

@@ -1,6 +1,6 @@
 //! `dump` and `pre-dump`: the engine does it, this file says how it went.
 
-use super::{chain, print};
+use super::print;
 use crate::options::{Options, Persona};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -25,7 +25,7 @@ pub fn run(options: &Options) -> i32 {
             0
         }
         Err(e) => {
-            error!("{}", chain(&e));
+            error!("{}", e.chain());
             error!("Dumping FAILED.");
             1
         }

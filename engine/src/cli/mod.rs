@@ -20,6 +20,8 @@ pub mod getopt;
 pub mod image;
 pub mod parse;
 pub mod restore;
+pub mod service;
+pub mod swrk;
 pub mod table;
 pub mod unavailable;
 pub mod usage;
@@ -39,6 +41,8 @@ pub enum Verb {
     PageServer,
     Service,
     Swrk,
+    ServiceLoop,
+    ServiceWorker,
     Dedup,
     CpuinfoDump,
     CpuinfoCheck,
@@ -117,8 +121,11 @@ fn perform(line: CommandLine, program: &OsStr) -> Result<i32, UsageError> {
         return Err(UsageError);
     };
     let (verb, rest) = verb(name, &words[1..])?;
-    if verb == Verb::Swrk {
-        return Ok(unavailable::swrk(rest, options));
+    match verb {
+        Verb::Swrk => return Ok(swrk::run(rest, options)),
+        Verb::ServiceWorker => return Ok(service::run_worker(rest, options)),
+        Verb::ServiceLoop => return Ok(service::run_loop(rest)),
+        _ => {}
     }
     if !capabilities::enough(verb, &options, program) {
         return Ok(1);
@@ -141,7 +148,8 @@ fn perform(line: CommandLine, program: &OsStr) -> Result<i32, UsageError> {
         Verb::CpuinfoCheck => cpuinfo::run_check(&options),
         Verb::PageServer => unavailable::run("page-server"),
         Verb::LazyPages => unavailable::run("lazy-pages"),
-        Verb::Service | Verb::Swrk => unavailable::run("service"),
+        Verb::Service => service::run(&options),
+        Verb::Swrk | Verb::ServiceLoop | Verb::ServiceWorker => 1,
         Verb::Dedup => unavailable::run("dedup"),
         Verb::Exec => {
             error!("The \"exec\" action is deprecated by the Compel library.");
@@ -166,6 +174,8 @@ fn verb<'a>(name: &OsStr, rest: &'a [OsString]) -> Result<(Verb, &'a [OsString])
         "page-server" => Verb::PageServer,
         "service" => Verb::Service,
         "swrk" => Verb::Swrk,
+        "service-loop" => Verb::ServiceLoop,
+        "service-worker" => Verb::ServiceWorker,
         "dedup" => Verb::Dedup,
         "exec" => Verb::Exec,
         "show" => Verb::Show,
@@ -310,17 +320,4 @@ pub fn reason(e: &std::io::Error) -> String {
         Some(n) => nix::errno::Errno::from_raw(n).desc().to_owned(),
         None => e.to_string(),
     }
-}
-
-/// An error and its causes, in one line.
-pub fn chain(e: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = e.to_string();
-    let mut cause = e.source();
-    while let Some(e) = cause {
-        let this = e.downcast_ref::<std::io::Error>().map_or_else(|| e.to_string(), reason);
-        text.push_str(": ");
-        text.push_str(&this);
-        cause = e.source();
-    }
-    text
 }

@@ -1,7 +1,7 @@
 //! `restore`: the engine does it, this file says how it went, and becomes what it was told to.
 
 use super::dump::human_time;
-use super::{chain, print, reason};
+use super::{print, reason};
 use crate::options::{Options, Persona};
 use std::os::unix::process::CommandExt as _;
 use std::time::Instant;
@@ -16,7 +16,7 @@ pub fn run(options: &Options) -> i32 {
     let report = match crate::restore::run(options) {
         Ok(report) => report,
         Err(e) => {
-            error!("{}", chain(&e));
+            error!("{}", e.chain());
             error!("Restoring FAILED.");
             return 1;
         }

@@ -281,6 +281,19 @@ pub fn plain_signals(command: &mut std::process::Command) -> &mut std::process::
     }
 }
 
+/// The program will have this descriptor, under the same number.
+pub fn inheriting<'a>(command: &'a mut std::process::Command, fd: BorrowedFd<'_>) -> &'a mut std::process::Command {
+    use std::os::unix::process::CommandExt as _;
+    let number = fd.as_raw_fd();
+    // SAFETY: between fork and exec there is one system call with integers; a number that is closed by then is an error.
+    unsafe {
+        command.pre_exec(move || match libc::fcntl(number, libc::F_SETFD, 0) {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        })
+    }
+}
+
 /// Signals that are blocked in this thread for as long as this lives.
 #[derive(Debug)]
 pub struct BlockedSignals {
