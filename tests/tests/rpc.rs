@@ -38,8 +38,8 @@ fn version_and_features() {
     let client = Client::swrk(&Engine::ours(), &[]);
     let open = |kind| CriuReq { keep_open: Some(true), ..bare(kind) };
     let answer = client.call(&open(Kind::Version));
-    let version = answer.version.unwrap_or_default();
     assert!(answer.success && answer.r#type() == Kind::Version);
+    let version = answer.version.unwrap_or_default();
     assert_eq!((version.major_number, version.minor_number, version.gitid), (4, 2, None));
 
     // all three are answered, those that nobody asked for with no
@@ -386,6 +386,7 @@ fn action_scripts() {
     write(&no, "post-restore");
     let failed = engine.restore(&images, &option).expect_err("the script says no");
     assert!(failed.text.contains("post-restore"), "{failed}");
+    process::wait_gone(&run.tree, std::time::Duration::from_secs(60)).unwrap_or_else(|p| panic!("{p:?}"));
     write(&no, "");
     write(&said, "");
     engine.restore(&images, &option).unwrap_or_else(|e| panic!("{e}"));

@@ -7,8 +7,10 @@
 //! that an exec as uid 0 brings nothing back. A client that has all that the service has is served as the service is.
 //!
 //! User and groups come from the socket, as they were when the client connected (SO_PEERCRED, SO_PEERGROUPS). Capabilities
-//! are read from /proc while a pidfd of the socket (SO_PEERPIDFD, Linux 6.5) says that the process is the same; where that
-//! cannot be had, the client counts as one without any, and so does one in another user namespace.
+//! cannot be had like that, only as they are now, and by now a client may have become another program by an exec that gives
+//! some: so only those of uid 0 count, to whom an exec gives no more than it has a right to. They are asked for while a pidfd
+//! of the socket (SO_PEERPIDFD, Linux 6.5) says that the process is the same. All other clients count as ones without
+//! any, and so does one in another user namespace.
 //!
 //! Not applied: security modules' labels, seccomp filters, and limits of the client.
 //!
@@ -70,7 +72,8 @@ fn groups(socket: BorrowedFd<'_>) -> Result<Vec<Gid>, Fault> {
 pub fn become_client(socket: BorrowedFd<'_>) -> Result<(), Fault> {
     let of = nix::sys::socket::getsockopt(&socket, PeerCredentials).map_err(|e| lost("Can't get socket options", e))?;
     let own = rustix::thread::capabilities(None).map_err(|e| lost("capget", e))?;
-    let theirs = capabilities(socket, of.pid()).unwrap_or(CapabilitySet::empty());
+    let theirs = if of.uid() == 0 { capabilities(socket, of.pid()) } else { None };
+    let theirs = theirs.unwrap_or(CapabilitySet::empty());
     if of.uid() == nix::unistd::geteuid().as_raw() && theirs.contains(own.effective) {
         return Ok(());
     }
