@@ -100,7 +100,8 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images) -> Resu
     interrupt::check()?;
     let frozen_at = Instant::now();
     tracing::info!("{} tasks stand still", frozen.len());
-    let opts = &opts.with_external(stages.external_files()?);
+    let more = opts.with_external(&stages.external_files()?).map_err(|e| Error::Usage { what: e.to_string() })?;
+    let opts = &more;
 
     let mut threads: Vec<Vec<Stopped>> = Vec::with_capacity(frozen.len());
     let mut heads = Vec::with_capacity(frozen.len());

@@ -352,11 +352,15 @@ impl Options {
         self.final_state == FinalState::Stop
     }
 
-    /// The same with more that belongs to the outside.
-    pub fn with_external(&self, more: Vec<External>) -> Options {
+    /// The same with more that belongs to the outside, as `--external` says it.
+    pub fn with_external(&self, more: &[String]) -> Result<Options, OptionError> {
         let mut options = self.clone();
-        options.external.extend(more);
-        options
+        for external in more {
+            tracing::info!("Adding external object: {external}");
+            options.add_external(external)?;
+        }
+        options.refuse_unsupported()?;
+        Ok(options)
     }
 
     /// What `--external` says: a resource, or by `mnt[]` which mounts are found by themselves.

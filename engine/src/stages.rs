@@ -22,7 +22,7 @@ use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 use crate::error::{Error, Result};
-use crate::options::{External, Options};
+use crate::options::Options;
 
 /// A point at which others are told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,8 +71,8 @@ pub trait Listener: Sync {
     /// A stage is reached. `root` is the process id of the tree's root, where there is one.
     fn reached(&self, stage: Stage, root: Option<i32>) -> Result<()>;
 
-    /// The tree stands still: what else belongs to the outside?
-    fn external_files(&self) -> Result<Vec<External>> {
+    /// The tree stands still: what else belongs to the outside? As `--external` says it.
+    fn external_files(&self) -> Result<Vec<String>> {
         Ok(Vec::new())
     }
 
@@ -130,7 +130,7 @@ impl<'a> Stages<'a> {
     }
 
     /// What the listener counts to the outside, now that the tree stands still.
-    pub fn external_files(&self) -> Result<Vec<External>> {
+    pub fn external_files(&self) -> Result<Vec<String>> {
         self.listener.map_or(Ok(Vec::new()), Listener::external_files)
     }
 

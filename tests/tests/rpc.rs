@@ -155,6 +155,34 @@ fn stages_in_order() {
     run.check(How::Restored);
 }
 
+/// What the client counts to the outside when it is asked for it: here one end of a connection whose other end is nobody's,
+/// without which the dump is refused.
+#[test]
+fn external_files_by_answer() {
+    let engine = Engine::ours();
+    let mut run = Run::start("refused_outside_pipe");
+    let images = run.images("images");
+    let links = fs::read_dir(format!("/proc/{}/fd", run.pid)).unwrap_or_else(|e| panic!("{e}"));
+    let links = links.flatten().filter_map(|fd| Some(fs::read_link(fd.path()).ok()?.display().to_string()));
+    let sockets: Vec<String> = links.filter_map(|l| Some(l.strip_prefix("socket:")?.to_owned())).collect();
+    assert_eq!(sockets.len(), 1);
+    for known in [false, true] {
+        let notify_scripts = Some(true);
+        let leave_running = Some(true);
+        let opts = CriuOpts { pid: Some(run.pid), notify_scripts, leave_running, ..options(&images) };
+        let client = Client::swrk(&engine, &[]);
+        let mut answer = client.call(&request(Kind::Dump, opts));
+        while let (Kind::Notify, Some(stage)) = (answer.r#type(), &answer.notify) {
+            let external = if known { vec![format!("unix{}", sockets[0])] } else { Vec::new() };
+            let asked = stage.script.as_deref() == Some("query-ext-files");
+            let opts = asked.then(|| CriuOpts { external, ..CriuOpts::default() });
+            answer = client.call(&CriuReq { notify_success: Some(true), opts, ..bare(Kind::Notify) });
+        }
+        assert_eq!(answer.success, known, "{answer:?}");
+    }
+    run.check(How::Running);
+}
+
 /// A no before the end of a dump ends the dump, not the program; a no around the moment of going comes too late.
 #[test]
 fn who_says_no() {

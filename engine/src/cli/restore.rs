@@ -26,7 +26,9 @@ pub fn run(options: &Options) -> i32 {
         print(&format!("restored from {} in {}\n", options.images_dir.display(), human_time(start.elapsed())));
     }
     if let Some((program, args)) = options.exec_cmd.split_first() {
-        let error = std::process::Command::new(program).args(args).current_dir(options.work_dir()).exec();
+        let mut command = std::process::Command::new(program);
+        command.args(args).current_dir(options.work_dir());
+        let error = crate::sys::calls::plain_signals(&mut command).exec();
         error!("Failed to exec command {}: {}", super::shown(program), reason(&error));
         return 1;
     }

@@ -10,7 +10,6 @@ use standstill_images::proto::{CriuNotify, CriuReq, CriuReqType, CriuResp};
 
 use super::wire::Connection;
 use crate::error::{Error, Result};
-use crate::options::{External, Options};
 use crate::stages::{Listener, Stage};
 
 /// The peer as one who is told.
@@ -43,19 +42,15 @@ impl Listener for Notifier<'_> {
         self.ask(stage, pid, None).map(drop)
     }
 
-    fn external_files(&self) -> Result<Vec<External>> {
-        let stage = Stage::QueryExtFiles;
-        let answer = self.ask(stage, None, None)?;
-        let Some(opts) = answer.opts else {
-            tracing::info!("RPC NOTIFY {}: no `opts` returned.", stage.name());
-            return Ok(Vec::new());
-        };
-        let mut added = Options::default();
-        for external in &opts.external {
-            tracing::info!("Adding external object: {external}");
-            added.add_external(external).map_err(|e| no(stage, e.to_string()))?;
+    fn external_files(&self) -> Result<Vec<String>> {
+        let answer = self.ask(Stage::QueryExtFiles, None, None)?;
+        match answer.opts {
+            Some(opts) => Ok(opts.external),
+            None => {
+                tracing::info!("RPC NOTIFY {}: no `opts` returned.", Stage::QueryExtFiles.name());
+                Ok(Vec::new())
+            }
         }
-        Ok(added.external)
     }
 
     fn orphan_master(&self, master: BorrowedFd<'_>) -> Result<()> {

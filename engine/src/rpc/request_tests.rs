@@ -17,11 +17,13 @@ fn shown(o: &Options) -> String {
     format!("{o:?}")
 }
 
+type Change = Box<dyn FnOnce(&mut CriuOpts)>;
+
 /// Every field that stands for an option changes something.
 #[test]
 fn every_field_arrives() {
     let plain = shown(&ask(|_| {}).unwrap());
-    let all: Vec<(&str, Box<dyn FnOnce(&mut CriuOpts)>)> = vec![
+    let all: Vec<(&str, Change)> = vec![
         ("pid", Box::new(|r| r.pid = Some(5))),
         ("leave_running", Box::new(|r| r.leave_running = Some(true))),
         ("leave_stopped", Box::new(|r| r.leave_stopped = Some(true))),
