@@ -155,6 +155,26 @@ fn stages_in_order() {
     run.check(How::Restored);
 }
 
+/// The worker becomes the command that the request names: it is the parent of what was restored, and writes to the log.
+#[test]
+fn a_command_after_the_restore() {
+    let engine = Engine::ours();
+    let mut run = Run::start("eventfd");
+    let images = run.images("images");
+    run.dump(&engine, &images);
+    let script = format!("cut -d' ' -f4 /proc/{}/stat; echo me $$; grep SigBlk /proc/$$/status", run.pid);
+    let exec_cmd = vec!["sh".into(), "-c".into(), script];
+    let client = Client::swrk(&engine, &[]);
+    let answer = client.call(&request(Kind::Restore, CriuOpts { exec_cmd, ..options(&images) }));
+    assert!(answer.success, "{answer:?}");
+    assert_eq!(client.finish(), Some(0));
+    let log = fs::read_to_string(images.join("rpc.log")).unwrap_or_default();
+    let said: Vec<&str> = log.lines().rev().take(3).collect();
+    assert_eq!(said[0], "SigBlk:\t0000000000000000");
+    assert_eq!(said[1], format!("me {}", said[2]), "{log}");
+    run.check(How::Restored);
+}
+
 /// What the client counts to the outside when it is asked for it: here one end of a connection whose other end is nobody's,
 /// without which the dump is refused.
 #[test]
