@@ -5,8 +5,8 @@
 //! restore nothing of it is left.
 //!
 //! All work with ptrace is done by a thread of its own that lives as long as the call. The engine changes no working
-//! folder, umask, signal handler, environment variable or standard stream of its host, starts no other program, and waits
-//! for the processes of the tree alone. What the host must know:
+//! folder, umask, signal handler, environment variable or standard stream of its host, starts no other program than the
+//! action scripts that it is given, and waits for the processes of the tree and for those alone. What the host must know:
 //! - A child of the host that is dumped and killed has ended. Who learns of that, the engine or a `waitpid` of the host's,
 //!   is open: `ECHILD` from the host's own `waitpid` for it means that the engine was first.
 //! - A tree that was restored with [`Restore::detached`] has the host as its parent until the host ends. The host waits for

@@ -25,6 +25,7 @@ use crate::proc::maps::{VmFlags, Vma, VmaName};
 use crate::proc::status::Status;
 use crate::progress::Verb;
 use crate::sockets::netlock::{self, Lock};
+use crate::stages::{Stage, Stages};
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::interrupt;
@@ -82,10 +83,15 @@ struct Alive {
 /// Dumps the tree below `opts.pid` into `opts.images_dir`. Whatever happens, the tree goes on, unless it was to be killed
 /// and the checkpoint is complete.
 pub fn run(opts: &Options) -> Result<DumpReport> {
+    run_with(opts, &Stages::new(opts, None))
+}
+
+/// The same, and tells others of its stages.
+pub fn run_with(opts: &Options, stages: &Stages<'_>) -> Result<DumpReport> {
     opts.refuse_unsupported().map_err(|e| Error::Usage { what: e.to_string() })?;
     let root = opts.required_pid().map_err(|e| Error::Usage { what: e.to_string() })?;
     let images = open_images(opts)?;
-    with_own_thread(|| dump(opts, root, &images))
+    with_own_thread(|| dump(opts, stages, root, &images))
 }
 
 /// The folder that images go to, linked to the checkpoint that they build on.
@@ -120,8 +126,9 @@ pub(crate) fn with_own_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) 
     })
 }
 
-fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
+fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images) -> Result<DumpReport> {
     let mut phases = Phases::start(Verb::Dump, opts)?;
+    stages.reach(Stage::PreDump, Some(root))?;
     let workers = Workers::new(opts)?;
     remove_old_images(images)?;
     let robust = RobustList::new()?;
@@ -131,6 +138,8 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     interrupt::check()?;
     let frozen_at = Instant::now();
     tracing::info!("{} tasks stand still", frozen.len());
+    let more = opts.with_external(&stages.external_files()?).map_err(|e| Error::Usage { what: e.to_string() })?;
+    let opts = &more;
 
     let mut threads: Vec<Vec<Stopped>> = Vec::with_capacity(frozen.len());
     let mut heads = Vec::with_capacity(frozen.len());
@@ -302,6 +311,7 @@ fn dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
         dedup::free_in_parents(images)?;
     }
     phases.mark("inventory");
+    stages.reach(Stage::PostDump, Some(root))?;
 
     let alive: Vec<i32> = infected.iter().map(Infected::pid).collect();
     match opts.final_state {

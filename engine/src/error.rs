@@ -96,6 +96,26 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// There is nothing to dump.
+    #[error("there is no process {pid}")]
+    NoProcess {
+        /// Which one was asked for.
+        pid: i32,
+    },
+    /// A process id that the checkpoint needs belongs to someone.
+    #[error("Can't fork for {pid}: File exists; the id is in use, restore in a new PID namespace")]
+    IdInUse {
+        /// Which one.
+        pid: i32,
+    },
+    /// A script, or the peer of an RPC connection, said no.
+    #[error("{stage}: {what}")]
+    Stage {
+        /// At which stage.
+        stage: &'static str,
+        /// How.
+        what: String,
+    },
     /// A task ended or fled while it was worked on.
     #[error("the task ended meanwhile")]
     Gone,
@@ -131,12 +151,38 @@ impl Error {
             Error::In { source, .. } => source.errno(),
             Error::Sys { source, .. } | Error::Plan { source, .. } => source.raw_os_error().unwrap_or(0),
             Error::Refused { .. } => libc::ENOTSUP,
-            Error::Gone => libc::ESRCH,
+            Error::Gone | Error::NoProcess { .. } => libc::ESRCH,
+            Error::IdInUse { .. } => libc::EEXIST,
+            Error::Stage { .. } => libc::ECANCELED,
             Error::Timeout { .. } => libc::ETIMEDOUT,
             Error::Interrupted => libc::EINTR,
             Error::Proc(_) | Error::Image(_) | Error::Lie { .. } | Error::Usage { .. } | Error::Changed { .. } => {
                 libc::EINVAL
             }
+        }
+    }
+
+    /// The error and its causes, in one line; the system's in the C library's words.
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(e) = cause {
+            text.push_str(": ");
+            let os = e.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+            match os {
+                Some(number) => text.push_str(nix::errno::Errno::from_raw(number).desc()),
+                None => text.push_str(&e.to_string()),
+            }
+            cause = e.source();
+        }
+        text
+    }
+
+    /// What it is about in the end, without the places.
+    pub fn cause(&self) -> &Error {
+        match self {
+            Error::In { source, .. } => source.cause(),
+            other => other,
         }
     }
 

@@ -20,7 +20,7 @@
 //!   complete. A restore that fails leaves nothing of the tree.
 //! - What cannot be carried is an [`Error::Refused`] that names it and says what can be done, before the tree is touched.
 //! - The host's working folder, umask, signal handlers, environment and standard output stay as they are; no other program
-//!   is started. A pool of worker threads (rayon's) may stay.
+//!   is started, but for action scripts if there are any. A pool of worker threads (rayon's) may stay.
 //! - The host may have threads, a SIGCHLD handler and a `waitpid(-1)`.
 //! - Images are the program's memory, secrets included. They are created with mode 0600.
 //!
@@ -49,8 +49,10 @@ pub mod pre_dump;
 pub mod proc;
 pub mod progress;
 pub mod restore;
+pub mod rpc;
 pub mod signals;
 pub mod sockets;
+pub mod stages;
 pub mod stats;
 pub mod sys;
 pub mod tasks;

@@ -77,6 +77,11 @@ pub fn install(level: u32) {
     }
 }
 
+/// How much is said.
+pub fn level() -> u32 {
+    LOG.get().map_or(0, |log| log.level.load(Ordering::Relaxed))
+}
+
 /// Changes how much is said. What was kept so far is judged by the level that holds when the log is opened.
 pub fn set_level(level: u32) {
     if let Some(log) = LOG.get() {
@@ -110,6 +115,14 @@ pub fn open(target: Target) -> io::Result<()> {
 pub fn begin(pid: i32) {
     if let Some(log) = LOG.get() {
         log.lock().of_pid(pid.into());
+    }
+}
+
+/// The log file, for a program whose output belongs there; nothing if the log is not a file.
+pub fn file() -> Option<File> {
+    match &*LOG.get()?.lock() {
+        State::Open { sink: Sink::File(file), .. } => file.try_clone().ok(),
+        State::Open { .. } | State::Early(_) => None,
     }
 }
 

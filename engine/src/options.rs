@@ -88,8 +88,10 @@ pub struct Options {
     pub notify_scripts: bool,
     /// The peer wants the master of an orphan terminal (RPC only).
     pub orphan_pts_master: bool,
-    /// We serve one RPC peer on an inherited socket, so a sibling restore needs no detach (RPC only).
+    /// We serve one RPC peer on an inherited socket (RPC only).
     pub swrk: bool,
+    /// The inode of our end of the connection to that peer, which may be in the tree (RPC only).
+    pub service_socket: Option<u32>,
     /// A descriptor that gets one zero byte when a server, or a lazy restore, is ready (`--status-fd`).
     pub status_fd: Option<i32>,
     /// Where plugins are (`-L`).
@@ -266,6 +268,7 @@ impl Default for Options {
             notify_scripts: false,
             orphan_pts_master: false,
             swrk: false,
+            service_socket: None,
             status_fd: None,
             libdir: None,
             track_mem: false,
@@ -365,6 +368,50 @@ impl Options {
     /// Tasks stay stopped after a dump or a restore.
     pub fn leave_stopped(&self) -> bool {
         self.final_state == FinalState::Stop
+    }
+
+    /// The same with more that belongs to the outside, as `--external` says it.
+    pub fn with_external(&self, more: &[String]) -> Result<Options, OptionError> {
+        let mut options = self.clone();
+        for external in more {
+            tracing::info!("Adding external object: {external}");
+            options.add_external(external)?;
+        }
+        options.refuse_unsupported()?;
+        Ok(options)
+    }
+
+    /// What `--external` says: a resource, or by `mnt[]` which mounts are found by themselves.
+    pub fn add_external(&mut self, text: &str) -> Result<(), OptionError> {
+        let Some(flags) = text.strip_prefix("mnt[]") else {
+            self.external.push(External::parse(text));
+            return Ok(());
+        };
+        self.autodetect_ext_mounts = true;
+        match flags.strip_prefix(':').unwrap_or("").chars().next() {
+            None => {}
+            Some('m') => self.enable_external_masters = true,
+            Some('s') => self.enable_external_sharing = true,
+            Some(_) => return Err(OptionError::Invalid { option: "external", value: text.to_owned() }),
+        }
+        Ok(())
+    }
+
+    /// Why what was asked for cannot be asked for together; `restoring` if it is a restore.
+    pub fn conflict(&self, restoring: bool) -> Option<&'static str> {
+        let standard_socket = self.ps_socket.is_some_and(|fd| (0..=2).contains(&fd));
+        let joins_net = self.join_ns.iter().any(|j| j.kind == NamespaceKind::Net);
+        let problems = [
+            (
+                self.restore_sibling && !self.restore_detach,
+                "--restore-sibling only makes sense with --restore-detached",
+            ),
+            (standard_socket && self.restore_detach, "Standard file descriptors will be closed in daemon mode"),
+            (self.mntns_compat_mode && !restoring, "Option --mntns-compat-mode is only valid on restore"),
+            (joins_net && self.empty_ns.net, "Conflicting flags: --join-ns and --empty-ns"),
+            (!self.inherit_fds.is_empty() && !restoring, "--inherit-fd is restore-only option"),
+        ];
+        problems.iter().find(|(wrong, _)| *wrong).map(|(_, text)| *text)
     }
 
     /// Is there an external resource with exactly this key (`unix[4711]`)?

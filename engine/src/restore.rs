@@ -25,6 +25,7 @@ use crate::proc;
 use crate::progress::Verb;
 use crate::sockets::inet;
 use crate::sockets::netlock::Lifted;
+use crate::stages::{Stage, Stages};
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::{calls, ptrace, spawn};
@@ -52,9 +53,14 @@ pub struct RestoreReport {
 
 /// Restores the checkpoint in `opts.images_dir`. Without `opts.restore_detach` it returns when the program has ended.
 pub fn run(opts: &Options) -> Result<RestoreReport> {
+    run_with(opts, &Stages::new(opts, None))
+}
+
+/// The same, and tells others of its stages.
+pub fn run_with(opts: &Options, stages: &Stages<'_>) -> Result<RestoreReport> {
     opts.refuse_unsupported().map_err(|e| Error::Usage { what: e.to_string() })?;
     let images = Images::new(FolderStore::open(&opts.images_dir)?);
-    let report = std::thread::scope(|scope| match scope.spawn(|| restore(opts, &images)).join() {
+    let report = std::thread::scope(|scope| match scope.spawn(|| restore(opts, stages, &images)).join() {
         Ok(result) => result,
         Err(panic) => std::panic::resume_unwind(panic),
     })?;
@@ -95,7 +101,7 @@ impl Drop for Nursery {
     }
 }
 
-fn restore(opts: &Options, images: &Images) -> Result<RestoreReport> {
+fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<RestoreReport> {
     let mut phases = Phases::start(Verb::Restore, opts)?;
     let inventory = read_inventory(opts, images)?;
     let job = opts.shell_job.then(release::own_session_and_group);
@@ -111,13 +117,15 @@ fn restore(opts: &Options, images: &Images) -> Result<RestoreReport> {
     let robust = RobustList::new()?;
     let guard = Guard::new(&robust);
     files.guard = Some(&guard);
-    let result = build(opts, images, &inventory, &tree, &birth, &filters, clocks, &mut files, &robust, &mut phases);
+    let result =
+        build(opts, stages, images, &inventory, &tree, &birth, &filters, clocks, &mut files, &robust, &mut phases);
     // ghosts and links are taken away again, however it ended; and nobody's pipe may have another end with us
     let cleaned = files.clean(result.is_ok());
     let names = files.litter.take();
     drop(files);
     let poised = result?;
-    let report = cleaned.and_then(|()| poised.go(opts, &guard, &mut phases)).inspect_err(|_| remove_names(&names))?;
+    let report =
+        cleaned.and_then(|()| poised.go(opts, stages, &guard, &mut phases)).inspect_err(|_| remove_names(&names))?;
     if opts.auto_dedup {
         // the program runs: that its images still take room is no reason to fail
         if let Err(e) = crate::memory::dedup::free_all(images) {
@@ -139,7 +147,13 @@ struct Poised<'a> {
 }
 
 impl Poised<'_> {
-    fn go(mut self, opts: &Options, guard: &Guard<'_>, phases: &mut Phases) -> Result<RestoreReport> {
+    fn go(
+        mut self,
+        opts: &Options,
+        stages: &Stages<'_>,
+        guard: &Guard<'_>,
+        phases: &mut Phases,
+    ) -> Result<RestoreReport> {
         let pid = self.nursery.root;
         if let Some(path) = &opts.pidfile {
             write_pidfile(opts, path, pid)?;
@@ -147,6 +161,7 @@ impl Poised<'_> {
         for &(pid, signal) in &self.stops {
             calls::kill(pid, signal).task(pid)?;
         }
+        stages.announce(Stage::PreResume, Some(pid));
         self.held.unbind()?;
         // the one store that decides
         guard.choose(Choice::Nothing);
@@ -158,6 +173,7 @@ impl Poised<'_> {
         let report = RestoreReport { pid, total: phases.total(), exit_code: None };
         crate::stats::write_restore(opts, phases, report.total, &self.figures)?;
         phases.finish();
+        stages.announce(Stage::PostResume, Some(pid));
         Ok(report)
     }
 }
@@ -165,6 +181,7 @@ impl Poised<'_> {
 #[allow(clippy::too_many_arguments)]
 fn build<'r>(
     opts: &Options,
+    stages: &Stages<'_>,
     images: &Images,
     inventory: &InventoryEntry,
     tree: &Tree,
@@ -175,7 +192,11 @@ fn build<'r>(
     robust: &'r RobustList,
     phases: &mut Phases,
 ) -> Result<Poised<'r>> {
+    stages.reach(Stage::PreRestore, None)?;
     let (mut transfer, mut draft) = open_files(opts, images, tree, files)?;
+    for master in std::mem::take(&mut files.ttys.orphan_masters) {
+        stages.orphan_master(master.as_fd())?;
+    }
     // a placeholder holds the number of each file that can be opened only when the tasks exist
     let placeholder = File::open("/dev/null").call("open(/dev/null)")?;
     let mut late: HashMap<u32, OwnedFd> = HashMap::new();
@@ -257,9 +278,7 @@ fn build<'r>(
     };
     let pid = release::when_reaped(root, || spawn::spawn(&birth_of_root))
         .map_err(|e| match e.errno() {
-            libc::EEXIST => Error::Usage {
-                what: format!("Can't fork for {root}: File exists; the id is in use, restore in a new PID namespace"),
-            },
+            libc::EEXIST => Error::IdInUse { pid: root },
             _ => e,
         })
         .task(root)?;
@@ -309,6 +328,8 @@ fn build<'r>(
     if let Some(guard) = files.guard {
         bind_by_guard(guard, &nursery.pids, !connections.is_empty())?;
     }
+    // connections are held off until here: who says no now breaks none
+    stages.reach(Stage::PostRestore, Some(pid))?;
     let lifted = Lifted::lift(inventory, connections, files.guard)?;
     inet::repair_ends(files)?;
     inotify::settle(files)?;

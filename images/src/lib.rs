@@ -31,5 +31,6 @@ pub use error::{Error, JsonFault, Malformed, PagesFault, RecordFault, Result};
 pub use framing::{Entry, GhostContent, Reader, Writer};
 pub use images::{Image, ImageWriter, Images};
 pub use payload::{Cursor, WithPayload};
+pub use schema::unknown_fields;
 pub use store::{FolderStore, ImageOutput, MemoryStore, ReadAt, Store};
 pub use table::{Header, Id, ImageKind, Payload, MAGIC_COMMON, MAGIC_SERVICE};

@@ -90,6 +90,31 @@ mod generated {
     include!(concat!(env!("OUT_DIR"), "/schema.rs"));
 }
 
+/// The fields of an encoded message that the table does not know, those of messages inside of it included, as
+/// `message.number`. What cannot be read ends the list: decoding says why.
+pub fn unknown_fields(message: &str, bytes: &[u8]) -> Vec<String> {
+    let mut unknown = Vec::new();
+    if let Some(message) = self::message(message) {
+        collect_unknown(message, bytes, DEPTH, &mut unknown);
+    }
+    unknown
+}
+
+fn collect_unknown(message: &'static Message, bytes: &[u8], depth: usize, unknown: &mut Vec<String>) {
+    for item in Fields::new(message.name, bytes) {
+        let Ok(item) = item else { return };
+        match (message.field(item.number), item.value) {
+            (None, _) => unknown.push(format!("{}.{}", message.name, item.number)),
+            (Some((_, field)), crate::wire::Raw::Bytes(inner)) if depth > 0 => {
+                if let Some(message) = field.kind.message() {
+                    collect_unknown(message, inner, depth - 1, unknown);
+                }
+            }
+            (Some(_), _) => {}
+        }
+    }
+}
+
 /// The message type of this name.
 pub(crate) fn message(name: &str) -> Option<&'static Message> {
     let place = generated::MESSAGES.binary_search_by(|message| message.name.cmp(name)).ok()?;

@@ -12,5 +12,7 @@ pub mod engine;
 pub mod guests;
 #[allow(unsafe_code)]
 pub mod process;
+#[allow(unsafe_code)]
+pub mod rpc;
 pub mod run;
 pub mod skip;

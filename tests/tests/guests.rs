@@ -103,6 +103,7 @@ guests! {
     registers
     registers_base
     robust
+    rpc_self
     rseq
     seccomp_child
     seccomp_filters

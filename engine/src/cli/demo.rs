@@ -6,7 +6,7 @@
 //! the one that was dumped when the program comes back.
 
 use super::dump::{human_size, human_time};
-use super::{capabilities, chain, print, Verb};
+use super::{capabilities, print, Verb};
 use crate::error::{Error, Result};
 use crate::options::Options;
 use std::ffi::OsString;
@@ -42,7 +42,7 @@ pub fn run(args: &[OsString]) -> i32 {
     match Stage::build(keep).and_then(|mut stage| stage.play()) {
         Ok(()) => 0,
         Err(e) => {
-            error!("{}", chain(&e));
+            error!("{}", e.chain());
             print("\nThe demo did not work; the reason is in the error line.\n");
             1
         }

@@ -1,7 +1,7 @@
 //! `dump` and `pre-dump`: the engine does it, this file says how it went.
 
 use super::bars::with_bars;
-use super::{chain, print};
+use super::print;
 use crate::options::{Options, Persona};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -26,7 +26,7 @@ pub fn run(options: &Options) -> i32 {
             0
         }
         Err(e) => {
-            error!("{}", chain(&e));
+            error!("{}", e.chain());
             error!("Dumping FAILED.");
             1
         }
@@ -51,7 +51,7 @@ pub fn run_pre_dump(options: &Options) -> i32 {
         return 1;
     }
     let start = Instant::now();
-    match crate::pre_dump::run(options) {
+    match crate::pre_dump::run(&with_bars(options)) {
         Ok(report) => {
             info!("Pre-dumping finished successfully");
             if options.personality == Persona::Standstill {
@@ -60,7 +60,7 @@ pub fn run_pre_dump(options: &Options) -> i32 {
             0
         }
         Err(e) => {
-            error!("{}", chain(&e));
+            error!("{}", e.chain());
             error!("Pre-dumping FAILED.");
             1
         }
@@ -80,7 +80,7 @@ pub fn run_dedup(options: &Options) -> i32 {
             0
         }
         Err(e) => {
-            error!("{}", chain(&e));
+            error!("{}", e.chain());
             1
         }
     }
@@ -89,7 +89,7 @@ pub fn run_dedup(options: &Options) -> i32 {
 /// Ends the tracking of a tree's memory.
 pub fn run_untrack(options: &Options) -> i32 {
     let ended = match options.required_pid() {
-        Ok(pid) => crate::memory::track::end(pid).map_err(|e| chain(&e)),
+        Ok(pid) => crate::memory::track::end(pid).map_err(|e| e.chain()),
         Err(e) => Err(e.to_string()),
     };
     match ended {

@@ -21,6 +21,8 @@ pub mod getopt;
 pub mod image;
 pub mod parse;
 pub mod restore;
+pub mod service;
+pub mod swrk;
 pub mod table;
 pub mod unavailable;
 pub mod usage;
@@ -40,6 +42,8 @@ pub enum Verb {
     PageServer,
     Service,
     Swrk,
+    ServiceLoop,
+    ServiceWorker,
     Dedup,
     Untrack,
     CpuinfoDump,
@@ -119,8 +123,11 @@ fn perform(line: CommandLine, program: &OsStr) -> Result<i32, UsageError> {
         return Err(UsageError);
     };
     let (verb, rest) = verb(name, &words[1..], options.personality)?;
-    if verb == Verb::Swrk {
-        return Ok(unavailable::swrk(rest, options));
+    match verb {
+        Verb::Swrk => return Ok(swrk::run(rest, options)),
+        Verb::ServiceWorker => return Ok(service::run_worker(rest, options)),
+        Verb::ServiceLoop => return Ok(service::run_loop(rest)),
+        _ => {}
     }
     if !capabilities::enough(verb, &options, program) {
         return Ok(1);
@@ -143,7 +150,8 @@ fn perform(line: CommandLine, program: &OsStr) -> Result<i32, UsageError> {
         Verb::CpuinfoCheck => cpuinfo::run_check(&options),
         Verb::PageServer => unavailable::run("page-server"),
         Verb::LazyPages => unavailable::run("lazy-pages"),
-        Verb::Service | Verb::Swrk => unavailable::run("service"),
+        Verb::Service => service::run(&options),
+        Verb::Swrk | Verb::ServiceLoop | Verb::ServiceWorker => 1,
         Verb::Dedup => dump::run_dedup(&options),
         Verb::Untrack => dump::run_untrack(&options),
         Verb::Exec => {
@@ -169,6 +177,8 @@ fn verb<'a>(name: &OsStr, rest: &'a [OsString], persona: Persona) -> Result<(Ver
         "page-server" => Verb::PageServer,
         "service" => Verb::Service,
         "swrk" => Verb::Swrk,
+        "service-loop" => Verb::ServiceLoop,
+        "service-worker" => Verb::ServiceWorker,
         "dedup" => Verb::Dedup,
         "untrack" if persona == Persona::Standstill => Verb::Untrack,
         "exec" => Verb::Exec,
@@ -276,19 +286,7 @@ fn agree(o: &mut Options, verb: Verb) -> bool {
     if o.ps_socket.is_some() && (o.address.is_some() || o.port.is_some()) {
         warn!("Using --address or --port in combination with --ps-socket is obsolete");
     }
-    let standard_socket = o.ps_socket.is_some_and(|fd| (0..=2).contains(&fd));
-    let joins_net = o.join_ns.iter().any(|j| j.kind == crate::options::NamespaceKind::Net);
-    let problems = [
-        (
-            o.restore_sibling && !o.restore_detach && !o.swrk,
-            "--restore-sibling only makes sense with --restore-detached",
-        ),
-        (standard_socket && o.restore_detach, "Standard file descriptors will be closed in daemon mode"),
-        (o.mntns_compat_mode && verb != Verb::Restore, "Option --mntns-compat-mode is only valid on restore"),
-        (joins_net && o.empty_ns.net, "Conflicting flags: --join-ns and --empty-ns"),
-        (!o.inherit_fds.is_empty() && verb != Verb::Restore, "--inherit-fd is restore-only option"),
-    ];
-    if let Some((_, text)) = problems.iter().find(|(wrong, _)| *wrong) {
+    if let Some(text) = o.conflict(verb == Verb::Restore) {
         error!("{text}");
         if text.starts_with("Conflicting") {
             error!("Error: namespace flags conflict");
@@ -328,17 +326,4 @@ pub fn reason(e: &std::io::Error) -> String {
         Some(n) => nix::errno::Errno::from_raw(n).desc().to_owned(),
         None => e.to_string(),
     }
-}
-
-/// An error and its causes, in one line.
-pub fn chain(e: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = e.to_string();
-    let mut cause = e.source();
-    while let Some(e) = cause {
-        let this = e.downcast_ref::<std::io::Error>().map_or_else(|| e.to_string(), reason);
-        text.push_str(": ");
-        text.push_str(&this);
-        cause = e.source();
-    }
-    text
 }

@@ -2,7 +2,7 @@
 
 use super::bars::with_bars;
 use super::dump::human_time;
-use super::{chain, print, reason};
+use super::{print, reason};
 use crate::options::{Options, Persona};
 use std::os::unix::process::CommandExt as _;
 use std::time::Instant;
@@ -17,7 +17,7 @@ pub fn run(options: &Options) -> i32 {
     let report = match crate::restore::run(&with_bars(options)) {
         Ok(report) => report,
         Err(e) => {
-            error!("{}", chain(&e));
+            error!("{}", e.chain());
             error!("Restoring FAILED.");
             return 1;
         }
@@ -27,7 +27,9 @@ pub fn run(options: &Options) -> i32 {
         print(&format!("restored from {} in {}\n", options.images_dir.display(), human_time(start.elapsed())));
     }
     if let Some((program, args)) = options.exec_cmd.split_first() {
-        let error = std::process::Command::new(program).args(args).current_dir(options.work_dir()).exec();
+        let mut command = std::process::Command::new(program);
+        command.args(args).current_dir(options.work_dir());
+        let error = crate::sys::calls::plain_signals(&mut command).exec();
         error!("Failed to exec command {}: {}", super::shown(program), reason(&error));
         return 1;
     }

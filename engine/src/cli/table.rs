@@ -149,20 +149,7 @@ fn set_manage_cgroups(o: &mut Options, v: Option<&OsStr>) -> Result<(), OptionEr
 }
 
 fn set_external(o: &mut Options, v: &OsStr) -> Result<(), OptionError> {
-    let text = text("external", v)?;
-    match text.strip_prefix("mnt[]") {
-        None => o.external.push(External::parse(text)),
-        Some(flags) => {
-            o.autodetect_ext_mounts = true;
-            match flags.strip_prefix(':').unwrap_or("").chars().next() {
-                None => {}
-                Some('m') => o.enable_external_masters = true,
-                Some('s') => o.enable_external_sharing = true,
-                Some(_) => return Err(OptionError::Invalid { option: "external", value: text.to_owned() }),
-            }
-        }
-    }
-    Ok(())
+    o.add_external(text("external", v)?)
 }
 
 fn set_mount_map(o: &mut Options, v: &OsStr) -> Result<(), OptionError> {

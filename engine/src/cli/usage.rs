@@ -25,7 +25,7 @@ const SECTIONS: &[(Section, &str)] = &[
 pub fn version(persona: Persona) -> String {
     let ours = env!("CARGO_PKG_VERSION");
     match persona {
-        Persona::Criu => format!("Version: {CRIU_VERSION}\nGitID: standstill-{ours}\n"),
+        Persona::Criu => format!("Version: {CRIU_VERSION}\n"),
         Persona::Standstill => format!("Version: {ours}\nCRIU: {CRIU_VERSION}\n"),
     }
 }

@@ -143,12 +143,18 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
     if let UnixAddress::Path(path) = socket.address() {
         bound_file(d, &socket, path, &mut entry)?;
     }
-    if state == LISTEN {
+    let to_us = entry.peer != 0 && cx.opts.service_socket == Some(entry.peer);
+    if to_us {
+        // the one who asked for this dump is in the tree: at restore it finds our answer in place of us
+        entry.state = CLOSE;
+        entry.peer = 0;
+        entry.uflags = SERVICE;
+    } else if state == LISTEN {
         pending(&socket, cx)?;
     } else if queue::is_readable(d.copy.as_fd())? {
         cx.unix.queues.push_back((ino, d.copy.try_clone().call("fcntl(F_DUPFD_CLOEXEC)")?));
     }
-    if entry.peer == 0 && state == ESTABLISHED && kind != SocketType::DGRAM {
+    if entry.peer == 0 && !to_us && state == ESTABLISHED && kind != SocketType::DGRAM {
         entry.peer = other_end(&socket, cx)?;
     }
     cx.unix.ours.insert(ino, Ours { id, kind });
@@ -276,6 +282,9 @@ fn external(cx: &mut DumpFiles<'_>) -> Result<()> {
     for ino in cx.unix.ours.keys() {
         let Some(socket) = cx.unix.known(*ino) else { continue };
         let Some(peer) = socket.peer.filter(|&peer| peer != 0) else { continue };
+        if cx.opts.service_socket == Some(peer) {
+            continue;
+        }
         let Some(other) = cx.unix.known(peer) else {
             let what = format!("{} without its peer {peer}", called(socket));
             return Err(Error::refused(what, "dump the task that has the peer, too"));

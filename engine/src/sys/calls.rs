@@ -287,6 +287,32 @@ pub fn replace(fd: BorrowedFd<'_>, place: BorrowedFd<'_>) -> Result<()> {
     answer("dup3", unsafe { libc::dup3(fd.as_raw_fd(), place.as_raw_fd(), libc::O_CLOEXEC) }.into()).map(drop)
 }
 
+/// The program will have no signal blocked, whatever is held off here.
+pub fn plain_signals(command: &mut std::process::Command) -> &mut std::process::Command {
+    use std::os::unix::process::CommandExt as _;
+    // SAFETY: between fork and exec there is one system call, which reads a word that lives across it.
+    unsafe {
+        command.pre_exec(|| {
+            let none = 0u64;
+            libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const none, 0, 8);
+            Ok(())
+        })
+    }
+}
+
+/// The program will have this descriptor, under the same number.
+pub fn inheriting<'a>(command: &'a mut std::process::Command, fd: BorrowedFd<'_>) -> &'a mut std::process::Command {
+    use std::os::unix::process::CommandExt as _;
+    let number = fd.as_raw_fd();
+    // SAFETY: between fork and exec there is one system call with integers; a number that is closed by then is an error.
+    unsafe {
+        command.pre_exec(move || match libc::fcntl(number, libc::F_SETFD, 0) {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        })
+    }
+}
+
 /// Signals that are blocked in this thread for as long as this lives.
 #[derive(Debug)]
 pub struct BlockedSignals {

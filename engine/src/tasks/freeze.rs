@@ -80,8 +80,13 @@ pub fn freeze(root: i32, limit: Duration) -> Result<Vec<Frozen>> {
     let mut buffer = Vec::new();
     let mut tree: BTreeMap<i32, Seized> = BTreeMap::new();
     let Some(stat) = read_stat(root, &mut buffer).task(root)? else {
-        return Err(Error::Usage { what: format!("there is no process {root}") });
+        return Err(Error::NoProcess { pid: root });
     };
+    let own = i32::try_from(std::process::id()).unwrap_or(0);
+    if crate::tasks::release::is_descendant(own, root) {
+        let what = format!("The criu itself is within dumped tree: process {root} started it, start it elsewhere");
+        return Err(Error::Usage { what });
+    }
     if stat.flags & 0x20_0000 != 0 {
         return Err(Error::refused("a kernel thread", "name a process")).task(root);
     }

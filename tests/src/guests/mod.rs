@@ -26,6 +26,7 @@ mod proc_self;
 mod refused;
 mod registers;
 mod robust;
+mod rpc;
 mod rseq;
 mod seccomp;
 mod signalfd;
@@ -189,6 +190,7 @@ pub const ALL: &[Guest] = &[
     guest("registers", registers::registers),
     guest("registers_base", registers::base),
     guest("robust", robust::robust),
+    guest("rpc_self", rpc::asks_for_itself),
     guest("rseq", rseq::rseq),
     guest("seccomp_child", seccomp::child),
     guest("seccomp_filters", seccomp::filters),

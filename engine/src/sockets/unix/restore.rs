@@ -131,9 +131,12 @@ impl All {
         if let Some(fd) = given(e) {
             return Ok(Role::Given(fd));
         }
-        if e.uflags & (SERVICE | CALLBACK) != 0 {
-            let what = format!("unix socket {}, which is connected to CRIU or made by a plugin,", e.ino);
-            return Err(Error::refused(what, "restore it with CRIU"));
+        if e.uflags & CALLBACK != 0 {
+            let what = format!("unix socket {}, which is made by a plugin,", e.ino);
+            return Err(Error::refused(what, "there are no plugins"));
+        }
+        if e.uflags & SERVICE != 0 {
+            return if dgram { lie("asked for a dump by datagrams") } else { Ok(Role::Severed) };
         }
         match (e.state, e.peer) {
             (LISTEN, 0) if !dgram && named => return Ok(Role::Alone),
@@ -268,6 +271,10 @@ impl All {
             Role::Severed => {
                 let e = self.sockets[n].clone();
                 let (fd, ghost) = self.accepted(&e, None, cx)?;
+                if e.uflags & SERVICE != 0 {
+                    let answer = crate::rpc::wire::encode(crate::rpc::answer::dumped_and_restored());
+                    rustix::net::send(&ghost, &answer, rustix::net::SendFlags::NOSIGNAL).call("send")?;
+                }
                 self.ghosts.insert(n, ghost);
                 self.keep(n, fd, cx);
             }
