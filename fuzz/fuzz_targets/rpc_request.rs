@@ -17,14 +17,9 @@ fuzz_target!(|packet: &[u8]| {
         }
     };
     let opts = request.opts.unwrap_or_default();
-    for purpose in [
-        Purpose::Dump,
-        Purpose::PreDump,
-        Purpose::Restore,
-        Purpose::Check,
-        Purpose::PageServer,
-        Purpose::Cpuinfo,
-    ] {
+    for purpose in
+        [Purpose::Dump, Purpose::PreDump, Purpose::Restore, Purpose::Check, Purpose::PageServer, Purpose::Cpuinfo]
+    {
         for is_parent in [true, false] {
             match options(&Options::default(), &opts, Client { pid: 7, is_parent }, purpose) {
                 Ok(options) => {

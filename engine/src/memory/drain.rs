@@ -145,11 +145,11 @@ fn survey(
             let mut add = |address, bytes, in_parent| runs.push(Run { address, bytes, in_parent, ..area.run });
             match marks {
                 _ if found.guard => guards.push((from, to)),
-                Some(marks) if !found.written && !(area.of_file && found.swapped) => marks.split(from, to - from, add),
-                Some(_) => {
+                Some(_) if found.written || (area.of_file && found.swapped) => {
                     changed.push((from, to));
                     add(from, to - from, false);
                 }
+                Some(marks) => marks.split(from, to - from, add),
                 None => add(from, to - from, false),
             }
         }

@@ -8,7 +8,7 @@
 //! write sets again. Where there is neither, each dump is whole, and says so.
 //!
 //! The marks mean "since the last pass". So they are believed only by a dump whose parent, by its `dump_criu_run_id`, is
-//! that last pass; the [holder](holder) knows which it was. A pass that fails in the middle leaves marks that nobody
+//! that last pass; the [holder] knows which it was. A pass that fails in the middle leaves marks that nobody
 //! believes. A page is taken from the parent only if the parent has it.
 //!
 //! Shared memory has no marks: others may write it, too. It is not in a pre-dump and whole in each dump, and so are
