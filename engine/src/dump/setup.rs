@@ -1,0 +1,85 @@
+//! What a dump and a pre-dump begin with: the folder of images, the thread that traces, the threads that copy.
+
+use rayon::prelude::*;
+use standstill_images::{FolderStore, ImageKind, Images};
+
+use crate::error::{Call, Error, Result};
+use crate::options::Options;
+use crate::sys::interrupt;
+
+/// The folder that images go to, linked to the checkpoint that they build on.
+pub(crate) fn open_images(opts: &Options) -> Result<Images> {
+    let folder = FolderStore::open(&opts.images_dir)?;
+    if let Some(parent) = &opts.prev_images_dir {
+        // an absolute path stays one when it is joined
+        let there = rustix::fs::stat(opts.images_dir.join(parent)).map(|s| (s.st_dev, s.st_ino)).ok();
+        let here = rustix::fs::fstat(&folder).call("fstat")?;
+        if there == Some((here.st_dev, here.st_ino)) {
+            return Err(Error::Usage {
+                what: "a checkpoint cannot build on itself: --prev-images-dir is the image folder".into(),
+            });
+        }
+    }
+    folder.set_parent(opts.prev_images_dir.as_deref())?;
+    let images = Images::new(folder);
+    if let (Some(parent), None) = (&opts.prev_images_dir, images.parent()?) {
+        let what = format!("there is no checkpoint to build on: {} (seen from the image folder)", parent.display());
+        return Err(Error::Usage { what });
+    }
+    Ok(images)
+}
+
+/// Runs `work` in a thread of its own: all of ptrace belongs to one thread, which outlives its tracees.
+pub(crate) fn with_own_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    // SIGINT and the like end a dump in order, where that can be seen to; the threads that we start have them blocked, too
+    let _interrupts = interrupt::Watch::new()?;
+    std::thread::scope(|scope| match scope.spawn(work).join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })
+}
+
+/// An older checkpoint in the same folder is none any more: its inventory goes first, then all else of it, so that nothing
+/// of it can be taken for part of the new one. What is not an image stays.
+pub(crate) fn remove_old_images(images: &Images) -> Result<()> {
+    images.remove(ImageKind::Inventory, ())?;
+    for name in images.store().list()? {
+        if name.ends_with(".img") && ImageKind::from_file_name(&name).is_some() {
+            images.store().remove(&name)?;
+        }
+    }
+    Ok(())
+}
+
+/// The threads that read and copy side by side: rayon's, or as many as `--jobs` says.
+pub(crate) struct Workers {
+    own: Option<rayon::ThreadPool>,
+}
+
+impl Workers {
+    pub(crate) fn new(opts: &Options) -> Result<Workers> {
+        let make = |n: std::num::NonZeroUsize| {
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(n.get())
+                .build()
+                .map_err(|e| Error::Usage { what: e.to_string() })
+        };
+        Ok(Workers { own: opts.jobs.map(make).transpose()? })
+    }
+
+    pub(super) fn install<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
+        match &self.own {
+            Some(pool) => pool.install(f),
+            None => f(),
+        }
+    }
+
+    /// One thing is done here, without waking anyone; more are done side by side.
+    pub(super) fn each<T: Sync>(&self, all: &[T], f: impl Fn(&T) -> Result<()> + Sync + Send) -> Result<()> {
+        match all {
+            [] => Ok(()),
+            [one] if self.own.is_none() => f(one),
+            _ => self.install(|| all.par_iter().try_for_each(f)),
+        }
+    }
+}
