@@ -246,6 +246,8 @@ impl Drain {
     }
 
     fn copy(&self, file: &File, vdso: Option<(u64, &[u8])>, how: &Writing) -> Result<()> {
+        // pages of zeros at the end are not written either
+        rustix::fs::ftruncate(file, self.pages * PAGE).call("ftruncate")?;
         // batches of about PIECE bytes: many small runs make one batch, a large run makes many
         let mut batches: Vec<(Vec<Run>, u64, u64)> = Vec::new();
         self.each_piece(PIECE, |run, offset| {
@@ -291,7 +293,7 @@ impl Drain {
                 return Ok(());
             }
             self.read_ranges(ranges, &mut buf[..*filled])?;
-            file.write_all_at(&buf[..*filled], offset).call("write")?;
+            write_content(file, &buf[..*filled], offset)?;
             offset += *filled as u64;
             *filled = 0;
             ranges.clear();
@@ -401,6 +403,24 @@ impl Drain {
     }
 }
 
+/// Writes pages, but for those of zeros, which stay holes in the file.
+fn write_content(file: &File, pages: &[u8], offset: u64) -> Result<()> {
+    const SIZE: usize = PAGE as usize;
+    let is_zero = |n: usize| pages[n * SIZE..(n + 1) * SIZE] == [0; SIZE];
+    let count = pages.len() / SIZE;
+    let mut from = 0;
+    while from < count {
+        if is_zero(from) {
+            from += 1;
+            continue;
+        }
+        let to = (from + 1..count).find(|n| is_zero(*n)).unwrap_or(count);
+        file.write_all_at(&pages[from * SIZE..to * SIZE], offset + (from * SIZE) as u64).call("write")?;
+        from = to;
+    }
+    Ok(())
+}
+
 fn entry(vaddr: u64, bytes: u64, flags: u32) -> PagemapEntry {
     PagemapEntry {
         vaddr,
@@ -409,5 +429,26 @@ fn entry(vaddr: u64, bytes: u64, flags: u32) -> PagemapEntry {
         flags: Some(flags),
         nr_pages: Some(bytes / PAGE),
         blocks: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeros_stay_holes() {
+        let file = File::from(crate::sys::spawn::memfd(c"test", 0).unwrap());
+        let mut pages = vec![0; 6 * PAGE as usize];
+        for n in [1, 2, 4] {
+            pages[n * PAGE as usize + 7] = n as u8;
+        }
+        rustix::fs::ftruncate(&file, 8 * PAGE).unwrap();
+        write_content(&file, &pages, 2 * PAGE).unwrap();
+        let mut back = vec![1; 8 * PAGE as usize];
+        file.read_exact_at(&mut back, 0).unwrap();
+        assert_eq!(back[2 * PAGE as usize..], pages);
+        use std::os::unix::fs::MetadataExt;
+        assert_eq!(file.metadata().unwrap().blocks(), 3 * PAGE / 512);
     }
 }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use crate::error::{At, Call, Error, Result};
 use crate::sys::ptrace::Stop;
 use crate::sys::{calls, ptrace};
-use crate::tracee::{ALL_SIGNALS, STOP_LIMIT};
+use crate::tracee::{one_call, STOP_LIMIT};
 
 /// Threads that were seized and must be let go; while they are here they end with us.
 #[derive(Debug, Default)]
@@ -50,23 +50,7 @@ impl Seized {
         regs.ax = libc::SYS_munmap as u64;
         regs.orig_ax = u64::MAX;
         (regs.di, regs.si) = arena;
-        ptrace::set_signal_mask(pid, ALL_SIGNALS)?;
-        ptrace::set_registers(pid, &regs)?;
-        let mut stops = 0;
-        while stops < 2 {
-            ptrace::cont_to_syscall(pid)?;
-            match ptrace::wait_stop(pid, STOP_LIMIT)? {
-                Stop::Syscall => stops += 1,
-                Stop::Trap | Stop::Group(_) => {}
-                Stop::Signal(signal) => {
-                    return Err(Error::Usage { what: format!("signal {signal} while the executor left") })
-                }
-            }
-        }
-        let result = ptrace::registers(pid)?.ax as i64;
-        if result != 0 {
-            return Err(Error::Sys { call: "munmap", source: std::io::Error::from_raw_os_error((-result) as i32) });
-        }
+        one_call(pid, &regs, "munmap")?;
         // once more, on the way to user mode: from such a stop the kernel restarts a system call if there is one
         ptrace::interrupt(pid)?;
         ptrace::cont(pid, 0)?;

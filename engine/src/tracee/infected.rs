@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use standstill_restorer::arch::{self, Registers, STUB_SIZE};
 use standstill_restorer::plan::{Code, Control, Expect, Owner};
 
-use super::{Stopped, ALL_SIGNALS, STOP_LIMIT};
+use super::{one_call, Stopped, ALL_SIGNALS, STOP_LIMIT};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::guard::{Act, Guard, List};
 use crate::plan::{Arg, Plan};
@@ -239,33 +239,13 @@ impl<'a> Infected<'a> {
     /// One system call of the stopped group leader, from the trampoline.
     fn remote(&self, nr: i64, args: [u64; 6], call: &'static str) -> Result<u64> {
         let leader = &self.threads[0];
-        let tid = leader.tid();
         let mut regs = leader.registers;
         regs.ip = self.tail;
         regs.ax = nr as u64;
         regs.orig_ax = u64::MAX;
         regs.flags &= !0x100;
         [regs.di, regs.si, regs.dx, regs.r10, regs.r8, regs.r9] = args;
-        ptrace::set_registers(tid, &regs)?;
-        ptrace::set_signal_mask(tid, ALL_SIGNALS)?;
-        let mut stops = 0;
-        while stops < 2 {
-            ptrace::cont_to_syscall(tid)?;
-            match ptrace::wait_stop(tid, STOP_LIMIT)? {
-                Stop::Syscall => stops += 1,
-                // SIGSTOP cannot be blocked: DETACH of a task in a stopped group stops it again, so nothing is lost
-                Stop::Signal(_) | Stop::Group(_) | Stop::Trap => {}
-            }
-        }
-        let result = ptrace::registers(tid)?.ax;
-        let error = result as i64;
-        if (-4095..0).contains(&error) {
-            return Err(Error::Sys {
-                call,
-                source: std::io::Error::from_raw_os_error(i32::try_from(-error).unwrap_or(libc::EPROTO)),
-            });
-        }
-        Ok(result)
+        one_call(leader.tid(), &regs, call)
     }
 
     fn shared(&self) -> Result<&Shared> {

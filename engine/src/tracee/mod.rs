@@ -15,7 +15,37 @@ pub use stopped::{undo_winding, Held, Stopped};
 
 use std::time::Duration;
 
+use standstill_restorer::arch::Registers;
+
+use crate::error::{Error, Result};
+use crate::sys::ptrace::{self, Stop};
+
 /// How long a seized task may take to stop.
 pub const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// All signals that can be blocked.
 pub const ALL_SIGNALS: u64 = !0;
+
+/// One system call of a stopped task: `regs` hold its number and operands, and point to a system call instruction, behind
+/// which the task is stopped again. All of its signals are blocked then.
+pub(crate) fn one_call(tid: i32, regs: &Registers, call: &'static str) -> Result<u64> {
+    ptrace::set_registers(tid, regs)?;
+    ptrace::set_signal_mask(tid, ALL_SIGNALS)?;
+    let mut stops = 0;
+    while stops < 2 {
+        ptrace::cont_to_syscall(tid)?;
+        match ptrace::wait_stop(tid, STOP_LIMIT)? {
+            Stop::Syscall => stops += 1,
+            // SIGSTOP cannot be blocked: DETACH of a task in a stopped group stops it again, so nothing is lost
+            Stop::Signal(_) | Stop::Group(_) | Stop::Trap => {}
+        }
+    }
+    let result = ptrace::registers(tid)?.ax;
+    let error = result as i64;
+    if (-4095..0).contains(&error) {
+        return Err(Error::Sys {
+            call,
+            source: std::io::Error::from_raw_os_error(i32::try_from(-error).unwrap_or(libc::EPROTO)),
+        });
+    }
+    Ok(result)
+}
