@@ -194,22 +194,42 @@ fn seed() -> u64 {
 fn a_dump_killed_at_each_request() {
     let Some(()) = strace("a_dump_killed_at_each_request") else { return };
     let _alone = alone();
-    each_request_of_a_dump("storm", &[]);
+    each_request_of_a_dump("storm", "dump", &["-R"]);
+}
+
+#[test]
+fn a_pre_dump_killed_at_each_request() {
+    let Some(()) = strace("a_pre_dump_killed_at_each_request") else { return };
+    let _alone = alone();
+    each_request_of_a_dump("storm", "pre-dump", &[]);
 }
 
 #[test]
 fn a_dump_of_connections_killed_at_each_request() {
     let Some(()) = strace("a_dump_of_connections_killed_at_each_request") else { return };
     let _alone = alone();
-    each_request_of_a_dump("tcp_streams", &["--tcp-established", "--network-lock", "nftables"]);
+    each_request_of_a_dump("tcp_streams", "dump", &["-R", "--tcp-established", "--network-lock", "nftables"]);
 }
 
-fn each_request_of_a_dump(guest: &str, options: &[&str]) {
+/// Ends what a pre-dump that was complete has left running on purpose: the next one has to make it again.
+fn untrack(images: &Path, pid: &str) {
+    let mut command = Engine::ours().command("untrack", images, &["-t", pid]);
+    let output = process::run(&mut command, Duration::from_secs(60));
+    assert!(output.is_ok_and(|o| o.code.is_some()), "untrack did not end");
+}
+
+/// How many descriptors a program has.
+fn descriptors(pid: &str) -> usize {
+    fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
+}
+
+fn each_request_of_a_dump(guest: &str, verb: &str, options: &[&str]) {
     let watch = Watch::start(guest);
     let images = watch.run.images("images");
     fs::create_dir_all(&images).unwrap_or_else(|e| panic!("{e}"));
     let pid = watch.run.pid.to_string();
-    let dump = Engine::ours().command("dump", &images, &[&["-R", "-t", &pid][..], options].concat());
+    let dump = Engine::ours().command(verb, &images, &[&["-t", &pid][..], options].concat());
+    let open = descriptors(&pid);
     let trace = watch.run.folder.join("strace");
     // how many there are differs a little from run to run
     let mut whole = 0;
@@ -219,6 +239,11 @@ fn each_request_of_a_dump(guest: &str, options: &[&str]) {
         assert!(n < 5000, "a dump of one process does not need {n} requests");
         if !killed_at(n, &dump, &trace) {
             whole += 1;
+        }
+        if verb == "pre-dump" {
+            untrack(&images, &pid);
+            // the executor closes what it opened within the time in which it sees that its engine is dead
+            assert!(within(Duration::from_secs(5), || descriptors(&pid) == open), "request {n}: a descriptor is left");
         }
         watch.check(&format!("killed at request {n}"));
     }
