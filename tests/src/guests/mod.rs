@@ -79,6 +79,8 @@ pub struct Guest {
     pub alone_in_network: bool,
     /// How many dumps in a row it is to survive when it is left running.
     pub dumps: u32,
+    /// Its processes come and go: who is missing may have ended.
+    pub restless: bool,
 }
 
 const fn guest(name: &'static str, run: fn()) -> Guest {
@@ -92,6 +94,7 @@ const fn guest(name: &'static str, run: fn()) -> Guest {
         changes: None,
         alone_in_network: false,
         dumps: 2,
+        restless: false,
     }
 }
 
@@ -113,6 +116,9 @@ impl Guest {
     }
     const fn alone_in_network(self) -> Guest {
         Guest { alone_in_network: true, ..self }
+    }
+    const fn restless(self) -> Guest {
+        Guest { restless: true, ..self }
     }
     const fn dumps(self, dumps: u32) -> Guest {
         Guest { dumps, ..self }
@@ -216,7 +222,7 @@ pub const ALL: &[Guest] = &[
     guest("timers_posix", timers::posix),
     guest("track_exec", track::exec).changes(WRITES),
     guest("track_file", track::of_file).changes(WRITES),
-    guest("track_forked", track::forked).changes(WRITES),
+    guest("track_forked", track::forked).changes(WRITES).restless(),
     guest("track_given_back", track::given_back).changes(WRITES),
     guest("track_huge", track::huge).changes(WRITES),
     guest("track_moved", track::moved).changes(WRITES),
