@@ -406,7 +406,9 @@ impl Drain {
 /// Writes pages, but for those of zeros, which stay holes in the file.
 fn write_content(file: &File, pages: &[u8], offset: u64) -> Result<()> {
     const SIZE: usize = PAGE as usize;
-    let is_zero = |n: usize| pages[n * SIZE..(n + 1) * SIZE] == [0; SIZE];
+    static ZEROS: [u8; SIZE] = [0; SIZE];
+    // most pages differ in their first bytes
+    let is_zero = |n: usize| pages[n * SIZE..(n + 1) * SIZE] == ZEROS[..];
     let count = pages.len() / SIZE;
     let mut from = 0;
     while from < count {

@@ -70,9 +70,13 @@ impl Lock {
         Lock { method, table: table_of(run), way: None }
     }
 
-    /// How connections are locked: not always as was asked for.
+    /// How connections are locked: not always as was asked for, and not at all where there are none. A restore then has
+    /// nothing to lift: even a table that is not there takes the kernel some ten milliseconds.
     pub fn method(&self) -> NetworkLock {
-        self.method
+        match self.way {
+            Some(_) => self.method,
+            None => NetworkLock::Skip,
+        }
     }
 
     /// Says that connections will be locked, before the guard hears of anything else.
