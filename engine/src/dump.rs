@@ -129,8 +129,11 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images) -> Resu
     refuse_gpus(&tasks)?;
     refuse_locks(opts, &tasks)?;
     let run = run_id();
-    let tracked = is_tracked(root, &tasks)?;
     let mut tracking = begin_tracking(opts, root, heads.first().map(|h| &h.3), images)?;
+    let tracked = match &tracking {
+        Some(tracking) => tracking.has_holder(),
+        None => is_tracked(root, &tasks)?,
+    };
     // what `files` undoes when it is dropped must be undone before any of these goes on
     let mut infected = Vec::with_capacity(tasks.len());
     let mut files =

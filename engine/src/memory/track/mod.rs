@@ -24,6 +24,7 @@ pub mod holder;
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use standstill_images::pages::PageMap;
 use standstill_images::proto::InventoryEntry;
@@ -81,12 +82,15 @@ pub fn is_ours(root: i32) -> Result<bool> {
     Ok(Holder::find(root)?.is_some())
 }
 
-/// The marks that this kernel can give.
+/// The marks that this kernel can give; it is asked once.
 pub fn available() -> Option<Marks> {
-    if uffd::knows_asynchronous() && super::scan::knows_scan() {
-        return Some(Marks::Protection);
-    }
-    probe::soft_dirty().is_ok().then_some(Marks::SoftDirty)
+    static KNOWN: OnceLock<Option<Marks>> = OnceLock::new();
+    *KNOWN.get_or_init(|| {
+        if uffd::knows_asynchronous() && super::scan::knows_scan() {
+            return Some(Marks::Protection);
+        }
+        probe::soft_dirty().is_ok().then_some(Marks::SoftDirty)
+    })
 }
 
 impl Tracking {
@@ -124,6 +128,11 @@ impl Tracking {
             holder.set_run("")?;
         }
         Ok(Tracking { root: (root, stat.starttime), marks, holder, watched, parent: trusted, again, grown: false })
+    }
+
+    /// Whether an earlier pass of ours set a watch that still is.
+    pub fn has_holder(&self) -> bool {
+        self.holder.is_some()
     }
 
     /// Whether the memory of a process can be watched only after [`Tracking::watch`].
