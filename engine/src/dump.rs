@@ -4,12 +4,13 @@
 //! changed) → put the executor in → ask → write metadata while pages are copied → inventory last → take the executor out
 //! → kill, stop or let go.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 use standstill_images::proto::{
-    FsEntry, MmEntry, PstreeEntry, SeccompEntry, SeccompFilter, TaskKobjIdsEntry, VmaEntry,
+    FsEntry, InventoryEntry, MmEntry, PstreeEntry, SeccompEntry, SeccompFilter, TaskKobjIdsEntry, VmaEntry,
 };
 use standstill_images::{ImageKind, Images};
 
@@ -34,12 +35,14 @@ use crate::tracee::{Answers, Infected, Stopped};
 mod entries;
 mod reading;
 mod setup;
+mod snapshot;
 
 use entries::{dump_files, inventory, pstree_entry, set_filter, write_clocks};
 pub(crate) use entries::{ns_pid, run_id};
 use reading::read;
 pub(crate) use reading::{code_ends, read_vdso, suspend_seccomp_and_settle};
 pub(crate) use setup::{open_images, remove_old_images, with_own_thread, Workers};
+use snapshot::Ahead;
 
 /// What a dump did.
 #[derive(Debug, Clone, Copy, Default)]
@@ -96,15 +99,29 @@ pub fn run(opts: &Options) -> Result<DumpReport> {
 pub fn run_with(opts: &Options, stages: &Stages<'_>) -> Result<DumpReport> {
     opts.refuse_unsupported().map_err(|e| Error::Usage { what: e.to_string() })?;
     let root = opts.required_pid().map_err(|e| Error::Usage { what: e.to_string() })?;
+    if opts.snapshot && opts.final_state != FinalState::Run {
+        return Err(Error::Usage { what: "--snapshot is of a tree that goes on: add --leave-running".into() });
+    }
     let images = open_images(opts)?;
-    with_own_thread(|| dump(opts, stages, root, &images))
+    with_own_thread(|| match dump(opts, stages, root, &images, true) {
+        Err(e) if matches!(e.cause(), Error::Moving) => {
+            tracing::info!("{e}: once more, with all read in the freeze");
+            dump(opts, stages, root, &images, false)
+        }
+        result => result,
+    })
 }
 
-fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images) -> Result<DumpReport> {
+/// `ahead`: a snapshot may read flags of areas before the freeze.
+fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: bool) -> Result<DumpReport> {
     let mut phases = Phases::start(Verb::Dump, opts)?;
     stages.reach(Stage::PreDump, Some(root))?;
     let workers = Workers::new(opts)?;
-    remove_old_images(images)?;
+    remove_old_images(opts, images)?;
+    let mut ahead = if opts.snapshot { Some(Ahead::copy(opts, root, ahead, phases.counter())?) } else { None };
+    if ahead.is_some() {
+        phases.mark("ahead");
+    }
     let robust = RobustList::new()?;
     let guard = Guard::new(&robust);
     let frozen = freeze::freeze(root, Duration::from_secs(u64::from(opts.timeout)))?;
@@ -122,16 +139,19 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images) -> Resu
         threads.push(f.threads);
     }
     let statuses = suspend_seccomp_and_settle(opts, &mut threads, &workers)?;
-    let mut tasks = read(&heads, &threads, statuses, &workers)?;
+    let mut tasks = read(&heads, &threads, statuses, ahead.as_ref().and_then(|a| a.flags.as_ref()), &workers)?;
     check_session(opts, &tasks)?;
     let mut numbers = ids::Ids::new()?;
     give_ids(&mut tasks, &mut numbers)?;
     refuse_gpus(&tasks)?;
     refuse_locks(opts, &tasks)?;
     let run = run_id();
-    let mut tracking = begin_tracking(opts, root, heads.first().map(|h| &h.3), images)?;
+    let mut tracking = match ahead.as_mut().and_then(|ahead| ahead.tracking(opts)) {
+        Some(tracking) => Some(tracking),
+        None => begin_tracking(opts, root, heads.first().map(|h| &h.3), images)?,
+    };
     let tracked = match &tracking {
-        Some(tracking) => tracking.has_holder(),
+        Some(tracking) => tracking.has_watch(),
         None => is_tracked(root, &tasks)?,
     };
     // what `files` undoes when it is dropped must be undone before any of these goes on
@@ -280,15 +300,15 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images) -> Resu
     let scanned: u64 = drains.iter().map(|d| d.0.scanned).sum();
     let in_parent: u64 = drains.iter().map(|d| d.0.in_parent).sum();
     drop(drains);
-    let mut inventory = inventory(opts, numbers.root, netlock::number(files.lock.method()), &run);
-    inventory.dump_uptime = tracking.as_ref().map(|_| track::uptime());
-    images.write_one(ImageKind::Inventory, (), &inventory)?;
-    images.commit()?;
-    if opts.auto_dedup {
-        dedup::free_in_parents(images)?;
+    let inventory = InventoryEntry {
+        dump_uptime: tracking.as_ref().map(|_| track::uptime()),
+        ..inventory(opts, numbers.root, netlock::number(files.lock.method()), &run)
+    };
+    if ahead.is_none() {
+        complete(opts, images, &inventory)?;
+        phases.mark("inventory");
+        stages.reach(Stage::PostDump, Some(root))?;
     }
-    phases.mark("inventory");
-    stages.reach(Stage::PostDump, Some(root))?;
 
     let alive: Vec<i32> = infected.iter().map(Infected::pid).collect();
     match opts.final_state {
@@ -307,14 +327,35 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images) -> Resu
     }
     let frozen = frozen_at.elapsed();
     phases.mark("ending");
+    if let Some(ahead) = &ahead {
+        ahead.confirm(&alive)?;
+        complete(opts, images, &inventory)?;
+        phases.mark("inventory");
+        stages.reach(Stage::PostDump, Some(root))?;
+    }
     if let Some(tracking) = tracking {
         tracking.keep(&run)?;
     }
-    let (pages, shared_pages) = (pages.into_inner(), shared.into_inner());
+    let (mut pages, shared_pages) = (pages.into_inner(), shared.into_inner());
+    let (mut frozen, mut in_parent) = (frozen, in_parent);
+    if let Some(mut ahead) = ahead {
+        ahead.keep(images)?;
+        (frozen, pages, in_parent) = (frozen + ahead.frozen, pages + ahead.pages, ahead.in_parent);
+    }
     let report = DumpReport { frozen, total: phases.total(), pages, in_parent, shared_pages, tasks: alive.len() };
     crate::stats::write_dump(opts, &phases, &report, scanned, shared_scanned)?;
     phases.finish();
     Ok(report)
+}
+
+/// From here on the images are a checkpoint.
+fn complete(opts: &Options, images: &Images, inventory: &InventoryEntry) -> Result<()> {
+    images.write_one(ImageKind::Inventory, (), inventory)?;
+    images.commit()?;
+    if opts.auto_dedup {
+        dedup::free_in_parents(images)?;
+    }
+    Ok(())
 }
 
 /// Finds the pages of all tasks that must be stored, side by side; in the order of the tasks that live.
@@ -335,12 +376,12 @@ fn plan_memory(
             tracking.register(pid, &alive.facts.areas).task(pid)?;
         }
         let pointers: Vec<u64> = host.threads().iter().map(|t| t.registers.sp).collect();
-        all.push((pid, ns_pid(pid, Some(alive.facts.status()))?, &mut alive.mm.vmas, pointers));
+        all.push((pid, ns_pid(pid, Some(alive.facts.status()))?, &mut alive.mm.vmas, pointers, host.area().range()));
     }
     let tracking = tracking.as_deref();
-    let one = |(pid, id, vmas, pointers): &mut (i32, u32, &mut Vec<VmaEntry>, Vec<u64>)| {
+    let one = |(pid, id, vmas, pointers, ours): &mut (i32, u32, &mut Vec<VmaEntry>, Vec<u64>, Range<u64>)| {
         let marks = tracking.map(|t| t.marks(*pid, *id)).transpose()?.flatten();
-        let drain = drain::plan(*pid, vmas, pointers, family, marks.as_ref()).task(*pid)?;
+        let drain = drain::plan(*pid, vmas, pointers, family, marks.as_ref(), ours.clone()).task(*pid)?;
         tracking.map_or(Ok(()), |t| t.clear(*pid))?;
         Ok(drain)
     };

@@ -119,6 +119,9 @@ pub enum Error {
     /// A task ended or fled while it was worked on.
     #[error("the task ended meanwhile")]
     Gone,
+    /// Flags of memory areas were changed while a snapshot was taken, for which they are read ahead.
+    #[error("the flags of memory areas changed while the snapshot was taken")]
+    Moving,
     /// Something took longer than it may.
     #[error("{what} did not happen within {seconds} s")]
     Timeout {
@@ -156,6 +159,7 @@ impl Error {
             Error::Stage { .. } => libc::ECANCELED,
             Error::Timeout { .. } => libc::ETIMEDOUT,
             Error::Interrupted => libc::EINTR,
+            Error::Moving => libc::EAGAIN,
             Error::Proc(_) | Error::Image(_) | Error::Lie { .. } | Error::Usage { .. } | Error::Changed { .. } => {
                 libc::EINVAL
             }

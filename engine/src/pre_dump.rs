@@ -1,8 +1,9 @@
 //! A pre-dump: the private memory of a tree, taken while it runs, for a later dump to build on.
 //!
-//! freeze → find the pages that were written since the last pass, and mark all → let go → copy pages while the program
-//! runs → inventory last → keep the marks. What the program writes after the marks were set is written, whatever of it was
-//! copied, and the next pass takes it again. A pre-dump cannot be restored by itself.
+//! freeze → put all areas under watch → let go → find the pages that were written since the last pass, and mark all →
+//! copy pages while the program runs → inventory last → keep the marks. What the program writes after a page was marked is
+//! written, whatever of it was copied, and the next pass takes it again. (Soft-dirty bits are cleared for a whole task at
+//! once, so with those it is let go only after they are.) A pre-dump cannot be restored by itself.
 //!
 //! In the images: pagemap and pages of each process, the inventory with `pre_dump_mode`, `stats-dump`, the link `parent`.
 //! Descriptors and everything else are not looked at: what cannot be carried is refused by the dump.
@@ -21,7 +22,7 @@ use crate::memory::{areas, drain, Writing, PAGE};
 use crate::options::{FinalState, Options, Persona, PreDumpMode};
 use crate::plan::Plan;
 use crate::proc::maps::Vma;
-use crate::progress::Verb;
+use crate::progress::{Counter, Verb};
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::interrupt;
@@ -46,53 +47,85 @@ struct Task {
     areas: Vec<Vma>,
 }
 
+/// What one pass over the memory of a running tree has left.
+pub(crate) struct Pass {
+    /// Its marks.
+    pub(crate) tracking: Tracking,
+    /// The name of its images.
+    pub(crate) run: String,
+    /// How long the tree stood still, and what was copied.
+    pub(crate) report: DumpReport,
+    /// Its processes: pid, and when each began.
+    pub(crate) processes: Vec<(i32, u64)>,
+    scanned: u64,
+}
+
 fn pre_dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     let mut phases = Phases::start(Verb::PreDump, opts)?;
-    dump::remove_old_images(images)?;
+    dump::remove_old_images(opts, images)?;
+    let counter = phases.counter().clone();
+    let mut pass = pass(opts, root, images, None, &counter, &mut |phase| phases.mark(phase))?;
+    if opts.auto_dedup {
+        crate::memory::dedup::free_in_parents(images)?;
+    }
+    pass.tracking.keep(&pass.run)?;
+    phases.mark("inventory");
+    pass.report.total = phases.total();
+    crate::stats::write_dump(opts, &phases, &pass.report, pass.scanned, 0)?;
+    phases.finish();
+    Ok(pass.report)
+}
+
+/// Copies the memory that was written since the pass that `tracking` is of, or, without one, since the one that these images
+/// build on.
+pub(crate) fn pass(
+    opts: &Options,
+    root: i32,
+    images: &Images,
+    tracking: Option<Tracking>,
+    counter: &Counter,
+    mark: &mut dyn FnMut(&'static str),
+) -> Result<Pass> {
+    let began = Instant::now();
     let robust = RobustList::new()?;
     let frozen = freeze::freeze(root, Duration::from_secs(u64::from(opts.timeout)))?;
-    phases.mark("freezing");
+    mark("freezing");
     interrupt::check()?;
     let frozen_at = Instant::now();
     let (tasks, threads) = read(frozen)?;
-    phases.mark("reading");
+    mark("reading");
     let stat = tasks.first().map(|t| &t.stat);
-    let mut tracking = dump::begin_tracking(opts, root, stat, images)?.ok_or(Error::Gone)?;
-    let drains = scan(opts, &tasks, threads, &mut tracking, &robust)?;
-    let frozen = frozen_at.elapsed();
-    phases.mark("marking");
+    let mut tracking = match tracking {
+        Some(tracking) => tracking,
+        None => dump::begin_tracking(opts, root, stat, images)?.ok_or(Error::Gone)?,
+    };
+    let (mut drains, frozen) = scan(opts, &tasks, threads, &mut tracking, &robust, frozen_at)?;
+    mark("marking");
 
-    let mut drains = drains;
     let pages = AtomicU64::new(0);
     drains.iter_mut().for_each(|(drain, ..)| drain.released());
-    phases.counter().start("memory", drains.iter().map(|d| d.0.pages * PAGE).sum());
-    let writing = Writing { packed: opts.pages_per_block(), counter: phases.counter().clone() };
+    counter.start("memory", drains.iter().map(|d| d.0.pages * PAGE).sum());
+    let writing = Writing { packed: opts.pages_per_block(), counter: counter.clone() };
     drains.par_iter().try_for_each(|(drain, id, pages_id)| {
         pages.fetch_add(drain.pages, Ordering::Relaxed);
         drain.write(images, *id, *pages_id, None, &writing)
     })?;
-    phases.mark("memory");
+    mark("memory");
     interrupt::check()?;
     release::still_there(root)?;
     let run = dump::run_id();
     images.write_one(ImageKind::Inventory, (), &inventory(opts, &run)?)?;
     images.commit()?;
-    if opts.auto_dedup {
-        crate::memory::dedup::free_in_parents(images)?;
-    }
-    tracking.keep(&run)?;
-    phases.mark("inventory");
     let report = DumpReport {
         frozen,
-        total: phases.total(),
+        total: began.elapsed(),
         pages: pages.into_inner(),
         in_parent: drains.iter().map(|d| d.0.in_parent).sum(),
         shared_pages: 0,
         tasks: tasks.len(),
     };
-    crate::stats::write_dump(opts, &phases, &report, drains.iter().map(|d| d.0.scanned).sum(), 0)?;
-    phases.finish();
-    Ok(report)
+    let processes = tasks.iter().map(|t| (t.pid, t.stat.starttime)).collect();
+    Ok(Pass { tracking, run, report, processes, scanned: drains.iter().map(|d| d.0.scanned).sum() })
 }
 
 /// The areas of all living processes, side by side.
@@ -113,21 +146,21 @@ fn read(frozen: Vec<Frozen>) -> Result<(Vec<Task>, Vec<Vec<Stopped>>)> {
     frozen.into_iter().filter(|f| f.dead.is_none()).map(one).collect()
 }
 
-/// What is to be copied of each task. All tasks run again when this is done, however it ended.
+/// What is to be copied of each task, and how long the tree stood still. All tasks run again when this is done, however it
+/// ended. They do so before their pages are looked at, if looking at a page and marking it are one step.
 fn scan(
     opts: &Options,
     tasks: &[Task],
     mut threads: Vec<Vec<Stopped>>,
     tracking: &mut Tracking,
     robust: &RobustList,
-) -> Result<Vec<(drain::Drain, u32, u32)>> {
-    for task in tasks {
-        tracking.register(task.pid, &task.areas).task(task.pid)?;
-    }
+    frozen_at: Instant,
+) -> Result<(Vec<(drain::Drain, u32, u32)>, Duration)> {
     let mut infected = Vec::new();
     let mut free = Vec::new();
     for (task, stopped) in tasks.iter().zip(threads.iter_mut()) {
         let stopped = std::mem::take(stopped);
+        tracking.register(task.pid, &task.areas).task(task.pid)?;
         if tracking.needs_watch(task.pid, &task.stat) {
             infected.push((task, infect(opts, task, stopped, robust)?));
         } else {
@@ -138,18 +171,43 @@ fn scan(
         tracking.watch(host, &task.stat)?;
         tracking.register(task.pid, &task.areas).task(task.pid)?;
     }
-    let mut drains = Vec::with_capacity(tasks.len());
-    for (n, task) in tasks.iter().enumerate() {
+    let release = |infected: Vec<(&Task, Infected<'_>)>, free: Vec<Stopped>| {
+        finish::let_go(infected.into_iter().map(|(_, host)| host).collect(), false)?;
+        free.into_iter().try_for_each(Stopped::release)?;
+        Ok::<_, Error>(frozen_at.elapsed())
+    };
+    if tracking.marks_at_once() {
+        let frozen = release(infected, free)?;
+        tracking.tasks_run(true);
+        let drains = look(tasks, tracking);
+        tracking.tasks_run(false);
+        return Ok((drains?, frozen));
+    }
+    let drains = look(tasks, tracking)?;
+    Ok((drains, release(infected, free)?))
+}
+
+/// Finds the pages to copy, and marks all; tasks side by side.
+fn look(tasks: &[Task], tracking: &Tracking) -> Result<Vec<(drain::Drain, u32, u32)>> {
+    let one = |(n, task): (usize, &Task)| {
         let mut entries = task.areas.iter().filter_map(areas::outline).collect();
         let marks = tracking.marks(task.pid, task.id)?;
         let pages_id = u32::try_from(n + 1).map_err(|_| Error::Gone)?;
-        let drain = drain::plan(task.pid, &mut entries, &[], tasks.len() > 1, marks.as_ref()).task(task.pid)?;
-        tracking.clear(task.pid)?;
-        drains.push((drain, task.id, pages_id));
-    }
-    finish::let_go(infected.into_iter().map(|(_, host)| host).collect(), false)?;
-    free.into_iter().try_for_each(Stopped::release)?;
-    Ok(drains)
+        match drain::plan(task.pid, &mut entries, &[], tasks.len() > 1, marks.as_ref(), 0..0) {
+            Ok(drain) => {
+                tracking.clear(task.pid)?;
+                Ok(Some((drain, task.id, pages_id)))
+            }
+            // it has ended since it was let go
+            Err(_) if release::still_there(task.pid).is_err() => Ok(None),
+            Err(e) => Err(e).task(task.pid),
+        }
+    };
+    let all: Result<Vec<_>> = match tasks {
+        [only] => Ok(vec![one((0, only))?]),
+        _ => tasks.par_iter().enumerate().map(one).collect(),
+    };
+    Ok(all?.into_iter().flatten().collect())
 }
 
 /// The executor, for what only the task itself can make.

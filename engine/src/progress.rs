@@ -21,6 +21,7 @@ use crate::sys::calls;
 
 /// All phases: of what, name, and what happens in it. Logs, statistics and progress have their names from here.
 pub const PHASES: &[(Verb, &str, &str)] = &[
+    (Verb::Dump, "ahead", "copy memory while the tree runs (--snapshot)"),
     (Verb::Dump, "freezing", "find the tasks and stop them"),
     (Verb::Dump, "reading", "read /proc, sort files and areas"),
     (Verb::Dump, "infecting", "put the executor in"),

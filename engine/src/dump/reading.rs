@@ -11,7 +11,7 @@ use crate::proc::status::Status;
 use crate::sys::memory as remote;
 use crate::sys::ptrace;
 use crate::tasks::facts::{self, Facts};
-use crate::tasks::{freeze, leftovers, seccomp};
+use crate::tasks::{flags, freeze, leftovers, seccomp};
 use crate::tracee::Stopped;
 
 /// Filters are held off while the executor runs. The result is what /proc says of each thread.
@@ -62,18 +62,20 @@ fn leave_sequence(thread: &mut Stopped) -> Result<()> {
 
 pub(super) type Head = (i32, i32, Option<freeze::Dead>, crate::proc::stat::Stat);
 
-/// Reads /proc of all tasks, side by side.
+/// Reads /proc of all tasks, side by side. Flags of areas that were read ahead are not read again.
 pub(super) fn read(
     heads: &[Head],
     threads: &[Vec<Stopped>],
     statuses: Vec<Vec<Status>>,
+    ahead: Option<&flags::Ahead>,
     workers: &Workers,
 ) -> Result<Vec<Task>> {
     let one = |(head, statuses): (&Head, Vec<Status>)| {
         if head.2.is_some() {
             Ok(None)
         } else {
-            Facts::read(head.0, statuses).map(Some)
+            let areas = ahead.map(|flags| flags.of(head.0, head.3.starttime)).transpose()?.flatten();
+            Facts::read(head.0, statuses, areas).map(Some)
         }
     };
     let facts: Vec<Option<Facts>> = if heads.len() == 1 {

@@ -41,8 +41,9 @@ pub(crate) fn with_own_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) 
 
 /// An older checkpoint in the same folder is none any more: its inventory goes first, then all else of it, so that nothing
 /// of it can be taken for part of the new one. What is not an image stays.
-pub(crate) fn remove_old_images(images: &Images) -> Result<()> {
+pub(crate) fn remove_old_images(opts: &Options, images: &Images) -> Result<()> {
     images.remove(ImageKind::Inventory, ())?;
+    super::snapshot::remove_old(&opts.images_dir)?;
     for name in images.store().list()? {
         if name.ends_with(".img") && ImageKind::from_file_name(&name).is_some() {
             images.store().remove(&name)?;

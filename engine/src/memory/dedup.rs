@@ -16,10 +16,16 @@ use crate::error::{Call, Error, Result};
 
 /// Frees what the newest checkpoint replaces in all that it builds on; how many bytes.
 pub fn free_in_parents(images: &Images) -> Result<u64> {
+    free_in_some_parents(images, usize::MAX)
+}
+
+/// The same, in the nearest ones only.
+pub fn free_in_some_parents(images: &Images, nearest: usize) -> Result<u64> {
     let mut freed = 0;
     for (kind, id) in pagemaps(images)? {
         let map = PageMap::read(images, kind, id, PAGE)?;
-        let parents = parents(images, kind, id)?;
+        let mut parents = parents(images, kind, id)?;
+        parents.truncate(nearest);
         for run in map.runs().iter().filter(|r| matches!(r.place, Place::Pages(_))) {
             for layer in &parents {
                 freed += layer.free(run.address..run.end(PAGE))?;

@@ -4,13 +4,14 @@
 //! task with process_vm_readv(2) into a buffer that stays in the CPU's cache, and to its place in the file.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use rayon::prelude::*;
 use standstill_images::proto::{PagemapEntry, PagemapHead, VmaEntry};
 use standstill_images::{ImageKind, Images};
 
-use super::scan::Pagemap;
+use super::scan::{Pagemap, Protect};
 use super::track::TaskMarks;
 use super::{areas, compress, page, status, Writing, PAGE};
 use crate::error::{At, Call, Error, Place, Result};
@@ -71,12 +72,14 @@ struct Area {
 /// `vdso` is what the vdso held before we touched it: a copy of it is stored whole.
 /// `family`: other tasks of the tree may share its pages.
 /// `marks` tell which pages have changed; if it is said to them, pages are protected again.
+/// `ours` is where the executor is, between areas of the program.
 pub fn plan(
     pid: i32,
     entries: &mut Vec<VmaEntry>,
     stack_pointers: &[u64],
     family: bool,
     marks: Option<&TaskMarks<'_>>,
+    ours: Range<u64>,
 ) -> Result<Drain> {
     let family = if family { Some(remote::open_memory(pid)?) } else { None };
     let mut drain = Drain { pid, family, runs: Vec::new(), running: false, pages: 0, in_parent: 0, scanned: 0 };
@@ -106,10 +109,12 @@ pub fn plan(
             continue;
         }
         let marked = marks.is_some_and(|m| m.cover(e.start, e.end));
-        if !map.sees_gaps() || group.last().is_some_and(|a| a.marked != marked) {
+        let of_file = e.status & status::FILE_PRIVATE != 0 || huge;
+        let over_us = |a: &Area| a.run.address < ours.start && e.start >= ours.end;
+        if !map.sees_gaps() || group.last().is_some_and(|a| a.marked != marked || a.of_file != of_file || over_us(a)) {
             look(&mut map, &mut group, &mut drain.runs, &mut guards)?;
         }
-        group.push(Area { run, marked, of_file: e.status & status::FILE_PRIVATE != 0 });
+        group.push(Area { run, marked, of_file });
     }
     look(&mut map, &mut group, &mut drain.runs, &mut guards)?;
     for (start, end) in guards {
@@ -133,9 +138,9 @@ fn survey(
     let (Some(first), Some(last)) = (group.first(), group.last()) else { return Ok(()) };
     let (start, end) = (first.run.address, last.run.end());
     let marks = marks.filter(|_| first.marked);
-    let mut changed: Vec<(u64, u64)> = Vec::new();
+    let protect = marks.map_or(Protect::No, TaskMarks::protect);
     let mut at = 0;
-    let found = map.survey(start, end, marks.map(|m| m.marks), |found| {
+    let found = map.survey(start, end, first.of_file, marks.map(|m| m.marks), protect, |found| {
         let to = found.from + found.bytes;
         while group.get(at).is_some_and(|a| a.run.end() <= found.from) {
             at += 1;
@@ -145,10 +150,7 @@ fn survey(
             let mut add = |address, bytes, in_parent| runs.push(Run { address, bytes, in_parent, ..area.run });
             match marks {
                 _ if found.guard => guards.push((from, to)),
-                Some(_) if found.written || (area.of_file && found.swapped) => {
-                    changed.push((from, to));
-                    add(from, to - from, false);
-                }
+                Some(_) if found.written || (area.of_file && found.swapped) => add(from, to - from, false),
                 Some(marks) => marks.split(from, to - from, add),
                 None => add(from, to - from, false),
             }
@@ -156,15 +158,7 @@ fn survey(
     });
     found.at(Place::Area(start, end))?;
     group.clear();
-    if !marks.is_some_and(TaskMarks::protect) {
-        return Ok(());
-    }
-    // a few ranges one by one; many in one walk over all
-    if (changed.len() as u64) < (end - start) / PAGE / 64 {
-        changed.iter().try_for_each(|&(from, to)| map.protect(from, to)).at(Place::Area(start, end))
-    } else {
-        map.protect(start, end).at(Place::Area(start, end))
-    }
+    Ok(())
 }
 
 impl Drain {

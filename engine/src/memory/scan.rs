@@ -16,8 +16,10 @@ const SWAPPED: u64 = 1 << 4;
 const PFNZERO: u64 = 1 << 5;
 const SOFT_DIRTY: u64 = 1 << 7;
 const GUARD: u64 = 1 << 8;
-/// PM_SCAN_WP_MATCHING and PM_SCAN_CHECK_WPASYNC.
-const PROTECT: u64 = 1 | 2;
+/// PM_SCAN_WP_MATCHING: pages that are told and were written are protected, in one step.
+const PROTECT: u64 = 1;
+/// PM_SCAN_CHECK_WPASYNC: an area that cannot be protected is an error. Without it such areas are left out.
+const ALL: u64 = 2;
 const PAGEMAP_SCAN: u64 = 0xc060_6610;
 /// No more ranges at once than the kernel collects in one go: when it needs a second one that comes to the end, it says that
 /// it stopped where the first one did (6.7 to 6.18 at least), and the same ranges would come again.
@@ -30,6 +32,18 @@ pub enum Marks {
     Protection,
     /// The soft-dirty bit.
     SoftDirty,
+}
+
+/// Whether pages that were written are protected again while they are looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protect {
+    /// They are not.
+    No,
+    /// All of them: nobody changes the areas meanwhile.
+    All,
+    /// The task runs. What it mapped anew since its areas were registered is left out: nothing says of it that it was not
+    /// written, so the next pass takes it.
+    WhatIsWatched,
 }
 
 /// A range of pages.
@@ -84,20 +98,35 @@ impl Pagemap {
         !self.old_kernel
     }
 
-    /// Ranges of private pages with content, and those that MADV_GUARD_INSTALL made inaccessible. The zero page, and pages
+    /// Ranges of pages of private areas with content (`of_file`: of areas with files behind them, whose own pages are none), and those that MADV_GUARD_INSTALL made inaccessible. The zero page, and pages
     /// of the file behind the area, are no content. One range can belong to several areas that touch. Kernels before 6.15 do
-    /// not tell guards, and have none that count as swapped.
-    pub fn survey(&mut self, start: u64, end: u64, marks: Option<Marks>, mut take: impl FnMut(Found)) -> Result<()> {
+    /// not tell guards, and have none that count as swapped. With `protect`, no write is lost between what is told of a page
+    /// and its protection.
+    pub fn survey(
+        &mut self,
+        start: u64,
+        end: u64,
+        of_file: bool,
+        marks: Option<Marks>,
+        protect: Protect,
+        mut take: impl FnMut(Found),
+    ) -> Result<()> {
         let guard = if self.knows_guards { GUARD } else { 0 };
-        let nothing = PFNZERO | FILE;
+        // whether a page is of a file costs a look at the page itself: as much as all the rest many times over
+        let nothing = if of_file { PFNZERO | FILE } else { PFNZERO };
         let mark = match marks {
             Some(Marks::Protection) => WRITTEN | SWAPPED,
             Some(Marks::SoftDirty) => SOFT_DIRTY | SWAPPED,
             None => 0,
         };
         // of what is told there must be something
-        let told = if guard | mark == 0 { FILE } else { guard | mark };
-        let query = Query { flags: 0, inverted: nothing, mask: nothing, any: PRESENT | SWAPPED | guard, told };
+        let told = if guard | mark == 0 { PFNZERO } else { guard | mark };
+        let flags = match protect {
+            Protect::No => 0,
+            Protect::All => PROTECT | ALL,
+            Protect::WhatIsWatched => PROTECT,
+        };
+        let query = Query { flags, inverted: nothing, mask: nothing, any: PRESENT | SWAPPED | guard, told };
         self.scan(start, end, query, |from, bytes, categories| {
             take(Found {
                 from,
@@ -109,24 +138,25 @@ impl Pagemap {
         })
     }
 
-    /// Protects the pages of a registered range that are there and were written; those that are not there need none, since
-    /// they will come without.
-    pub fn protect(&mut self, start: u64, end: u64) -> Result<()> {
-        let query = Query { flags: PROTECT, mask: WRITTEN, any: PRESENT | SWAPPED, ..Query::default() };
-        self.scan(start, end, query, |_, _, _| {})
+    /// How many pages were written since the last pass, about: those of files count too.
+    pub fn written(&mut self, start: u64, end: u64) -> Result<u64> {
+        let query =
+            Query { flags: 0, inverted: PFNZERO, mask: PFNZERO | WRITTEN, any: PRESENT | SWAPPED, told: WRITTEN };
+        let mut bytes = 0;
+        self.scan(start, end, query, |_, n, _| bytes += n)?;
+        Ok(bytes / PAGE)
     }
 
     /// Calls `take` with ranges and what is told of them.
     fn scan(&mut self, start: u64, end: u64, query: Query, mut take: impl FnMut(u64, u64, u64)) -> Result<()> {
         let mut at = start;
-        let room = if query.told == 0 { 0 } else { BATCH };
         // what was told is not told again, whatever the kernel says
         let mut seen = start;
         while at < end {
             if self.old_kernel {
                 return self.read(at, end, query.told, take);
             }
-            let vector = if room == 0 { 0 } else { self.regions.as_mut_ptr() as u64 };
+            let vector = self.regions.as_mut_ptr() as u64;
             // struct pm_scan_arg
             let words = [
                 96,
@@ -135,7 +165,7 @@ impl Pagemap {
                 end,
                 0,
                 vector,
-                room as u64,
+                BATCH as u64,
                 0,
                 query.inverted,
                 query.mask,
@@ -144,7 +174,7 @@ impl Pagemap {
             ];
             let mut arg: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
             let n = match calls::ioctl(self.file.as_fd(), "ioctl(PAGEMAP_SCAN)", PAGEMAP_SCAN, &mut arg) {
-                Ok(n) => usize::try_from(n).unwrap_or(0).min(room),
+                Ok(n) => usize::try_from(n).unwrap_or(0).min(BATCH),
                 Err(e) if e.errno() == libc::ENOTTY && query.flags == 0 => {
                     self.old_kernel = true;
                     continue;
@@ -158,7 +188,7 @@ impl Pagemap {
                     seen = to;
                 }
             }
-            if n < BATCH && room > 0 {
+            if n < BATCH {
                 return Ok(());
             }
             let walked = word(&arg, 4).max(seen);

@@ -57,5 +57,4 @@ pub const REFUSALS: &[Refusal] = &[
     refuse("libdir", |o| o.libdir.is_some(), "there are no plugins"),
     refuse("force-irmap", |o| o.force_irmap, "watched files are found by their handles only"),
     refuse("irmap-scan-path", |o| !o.irmap_scan_paths.is_empty(), "watched files are found by their handles only"),
-    refuse("snapshot", |o| o.snapshot, "not done yet; use --leave-running"),
 ];

@@ -294,6 +294,12 @@ impl VmFlags {
         self.0 & other.0 == other.0
     }
 
+    /// All but those of `other`.
+    #[must_use]
+    pub const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+
     /// True if one of `other` is set.
     #[must_use]
     pub const fn intersects(self, other: Self) -> bool {

@@ -55,12 +55,13 @@ impl Facts {
         &self.threads[0].status
     }
 
-    /// Reads everything that `statuses` do not say; these are of all threads, leader first.
-    pub fn read(pid: i32, statuses: Vec<Status>) -> Result<Facts> {
-        Facts::read_here(pid, statuses).task(pid)
+    /// Reads everything that `statuses` do not say; these are of all threads, leader first. `areas` are the process's, with
+    /// their flags, if someone knows them.
+    pub fn read(pid: i32, statuses: Vec<Status>, areas: Option<Vec<Vma>>) -> Result<Facts> {
+        Facts::read_here(pid, statuses, areas).task(pid)
     }
 
-    fn read_here(pid: i32, statuses: Vec<Status>) -> Result<Facts> {
+    fn read_here(pid: i32, statuses: Vec<Status>, areas: Option<Vec<Vma>>) -> Result<Facts> {
         let mut buf = Vec::with_capacity(64 << 10);
         let pidfd = calls::pidfd_open(pid, 0)?;
         let mut threads = Vec::with_capacity(statuses.len());
@@ -76,8 +77,13 @@ impl Facts {
                 .call("read")
                 .at(Place::Path(format!("/proc/{pid}/{name}").into()))
         };
-        file("smaps", &mut buf)?;
-        let areas = proc::maps::parse(&buf)?;
+        let areas = match areas {
+            Some(areas) => areas,
+            None => {
+                file("smaps", &mut buf)?;
+                proc::maps::parse(&buf)?
+            }
+        };
         file("limits", &mut buf)?;
         let limits = proc::limits::parse(&buf)?.to_vec();
         file("auxv", &mut buf)?;

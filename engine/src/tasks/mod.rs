@@ -4,6 +4,7 @@ pub mod core;
 pub mod creds;
 pub mod facts;
 pub mod finish;
+pub mod flags;
 pub mod freeze;
 pub mod ids;
 pub mod leftovers;

@@ -54,6 +54,10 @@ impl Area {
         area.len = area.slot(threads).next_multiple_of(PAGE);
         area
     }
+    /// Where it is in the task.
+    pub fn range(&self) -> std::ops::Range<u64> {
+        self.address..self.address + self.len as u64
+    }
     fn stub(&self, thread: usize) -> usize {
         BLOB.len().next_multiple_of(64) + thread * STUB_SIZE
     }

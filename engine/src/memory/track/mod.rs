@@ -30,7 +30,7 @@ use standstill_images::pages::PageMap;
 use standstill_images::proto::InventoryEntry;
 use standstill_images::{ImageKind, Images};
 
-use super::scan::Marks;
+use super::scan::{Marks, Protect};
 use super::PAGE;
 use crate::error::{At, Call, Error, Result};
 use crate::proc::maps::{VmFlags, Vma, VmaName};
@@ -51,6 +51,8 @@ pub struct Tracking {
     parent: Option<Images>,
     /// Pages are marked again, for the next pass.
     again: bool,
+    /// The tasks run while their pages are looked at.
+    running: bool,
     grown: bool,
 }
 
@@ -69,7 +71,7 @@ pub struct TaskMarks<'a> {
     pub marks: Marks,
     areas: Option<&'a [Range<u64>]>,
     parent: Option<PageMap>,
-    again: bool,
+    protect: Protect,
 }
 
 /// Ends the tracking of the tree whose root is `pid`; whether there was one.
@@ -127,12 +129,48 @@ impl Tracking {
         if let Some(holder) = holder.as_mut().filter(|_| again) {
             holder.set_run("")?;
         }
-        Ok(Tracking { root: (root, stat.starttime), marks, holder, watched, parent: trusted, again, grown: false })
+        Ok(Tracking {
+            root: (root, stat.starttime),
+            marks,
+            holder,
+            watched,
+            parent: trusted,
+            again,
+            running: false,
+            grown: false,
+        })
+    }
+
+    /// Whether a page is looked at and marked in one step, so that the tasks can run meanwhile.
+    pub fn marks_at_once(&self) -> bool {
+        self.marks != Some(Marks::SoftDirty)
+    }
+
+    /// Whether the tasks run from now on.
+    pub fn tasks_run(&mut self, running: bool) {
+        self.running = running;
+    }
+
+    /// A pass is complete, and these are its images: the next one builds on them. `again` marks pages for one after that.
+    pub fn follow(&mut self, images: Option<Images>, again: bool) {
+        self.parent = images.filter(|_| self.marks.is_some());
+        self.again = again;
+    }
+
+    /// How many pages were written since the last pass, of those that are watched; `None` if only a stopped tree can tell.
+    pub fn written(&self) -> Option<u64> {
+        let Some(Marks::Protection) = self.marks else { return None };
+        let one = |(pid, watched): (&i32, &Watched)| {
+            let mut map = super::scan::Pagemap::open(*pid).ok()?;
+            watched.areas.iter().map(|area| map.written(area.start, area.end).ok()).sum::<Option<u64>>()
+        };
+        // who is gone by now has nothing to copy
+        Some(self.watched.iter().filter_map(one).sum())
     }
 
     /// Whether an earlier pass of ours set a watch that still is.
-    pub fn has_holder(&self) -> bool {
-        self.holder.is_some()
+    pub fn has_watch(&self) -> bool {
+        self.holder.is_some() || !self.watched.is_empty()
     }
 
     /// Whether the memory of a process can be watched only after [`Tracking::watch`].
@@ -195,7 +233,12 @@ impl Tracking {
             }
             _ => None,
         };
-        Ok(Some(TaskMarks { marks, areas, parent, again: self.again }))
+        let protect = match (marks, self.again, self.running) {
+            (Marks::SoftDirty, ..) | (_, false, _) => Protect::No,
+            (Marks::Protection, true, false) => Protect::All,
+            (Marks::Protection, true, true) => Protect::WhatIsWatched,
+        };
+        Ok(Some(TaskMarks { marks, areas, parent, protect }))
     }
 
     /// Clears the soft-dirty bits of a task, all at once.
@@ -254,8 +297,8 @@ impl TaskMarks<'_> {
     }
 
     /// Whether pages are to be protected again.
-    pub fn protect(&self) -> bool {
-        self.again && self.marks == Marks::Protection
+    pub fn protect(&self) -> Protect {
+        self.protect
     }
 }
 
