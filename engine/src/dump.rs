@@ -42,7 +42,7 @@ pub(crate) use entries::{ns_pid, run_id};
 use reading::read;
 pub(crate) use reading::{code_ends, read_vdso, suspend_seccomp_and_settle};
 pub(crate) use setup::{open_images, remove_old_images, with_own_thread, Workers};
-use snapshot::Ahead;
+use snapshot::{Ahead, Copies};
 
 /// What a dump did.
 #[derive(Debug, Clone, Copy, Default)]
@@ -124,7 +124,8 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     }
     let robust = RobustList::new()?;
     let guard = Guard::new(&robust);
-    let frozen = freeze::freeze(root, Duration::from_secs(u64::from(opts.timeout)))?;
+    let mut frozen = freeze::freeze(root, Duration::from_secs(u64::from(opts.timeout)))?;
+    let leftover = leftovers::take_copies(&mut frozen)?;
     phases.mark("freezing");
     interrupt::check()?;
     let frozen_at = Instant::now();
@@ -181,7 +182,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
             in_threads.push(core::ask_thread(&mut plan));
             if i == 0 {
                 host.name_area(&mut plan);
-                leftovers::remove(&alive.facts.areas, &mut plan);
+                leftovers::remove(task.pid, &alive.facts.areas, &leftover, &mut plan);
                 in_task = Some(core::ask_task(&alive.facts, &mut plan));
             }
             plans.push(plan);
@@ -254,7 +255,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
                 images.write_one(ImageKind::Mm, pid, &alive.mm)?;
                 images.write_one(ImageKind::Fs, pid, &alive.fs)?;
                 images.write_one(ImageKind::Ids, pid, &alive.ids)?;
-                drains.push((drain, pid, files.next_pages_id(), alive.vdso.as_ref()));
+                drains.push((drain, pid, files.next_pages_id(), alive.vdso.take()));
                 written.pstree.push(pstree_entry(
                     &task.stat,
                     task.pid,
@@ -269,17 +270,30 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
         images.write_entries(ImageKind::Fdinfo, files_id, entries)?;
     }
     phases.mark("metadata");
+    let mut copies = Copies::new(opts, root, &robust);
+    if ahead.is_some() && drains.iter().map(|d| d.0.pages).sum::<u64>() > snapshot::FEW {
+        let alive = tasks.iter().filter_map(|t| match &t.kind {
+            Kind::Alive(alive) => Some(alive),
+            Kind::Dead(_) => None,
+        });
+        for ((host, alive), (drain, ..)) in infected.iter_mut().zip(alive).zip(&mut drains) {
+            copies.make(host, &alive.facts, drain);
+        }
+        phases.mark("copying");
+    }
     let pages = AtomicU64::new(0);
     let jobs = memfd::jobs(&mut files);
     let private: u64 = drains.iter().map(|d| d.0.pages * memory::PAGE).sum();
     let shared_scanned = jobs.iter().map(|job| job.size().div_ceil(memory::PAGE)).sum::<u64>();
     phases.counter().start("memory", private + shared_scanned * memory::PAGE);
     let writing = Writing { packed: opts.pages_per_block(), counter: phases.counter().clone() };
-    workers.each(&drains, |(drain, pid, pages_id, vdso)| {
+    let write = |(drain, pid, pages_id, vdso): &&(drain::Drain, u32, u32, Option<(u64, Vec<u8>)>)| {
         pages.fetch_add(drain.pages, Ordering::Relaxed);
-        let vdso = vdso.map(|(at, bytes)| (*at, bytes.as_slice()));
+        let vdso = vdso.as_ref().map(|(at, bytes)| (*at, bytes.as_slice()));
         drain.write(images, *pid, *pages_id, vdso, &writing)
-    })?;
+    };
+    let (late, now): (Vec<_>, Vec<_>) = drains.iter().partition(|d| d.0.can_wait());
+    workers.each(&now, write)?;
     let shared = AtomicU64::new(0);
     workers.each(&jobs, |job| {
         let bytes = job.run(images, &writing)?;
@@ -299,7 +313,6 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     write_clocks(images, time_ns, &numbers, written.clocks)?;
     let scanned: u64 = drains.iter().map(|d| d.0.scanned).sum();
     let in_parent: u64 = drains.iter().map(|d| d.0.in_parent).sum();
-    drop(drains);
     let inventory = InventoryEntry {
         dump_uptime: tracking.as_ref().map(|_| track::uptime()),
         ..inventory(opts, numbers.root, netlock::number(files.lock.method()), &run)
@@ -327,7 +340,14 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     }
     let frozen = frozen_at.elapsed();
     phases.mark("ending");
+    let mut frozen = frozen;
     if let Some(ahead) = &ahead {
+        if !late.is_empty() {
+            workers.each(&late, write)?;
+            interrupt::check()?;
+            phases.mark("memory");
+            frozen += copies.end()?;
+        }
         ahead.confirm(&alive)?;
         complete(opts, images, &inventory)?;
         phases.mark("inventory");
@@ -337,7 +357,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
         tracking.keep(&run)?;
     }
     let (mut pages, shared_pages) = (pages.into_inner(), shared.into_inner());
-    let (mut frozen, mut in_parent) = (frozen, in_parent);
+    let mut in_parent = in_parent;
     if let Some(mut ahead) = ahead {
         ahead.keep(images)?;
         (frozen, pages, in_parent) = (frozen + ahead.frozen, pages + ahead.pages, ahead.in_parent);

@@ -18,7 +18,7 @@ use standstill_images::{ImageKind, Images};
 use crate::dump::{self, DumpReport};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::memory::track::{self, Tracking};
-use crate::memory::{areas, drain, Writing, PAGE};
+use crate::memory::{areas as vmas, drain, Writing, PAGE};
 use crate::options::{FinalState, Options, Persona, PreDumpMode};
 use crate::plan::Plan;
 use crate::proc::maps::Vma;
@@ -27,7 +27,7 @@ use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::interrupt;
 use crate::tasks::freeze::{self, Frozen};
-use crate::tasks::{finish, ids, leftovers, release};
+use crate::tasks::{finish, flags, ids, leftovers, release};
 use crate::tracee::{Infected, Stopped};
 
 /// Takes the memory of the tree below `opts.pid`, which goes on.
@@ -88,7 +88,8 @@ pub(crate) fn pass(
 ) -> Result<Pass> {
     let began = Instant::now();
     let robust = RobustList::new()?;
-    let frozen = freeze::freeze(root, Duration::from_secs(u64::from(opts.timeout)))?;
+    let mut frozen = freeze::freeze(root, Duration::from_secs(u64::from(opts.timeout)))?;
+    let copies = leftovers::take_copies(&mut frozen)?;
     mark("freezing");
     interrupt::check()?;
     let frozen_at = Instant::now();
@@ -99,7 +100,7 @@ pub(crate) fn pass(
         Some(tracking) => tracking,
         None => dump::begin_tracking(opts, root, stat, images)?.ok_or(Error::Gone)?,
     };
-    let (mut drains, frozen) = scan(opts, &tasks, threads, &mut tracking, &robust, frozen_at)?;
+    let (mut drains, frozen) = scan(opts, &tasks, threads, &copies, &mut tracking, &robust, frozen_at)?;
     mark("marking");
 
     let pages = AtomicU64::new(0);
@@ -133,13 +134,10 @@ fn read(frozen: Vec<Frozen>) -> Result<(Vec<Task>, Vec<Vec<Stopped>>)> {
     let one = |f: Frozen| {
         let mut buffer = Vec::new();
         let pid = f.pid;
-        let mut file = |name: &str| {
-            let path = format!("/proc/{pid}/{name}");
-            crate::proc::read_proc(path.as_ref(), &mut buffer).call("read").at(Place::Path(path.into())).task(pid)?;
-            Ok::<_, Error>(std::mem::take(&mut buffer))
-        };
-        let status = crate::proc::status::parse(&file("status")?).task(pid)?;
-        let areas = crate::proc::maps::parse(&file("maps")?).task(pid)?;
+        let path = format!("/proc/{pid}/status");
+        crate::proc::read_proc(path.as_ref(), &mut buffer).call("read").at(Place::Path(path.into())).task(pid)?;
+        let status = crate::proc::status::parse(&buffer).task(pid)?;
+        let areas = flags::areas(pid, "maps")?;
         let id = dump::ns_pid(pid, Some(&status))?;
         Ok((Task { pid, id, stat: f.stat, areas }, f.threads))
     };
@@ -152,6 +150,7 @@ fn scan(
     opts: &Options,
     tasks: &[Task],
     mut threads: Vec<Vec<Stopped>>,
+    copies: &[(i32, i32)],
     tracking: &mut Tracking,
     robust: &RobustList,
     frozen_at: Instant,
@@ -162,7 +161,7 @@ fn scan(
         let stopped = std::mem::take(stopped);
         tracking.register(task.pid, &task.areas).task(task.pid)?;
         if tracking.needs_watch(task.pid, &task.stat) {
-            infected.push((task, infect(opts, task, stopped, robust)?));
+            infected.push((task, infect(opts, &task.areas, stopped, copies, robust)?));
         } else {
             free.extend(stopped);
         }
@@ -190,7 +189,7 @@ fn scan(
 /// Finds the pages to copy, and marks all; tasks side by side.
 fn look(tasks: &[Task], tracking: &Tracking) -> Result<Vec<(drain::Drain, u32, u32)>> {
     let one = |(n, task): (usize, &Task)| {
-        let mut entries = task.areas.iter().filter_map(areas::outline).collect();
+        let mut entries = task.areas.iter().filter_map(vmas::outline).collect();
         let marks = tracking.marks(task.pid, task.id)?;
         let pages_id = u32::try_from(n + 1).map_err(|_| Error::Gone)?;
         match drain::plan(task.pid, &mut entries, &[], tasks.len() > 1, marks.as_ref(), 0..0) {
@@ -211,22 +210,29 @@ fn look(tasks: &[Task], tracking: &Tracking) -> Result<Vec<(drain::Drain, u32, u
 }
 
 /// The executor, for what only the task itself can make.
-fn infect<'r>(opts: &Options, task: &Task, stopped: Vec<Stopped>, robust: &'r RobustList) -> Result<Infected<'r>> {
+pub(crate) fn infect<'r>(
+    opts: &Options,
+    areas: &[Vma],
+    stopped: Vec<Stopped>,
+    copies: &[(i32, i32)],
+    robust: &'r RobustList,
+) -> Result<Infected<'r>> {
+    let pid = stopped.first().map_or(0, Stopped::tid);
     let mut all = [stopped];
     dump::suspend_seccomp_and_settle(opts, &mut all, &dump::Workers::new(opts)?)?;
     let [stopped] = all;
-    leftovers::check_areas(&task.areas, &stopped).task(task.pid)?;
-    let vdso = dump::read_vdso(task.pid, &task.areas, &stopped).task(task.pid)?;
-    let other = if vdso.is_some() { Vec::new() } else { dump::code_ends(task.pid, &task.areas) };
+    leftovers::check_areas(areas, &stopped).task(pid)?;
+    let vdso = dump::read_vdso(pid, areas, &stopped).task(pid)?;
+    let other = if vdso.is_some() { Vec::new() } else { dump::code_ends(pid, areas) };
     let codes: Vec<(u64, &[u8])> = vdso.iter().chain(&other).map(|(at, bytes)| (*at, bytes.as_slice())).collect();
     let mut host = Infected::infect(stopped, &codes, robust)?;
     let mut plans = Vec::new();
     plans.resize_with(host.threads().len(), Plan::new);
     if let Some(plan) = plans.first_mut() {
         host.name_area(plan);
-        leftovers::remove(&task.areas, plan);
+        leftovers::remove(pid, areas, copies, plan);
     }
-    host.start(plans).task(task.pid)?;
+    host.start(plans).task(pid)?;
     host.finish()?;
     Ok(host)
 }

@@ -27,6 +27,7 @@ pub const PHASES: &[(Verb, &str, &str)] = &[
     (Verb::Dump, "infecting", "put the executor in"),
     (Verb::Dump, "asking", "ask the tasks"),
     (Verb::Dump, "metadata", "write all but memory"),
+    (Verb::Dump, "copying", "copy tasks on write (--snapshot, much written)"),
     (Verb::Dump, "memory", "copy memory"),
     (Verb::Dump, "inventory", "complete the images"),
     (Verb::Dump, "ending", "take the executor out, end the tasks or let them go"),

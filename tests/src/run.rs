@@ -114,6 +114,15 @@ impl Run {
         self.tree.retain(|pid| images.join(format!("core-{pid}.img")).exists());
     }
 
+    /// Kills the guest, of which `images` are.
+    pub fn kill(&mut self, images: &Path) {
+        self.look();
+        for &pid in &self.tree {
+            process::signal(pid, libc::SIGKILL);
+        }
+        self.is_dumped(images);
+    }
+
     /// Restores the guest.
     pub fn restore(&mut self, engine: &Engine, images: &Path) {
         if let Err(e) = engine.restore(images, self.guest.restore) {

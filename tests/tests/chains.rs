@@ -81,6 +81,12 @@ impl Chain {
         log
     }
 
+    /// The program is dead, and was not dumped for that.
+    fn kill(&mut self) {
+        let images = self.last.clone().unwrap_or_default();
+        self.run.kill(&images);
+    }
+
     fn restore(&mut self, engine: &Engine) {
         let images = self.last.clone().unwrap_or_default();
         self.run.restore(engine, &images);
@@ -155,6 +161,19 @@ macro_rules! chains {
                     chain.dump(&["--track-mem"]);
                     chain.restore(&Engine::ours());
                 }
+
+                /// Snapshots with a short freeze, one after the other; the program is killed, and the last one restored.
+                #[test]
+                fn short() {
+                    let mut chain = Chain::of(stringify!($guest));
+                    for n in 0..3 {
+                        chain.last = None;
+                        chain.add("dump", if n == 1 { &["-R", "--snapshot", "--compress"] } else { &["-R", "--snapshot"] });
+                        chain.wait();
+                    }
+                    chain.kill();
+                    chain.restore(&Engine::ours());
+                }
             }
         )*
     };
@@ -163,6 +182,7 @@ macro_rules! chains {
 chains! {
     track_exec
     track_file
+    track_flood
     track_forked
     track_given_back
     track_huge
@@ -307,6 +327,43 @@ fn marks_of_another_pass() {
         assert!(parent == 0 && log.contains("the dump is whole"), "{case}: {parent} pages from the parent\n{log}");
         chain.restore(&Engine::ours());
     }
+}
+
+/// A program that writes faster than can be copied is copied on write; it goes on unharmed, and nothing of that stays.
+#[test]
+fn flooded() {
+    let mut chain = Chain::of("track_flood");
+    let before = process::describe(chain.run.pid).lines().count();
+    let log = chain.add("dump", &["-R", "--snapshot"]);
+    assert!(log.contains("phase copying"), "{log}");
+    assert_eq!(process::describe(chain.run.pid).lines().count(), before);
+    assert!(process::children(chain.run.pid).is_empty());
+    let images = chain.last.clone().unwrap_or_default();
+    assert!(images.join("snapshot-1.pre").join("inventory.img").exists());
+    // an image folder that is used again keeps nothing of the snapshot
+    chain.last = None;
+    chain.count = 0;
+    chain.add("dump", &["-R"]);
+    assert!(!images.join("snapshot-1.pre").exists() && !images.join("parent").exists());
+    chain.run.check(How::Running);
+}
+
+/// Snapshots of a tree whose memory is tracked: the marks go on with them.
+#[test]
+fn snapshots_in_a_chain() {
+    if !can_track("snapshots_in_a_chain") {
+        return;
+    }
+    let mut chain = Chain::of("memory_private");
+    chain.add("pre-dump", &[]);
+    let (whole, _) = pages(&chain.run.images("1"));
+    for n in ["2", "3"] {
+        chain.add("dump", &["-R", "--snapshot"]);
+        let (written, parent) = pages(&chain.run.images(n));
+        assert!(written < 400 && parent > whole - 400, "{written} pages of {whole} again, {parent} in the parent");
+    }
+    chain.kill();
+    chain.restore(&Engine::ours());
 }
 
 /// A pre-dump is no checkpoint, and a parent that is not there is none either.

@@ -14,17 +14,22 @@
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use standstill_images::{FolderStore, ImageKind, Images};
 
 use crate::error::{At, Call, Error, Place, Result};
 use crate::memory::dedup;
+use crate::memory::drain::Drain;
 use crate::memory::track::{self, Tracking};
 use crate::options::Options;
 use crate::pre_dump::{self, Pass};
+use crate::proc::maps::{VmFlags, Vma};
 use crate::progress::Counter;
-use crate::tasks::flags;
+use crate::sys::futex::RobustList;
+use crate::tasks::facts::Facts;
+use crate::tasks::{finish, flags, freeze};
+use crate::tracee::{Copied, Infected};
 
 /// So few pages are copied in the freeze: 8 MiB.
 pub(super) const FEW: u64 = (8 << 20) / crate::memory::PAGE;
@@ -150,6 +155,73 @@ impl Drop for Ahead {
             if let Err(e) = remove(folder) {
                 tracing::warn!("removing {}: {e}", folder.display());
             }
+        }
+    }
+}
+
+/// Copies on write, of some tasks of a tree. They are ended when this is dropped.
+pub(super) struct Copies<'r> {
+    opts: &'r Options,
+    root: i32,
+    robust: &'r RobustList,
+    copies: Vec<Copied<'r>>,
+}
+
+impl<'r> Copies<'r> {
+    /// No copies yet, of the tree below `root`.
+    pub(super) fn new(opts: &'r Options, root: i32, robust: &'r RobustList) -> Self {
+        Copies { opts, root, robust, copies: Vec::new() }
+    }
+
+    /// Has `drain` read from a copy of its task, if that can be made; else it is read in the freeze.
+    pub(super) fn make(&mut self, host: &mut Infected<'r>, facts: &Facts, drain: &mut Drain) -> bool {
+        // nobody holds filters off in a copy
+        let filtered = facts.threads.iter().any(|t| t.status.seccomp.unwrap_or(0) != 0);
+        let kept_out =
+            |a: &Vma| a.vm_flags.intersects(VmFlags::DONT_COPY) || a.vm_flags.intersects(VmFlags::WIPE_ON_FORK);
+        if filtered || drain.copies_from(&facts.areas, kept_out) {
+            return false;
+        }
+        let copy = host.copy().and_then(|copy| {
+            let pid = copy.pid;
+            self.copies.push(copy);
+            drain.read_from(pid)
+        });
+        copy.inspect_err(|e| tracing::warn!("process {} cannot be copied on write: {}", facts.pid, e.chain())).is_ok()
+    }
+
+    /// Ends all copies. How long the tree stood still for that.
+    pub(super) fn end(&mut self) -> Result<Duration> {
+        let copies = std::mem::take(&mut self.copies);
+        if copies.is_empty() {
+            return Ok(Duration::ZERO);
+        }
+        copies.iter().for_each(Copied::release_memory);
+        let frozen = freeze::freeze(self.root, Duration::from_secs(u64::from(self.opts.timeout)))?;
+        let began = Instant::now();
+        let (ours, theirs): (Vec<_>, Vec<_>) = frozen.into_iter().partition(|f| copies.iter().any(|c| c.pid == f.pid));
+        // what we trace, nobody else can wait for
+        for thread in ours.into_iter().flat_map(|f| f.threads) {
+            thread.release()?;
+        }
+        copies.iter().for_each(Copied::kill);
+        let mut infected = Vec::new();
+        for f in theirs {
+            let Some(copy) = copies.iter().find(|c| c.parent == f.pid).filter(|_| f.dead.is_none()) else { continue };
+            let areas = flags::areas(f.pid, "maps")?;
+            let mut host = pre_dump::infect(self.opts, &areas, f.threads, &[], self.robust)?;
+            host.wait_for(copy)?;
+            infected.push(host);
+        }
+        finish::let_go(infected, false)?;
+        Ok(began.elapsed())
+    }
+}
+
+impl Drop for Copies<'_> {
+    fn drop(&mut self) {
+        if let Err(e) = self.end() {
+            tracing::warn!("ending a copy on write: {}", e.chain());
         }
     }
 }

@@ -15,6 +15,7 @@ use super::scan::{Pagemap, Protect};
 use super::track::TaskMarks;
 use super::{areas, compress, page, status, Writing, PAGE};
 use crate::error::{At, Call, Error, Place, Result};
+use crate::proc::maps::Vma;
 use crate::sys::memory as remote;
 
 /// Bytes that one job copies.
@@ -33,6 +34,8 @@ pub struct Drain {
     /// The task runs while its pages are copied: what it has taken away meanwhile reads as zeros. No mark says of such
     /// a page that it has not changed since, so the next dump does not take it from this one.
     running: bool,
+    /// A copy of the task is read.
+    copied: bool,
     /// Pages to copy.
     pub pages: u64,
     /// Pages that the parent has.
@@ -82,7 +85,8 @@ pub fn plan(
     ours: Range<u64>,
 ) -> Result<Drain> {
     let family = if family { Some(remote::open_memory(pid)?) } else { None };
-    let mut drain = Drain { pid, family, runs: Vec::new(), running: false, pages: 0, in_parent: 0, scanned: 0 };
+    let mut drain =
+        Drain { pid, family, runs: Vec::new(), running: false, copied: false, pages: 0, in_parent: 0, scanned: 0 };
     let mut map = Pagemap::open(pid)?;
     let mut guards = Vec::new();
     // areas between which nothing lies that is not to be looked at: one look serves them all
@@ -162,6 +166,31 @@ fn survey(
 }
 
 impl Drain {
+    /// The task goes on, and this one has its memory as it was.
+    pub fn read_from(&mut self, copy: i32) -> Result<()> {
+        // pages are shared with the task
+        self.family = Some(remote::open_memory(copy)?);
+        self.pid = copy;
+        self.copied = true;
+        Ok(())
+    }
+
+    /// Whether a copy of the task is read, which may go on.
+    pub fn can_wait(&self) -> bool {
+        self.copied
+    }
+
+    /// Whether areas with something to copy are of a kind.
+    pub fn copies_from(&self, areas: &[Vma], is_of_kind: impl Fn(&Vma) -> bool) -> bool {
+        let mut at = 0;
+        self.runs.iter().filter(|run| !run.in_parent).any(|run| {
+            while areas.get(at).is_some_and(|a| a.end <= run.address) {
+                at += 1;
+            }
+            areas.get(at..).unwrap_or_default().iter().take_while(|a| a.start < run.end()).any(&is_of_kind)
+        })
+    }
+
     /// The task runs from now on.
     pub fn released(&mut self) {
         self.running = true;

@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use standstill_restorer::plan::{Owner, WORD_FROM_NODE};
+use standstill_restorer::plan::{Owner, OWNER_DIED, WORD_FROM_NODE};
 
 use crate::error::{Error, Result};
 use crate::sys::memory::Shared;
@@ -91,6 +91,14 @@ impl RobustList {
         self.own(memory, offset);
         let owner: &Owner = memory.at(offset);
         owner.word.fetch_or(WAITERS, Ordering::SeqCst);
+    }
+
+    /// Gives up the word as if this thread had ended.
+    pub fn abandon(&self, memory: &Shared, offset: usize) {
+        let owner: &Owner = memory.at(offset);
+        owner.word.store(OWNER_DIED, Ordering::SeqCst);
+        wake(&owner.word);
+        self.release(memory, offset);
     }
 
     /// Gives up the word; call before the memory is unmapped.

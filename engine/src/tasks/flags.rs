@@ -51,7 +51,8 @@ impl Ahead {
     }
 }
 
-fn areas(pid: i32, file: &str) -> Result<Vec<Vma>> {
+/// The areas of a process, by `maps` or `smaps`.
+pub fn areas(pid: i32, file: &str) -> Result<Vec<Vma>> {
     let mut text = Vec::new();
     proc::read_proc(format!("/proc/{pid}/{file}").as_ref(), &mut text).call("read(/proc/PID/maps)").task(pid)?;
     Ok(proc::maps::parse(&text)?)

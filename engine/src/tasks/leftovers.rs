@@ -1,5 +1,6 @@
-//! What an engine that was killed left in a task: a trampoline in the zero tail of `[vdso]`, and its executor's area, which
-//! carries a name. The next dump takes both away, when no thread can come back to them.
+//! What an engine that was killed left in a task: a trampoline in the zero tail of `[vdso]`, its executor's area, which
+//! carries a name, and the zombies of [copies](crate::tracee::Copied). The next dump takes them away, areas when no thread can
+//! come back to them.
 
 use std::ops::Range;
 
@@ -7,7 +8,8 @@ use crate::error::{At, Error, Result};
 use crate::plan::Plan;
 use crate::proc::maps::{Vma, VmaName};
 use crate::sys::memory;
-use crate::tracee::{Stopped, AREA_NAME};
+use crate::tasks::freeze::Frozen;
+use crate::tracee::{Stopped, AREA_NAME, COPY_NAME};
 
 /// How much of a thread's stack is looked at for addresses to return to.
 const STACK: usize = 64 << 10;
@@ -44,8 +46,26 @@ pub fn check_areas(areas: &[Vma], threads: &[Stopped]) -> Result<()> {
     Ok(())
 }
 
-/// Unmaps what dead engines left.
-pub fn remove(areas: &[Vma], plan: &mut Plan) {
+/// Takes the zombies of copies out of a tree that was stopped: parent, and id.
+pub fn take_copies(frozen: &mut Vec<Frozen>) -> Result<Vec<(i32, i32)>> {
+    let mut copies = Vec::new();
+    for f in frozen.iter().filter(|f| f.stat.comm == COPY_NAME) {
+        if f.dead.is_none() {
+            let what = "a copy of a task that an earlier, killed dump made";
+            return Err(Error::refused(what, "try again in a moment")).task(f.pid);
+        }
+        copies.push((f.parent, f.pid));
+    }
+    frozen.retain(|f| !copies.iter().any(|(_, copy)| *copy == f.pid));
+    Ok(copies)
+}
+
+/// Unmaps what dead engines left, and waits for its copies.
+pub fn remove(pid: i32, areas: &[Vma], copies: &[(i32, i32)], plan: &mut Plan) {
+    for (_, copy) in copies.iter().filter(|(parent, _)| *parent == pid) {
+        let flags = libc::__WALL | libc::WNOHANG;
+        plan.ask("a dead copy", libc::SYS_wait4, &[(*copy).into(), 0.into(), flags.into(), 0.into()]);
+    }
     for range in left(areas) {
         plan.call("area of a dead engine", libc::SYS_munmap, &[range.start.into(), (range.end - range.start).into()]);
     }

@@ -28,7 +28,7 @@ pub const BLOB: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/executor.bin")
 pub const AREA_NAME: &[u8] = b"standstill";
 
 const PAGE: usize = 4096;
-const STACK: usize = 4096;
+pub(super) const STACK: usize = 4096;
 /// Room for a plan in the group leader, and in every other thread.
 const LEADER_ROOM: usize = 128 << 10;
 const THREAD_ROOM: usize = 8 << 10;
@@ -45,18 +45,38 @@ pub struct Area {
     /// Bytes in all.
     pub len: usize,
     xsave: usize,
+    threads: usize,
+}
+
+/// Where things of a copy of the process lie, behind the slots of its threads.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Spare {
+    pub(super) control: usize,
+    pub(super) owner: usize,
+    pub(super) stack_top: usize,
+    pub(super) room: usize,
+}
+
+impl Spare {
+    const SIZE: usize = 256 + STACK + Self::ROOM;
+    pub(super) const ROOM: usize = 2048;
 }
 
 impl Area {
     fn of(threads: usize, xsave: usize) -> Area {
         let code = (BLOB.len().next_multiple_of(64) + threads * STUB_SIZE).next_multiple_of(PAGE);
-        let mut area = Area { address: 0, code, len: 0, xsave: xsave.next_multiple_of(64) };
-        area.len = area.slot(threads).next_multiple_of(PAGE);
+        let mut area = Area { address: 0, code, len: 0, xsave: xsave.next_multiple_of(64), threads };
+        area.len = (area.slot(threads) + Spare::SIZE).next_multiple_of(PAGE);
         area
     }
     /// Where it is in the task.
     pub fn range(&self) -> std::ops::Range<u64> {
         self.address..self.address + self.len as u64
+    }
+    pub(super) fn spare(&self) -> Spare {
+        let control = self.slot(self.threads);
+        let stack_top = control + 256 + STACK;
+        Spare { control, owner: control + 192, stack_top, room: stack_top }
     }
     fn stub(&self, thread: usize) -> usize {
         BLOB.len().next_multiple_of(64) + thread * STUB_SIZE
@@ -464,22 +484,46 @@ impl<'a> Infected<'a> {
         for thread in &self.threads {
             ptrace::interrupt(thread.tid()).task(thread.tid())?;
         }
-        for i in 0..self.threads.len() {
-            let tid = self.threads[i].tid();
-            loop {
-                match ptrace::wait_stop(tid, STOP_LIMIT).task(tid)? {
-                    Stop::Trap | Stop::Group(_) => break,
-                    Stop::Signal(signal) => {
-                        if signal == libc::SIGSTOP {
-                            self.threads[i].owe(signal);
-                        }
-                        ptrace::cont(tid, 0).task(tid)?;
+        (0..self.threads.len()).try_for_each(|i| self.await_halt(i))
+    }
+
+    fn await_halt(&mut self, i: usize) -> Result<()> {
+        let tid = self.threads[i].tid();
+        loop {
+            match ptrace::wait_stop(tid, STOP_LIMIT).task(tid)? {
+                Stop::Trap | Stop::Group(_) => return Ok(()),
+                Stop::Signal(signal) => {
+                    if signal == libc::SIGSTOP {
+                        self.threads[i].owe(signal);
                     }
-                    Stop::Syscall => ptrace::cont(tid, 0).task(tid)?,
+                    ptrace::cont(tid, 0).task(tid)?;
                 }
+                Stop::Syscall => ptrace::cont(tid, 0).task(tid)?,
             }
         }
-        Ok(())
+    }
+
+    /// Runs one more plan in the group leader, also after all were stopped for their signals.
+    pub(super) fn in_leader(&mut self, plan: Plan) -> Result<Answers> {
+        let pid = self.pid();
+        if self.halted {
+            ptrace::cont(pid, 0).task(pid)?;
+        }
+        let answers = self.start(vec![plan]).and_then(|()| self.finish());
+        if self.halted {
+            ptrace::interrupt(pid).task(pid)?;
+            self.await_halt(0)?;
+        }
+        answers?.into_iter().next().ok_or(Error::Gone)
+    }
+
+    /// The area's memory once more, for what outlives the executor in this process.
+    pub(super) fn share(&self) -> Result<Shared> {
+        Shared::map(self.file.as_ref().ok_or(Error::Gone)?.as_fd(), 0, self.area.len)
+    }
+
+    pub(super) fn robust(&self) -> &'a RobustList {
+        self.robust
     }
 
     fn remove(&mut self) -> Result<()> {

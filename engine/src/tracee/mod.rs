@@ -7,9 +7,11 @@
 //!
 //! Wherever the engine dies in between, the task either runs its own code, or code that finds the way back by itself.
 
+mod copied;
 mod infected;
 mod stopped;
 
+pub use copied::{Copied, NAME as COPY_NAME};
 pub use infected::{write_control, Answers, Area, Infected, AREA_NAME, BLOB};
 pub use stopped::{undo_winding, Held, Stopped};
 

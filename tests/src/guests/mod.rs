@@ -222,6 +222,7 @@ pub const ALL: &[Guest] = &[
     guest("timers_posix", timers::posix),
     guest("track_exec", track::exec).changes(WRITES),
     guest("track_file", track::of_file).changes(WRITES),
+    guest("track_flood", track::flood).changes(WRITES),
     guest("track_forked", track::forked).changes(WRITES).restless(),
     guest("track_given_back", track::given_back).changes(WRITES),
     guest("track_huge", track::huge).changes(WRITES),

@@ -65,6 +65,56 @@ pub(super) fn words() {
     }
 }
 
+/// All pages again and again, as fast as can be, by two threads: more than any pass could copy. In between it looks whether
+/// anyone has given it children.
+pub(super) fn flood() {
+    const PAGES: usize = 4096;
+    static CHILDREN: AtomicU64 = AtomicU64::new(0);
+    extern "C" fn count(_: libc::c_int) {
+        CHILDREN.fetch_add(1, Ordering::SeqCst);
+    }
+    let handler = count as extern "C" fn(libc::c_int);
+    unsafe { libc::signal(libc::SIGCHLD, handler as libc::sighandler_t) };
+    static END: AtomicBool = AtomicBool::new(false);
+    // what a thread has written last, and where, is in its own memory: an image that is not of one moment shows
+    let writer = |seed: u64| {
+        let area = map(0, PAGES * 4096, RW, PRIVATE);
+        let page = |n: usize| unsafe { area.add(n * 4096) };
+        let (mut turn, mut at) = (0u64, PAGES);
+        while !END.load(Ordering::Relaxed) {
+            if at == PAGES {
+                (turn, at) = (turn + 1, 0);
+            }
+            write(page(at), seed + turn);
+            at += 1;
+        }
+        (0..PAGES).all(|n| {
+            holds(
+                page(n),
+                if n < at {
+                    seed + turn
+                } else if turn == 1 {
+                    0
+                } else {
+                    seed + turn - 1
+                },
+            )
+        })
+    };
+    let threads = [1u64 << 40, 1 << 50].map(|seed| std::thread::spawn(move || writer(seed)));
+    until_asked(|_| {
+        let children = unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) };
+        check_eq!((children, errno()), (-1, libc::ECHILD));
+    });
+    END.store(true, Ordering::Relaxed);
+    for thread in threads {
+        check!(matches!(thread.join(), Ok(true)));
+    }
+    check_eq!(CHILDREN.load(Ordering::SeqCst), 0);
+    let left = unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG | libc::__WALL) };
+    check_eq!((left, errno()), (-1, libc::ECHILD));
+}
+
 /// Pages given back (MADV_DONTNEED, MADV_FREE), areas unmapped and mapped again at the same place, read before they are
 /// written, with and without rights.
 pub(super) fn given_back() {
