@@ -29,7 +29,7 @@ use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::interrupt;
 use crate::tasks::facts::Facts;
-use crate::tasks::{core, finish, freeze, ids, leftovers, seccomp};
+use crate::tasks::{core, finish, ids, leftovers, seccomp};
 use crate::tracee::{Answers, Infected, Stopped};
 
 mod entries;
@@ -124,8 +124,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     }
     let robust = RobustList::new()?;
     let guard = Guard::new(&robust);
-    let mut frozen = freeze::freeze(root, Duration::from_secs(u64::from(opts.timeout)))?;
-    let leftover = leftovers::take_copies(&mut frozen)?;
+    let (frozen, leftover) = leftovers::freeze(root, Duration::from_secs(u64::from(opts.timeout)))?;
     phases.mark("freezing");
     interrupt::check()?;
     let frozen_at = Instant::now();

@@ -26,7 +26,7 @@ use crate::progress::{Counter, Verb};
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::interrupt;
-use crate::tasks::freeze::{self, Frozen};
+use crate::tasks::freeze::Frozen;
 use crate::tasks::{finish, flags, ids, leftovers, release};
 use crate::tracee::{Infected, Stopped};
 
@@ -88,8 +88,7 @@ pub(crate) fn pass(
 ) -> Result<Pass> {
     let began = Instant::now();
     let robust = RobustList::new()?;
-    let mut frozen = freeze::freeze(root, Duration::from_secs(u64::from(opts.timeout)))?;
-    let copies = leftovers::take_copies(&mut frozen)?;
+    let (frozen, copies) = leftovers::freeze(root, Duration::from_secs(u64::from(opts.timeout)))?;
     mark("freezing");
     interrupt::check()?;
     let frozen_at = Instant::now();

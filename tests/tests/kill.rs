@@ -110,6 +110,10 @@ impl Watch {
         let maps = fs::read_to_string(format!("/proc/{}/maps", self.run.pid)).unwrap_or_default();
         let leaked: Vec<&str> = maps.lines().filter(|l| l.contains("anon_shmem:standstill")).collect();
         assert!(leaked.is_empty(), "left in the guest: {leaked:#?}");
+        let name = |pid: &i32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        let copies: Vec<i32> =
+            process::children(self.run.pid).into_iter().filter(|p| name(p).starts_with("standstill")).collect();
+        assert!(copies.is_empty(), "left with the guest: {copies:?}");
         self.run.check(How::Running);
     }
 }
@@ -202,6 +206,14 @@ fn a_pre_dump_killed_at_each_request() {
     let Some(()) = strace("a_pre_dump_killed_at_each_request") else { return };
     let _alone = alone();
     each_request_of_a_dump("storm", "pre-dump", &[]);
+}
+
+/// Of a program that writes so fast that it is copied on write.
+#[test]
+fn a_snapshot_killed_at_each_request() {
+    let Some(()) = strace("a_snapshot_killed_at_each_request") else { return };
+    let _alone = alone();
+    each_request_of_a_dump("track_flood", "dump", &["-R", "--snapshot"]);
 }
 
 #[test]

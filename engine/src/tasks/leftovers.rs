@@ -3,14 +3,17 @@
 //! come back to them.
 
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use crate::error::{At, Error, Result};
 use crate::plan::Plan;
 use crate::proc::maps::{Vma, VmaName};
 use crate::sys::memory;
-use crate::tasks::freeze::Frozen;
+use crate::tasks::freeze::{self, Frozen};
 use crate::tracee::{Stopped, AREA_NAME, COPY_NAME};
 
+/// How long the copy of a dead engine may take to end.
+const COPY_LIMIT: Duration = Duration::from_secs(2);
 /// How much of a thread's stack is looked at for addresses to return to.
 const STACK: usize = 64 << 10;
 
@@ -46,18 +49,29 @@ pub fn check_areas(areas: &[Vma], threads: &[Stopped]) -> Result<()> {
     Ok(())
 }
 
-/// Takes the zombies of copies out of a tree that was stopped: parent, and id.
-pub fn take_copies(frozen: &mut Vec<Frozen>) -> Result<Vec<(i32, i32)>> {
-    let mut copies = Vec::new();
-    for f in frozen.iter().filter(|f| f.stat.comm == COPY_NAME) {
-        if f.dead.is_none() {
-            let what = "a copy of a task that an earlier, killed dump made";
-            return Err(Error::refused(what, "try again in a moment")).task(f.pid);
+/// Stops the tree below `root`, as [`freeze::freeze`] does, and takes the zombies of copies out of it: parent, and id. A copy
+/// that has not seen yet that its engine is dead is given time for that.
+pub fn freeze(root: i32, limit: Duration) -> Result<(Vec<Frozen>, Vec<(i32, i32)>)> {
+    let began = Instant::now();
+    loop {
+        let mut frozen = freeze::freeze(root, limit)?;
+        let is_copy = |f: &Frozen| f.stat.comm == COPY_NAME;
+        match frozen.iter().find(|f| is_copy(f) && f.dead.is_none()).map(|f| f.pid) {
+            None => {
+                let copies = frozen.iter().filter(|f| is_copy(f)).map(|f| (f.parent, f.pid)).collect();
+                frozen.retain(|f| !is_copy(f));
+                return Ok((frozen, copies));
+            }
+            Some(pid) if began.elapsed() > COPY_LIMIT => {
+                let what = "a copy of a task that another snapshot has made";
+                return Err(Error::refused(what, "wait until that snapshot is complete")).task(pid);
+            }
+            Some(_) => {
+                drop(frozen);
+                std::thread::sleep(COPY_LIMIT / 100);
+            }
         }
-        copies.push((f.parent, f.pid));
     }
-    frozen.retain(|f| !copies.iter().any(|(_, copy)| *copy == f.pid));
-    Ok(copies)
 }
 
 /// Unmaps what dead engines left, and waits for its copies.

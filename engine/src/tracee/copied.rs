@@ -60,7 +60,8 @@ impl<'a> Infected<'a> {
         let mut plan = Plan::new();
         let released = plan.bytes(&[0; 8]);
         let name = plan.string(NAME);
-        plan.ask("its name", libc::SYS_prctl, &[libc::PR_SET_NAME.into(), name.into()]);
+        // also if the engine is gone by now: it is known by that
+        plan.always("its name", libc::SYS_prctl, &[libc::PR_SET_NAME.into(), name.into()]);
         plan.ask("its descriptors", libc::SYS_close_range, &[0.into(), u64::from(u32::MAX).into(), 0.into()]);
         let wait = plan.op(Code::Await, 0, &[released.into()], Expect::Any, [0; 2], "while its memory is read");
         let (below, above) = (area.address, area.address + area.len as u64);
