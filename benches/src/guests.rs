@@ -22,12 +22,21 @@ pub(crate) enum Guest {
     Threads500,
     /// One task with 30,000 areas of a page each, none of which touches another.
     Areas30000,
+    /// One task, 1 GiB, which it writes to when it is told.
+    Writing,
 }
 
 impl Guest {
     /// In the order of the table.
-    pub(crate) const ALL: [Guest; 6] =
-        [Guest::Small, Guest::Mib256, Guest::Gib1, Guest::Tasks100, Guest::Threads500, Guest::Areas30000];
+    pub(crate) const ALL: [Guest; 7] = [
+        Guest::Small,
+        Guest::Mib256,
+        Guest::Gib1,
+        Guest::Tasks100,
+        Guest::Threads500,
+        Guest::Areas30000,
+        Guest::Writing,
+    ];
 
     /// As it is called.
     pub(crate) fn name(self) -> &'static str {
@@ -38,6 +47,7 @@ impl Guest {
             Guest::Tasks100 => "100tasks",
             Guest::Threads500 => "500threads",
             Guest::Areas30000 => "30000areas",
+            Guest::Writing => "writing",
         }
     }
 
@@ -59,6 +69,7 @@ impl Guest {
             Guest::Tasks100 => "100 tasks of 4 MiB",
             Guest::Threads500 => "500 threads",
             Guest::Areas30000 => "30,000 areas",
+            Guest::Writing => "1 GiB, goes on",
         }
     }
 
@@ -68,7 +79,7 @@ impl Guest {
             Guest::Small | Guest::Threads500 => 1 << 20,
             Guest::Tasks100 => 4 << 20,
             Guest::Mib256 => 256 << 20,
-            Guest::Gib1 => 1 << 30,
+            Guest::Gib1 | Guest::Writing => 1 << 30,
             Guest::Areas30000 => AREAS as u64 * PAGE as u64,
         }
     }
@@ -81,15 +92,16 @@ impl Guest {
     /// What a dump or a restore of it may touch besides that memory.
     pub(crate) fn overhead(self) -> u64 {
         match self {
-            Guest::Small | Guest::Mib256 | Guest::Gib1 => 32 << 20,
+            Guest::Small | Guest::Mib256 | Guest::Gib1 | Guest::Writing => 32 << 20,
             Guest::Tasks100 | Guest::Threads500 | Guest::Areas30000 => 192 << 20,
         }
     }
 
-    /// How many times faster than CRIU a dump and a restore are to be.
+    /// How many times faster than CRIU a dump and a restore are to be; of what goes on, a snapshot's freeze and a pre-dump.
     pub(crate) fn wanted(self) -> (f64, f64) {
         match self {
             Guest::Small => (6.0, 2.5),
+            Guest::Writing => (20.0, 20.0),
             Guest::Mib256 | Guest::Gib1 => (2.0, 2.0),
             Guest::Tasks100 | Guest::Areas30000 => (3.0, 3.0),
             Guest::Threads500 => (4.0, 4.0),
@@ -101,7 +113,7 @@ impl Guest {
         match self {
             Guest::Small => 21,
             Guest::Mib256 | Guest::Tasks100 | Guest::Threads500 | Guest::Areas30000 => 9,
-            Guest::Gib1 => 5,
+            Guest::Gib1 | Guest::Writing => 5,
         }
     }
 }
@@ -136,9 +148,24 @@ pub(crate) fn run(kind: Guest, dir: &Path) -> Result<()> {
             })?;
         }
     }
-    let memory = Memory::new(kind, 0)?;
+    let mut memory = Memory::new(kind, 0)?;
+    if kind == Guest::Writing {
+        end.add(Signal::SIGUSR1);
+        end.add(Signal::SIGUSR2);
+        end.thread_block().context("sigprocmask")?;
+    }
     std::fs::write(dir.join("ready"), "")?;
-    end.wait().context("sigwait")?;
+    for turn in 0.. {
+        let every = match end.wait().context("sigwait")? {
+            Signal::SIGUSR1 => 100,
+            Signal::SIGUSR2 => 1,
+            _ => break,
+        };
+        let took = memory.write(every, turn);
+        let done = dir.join("written.new");
+        std::fs::write(&done, took.as_nanos().to_string())?;
+        std::fs::rename(done, dir.join("written"))?;
+    }
 
     memory.check()?;
     for pid in children {
@@ -170,6 +197,16 @@ impl Memory {
             page[8..16].copy_from_slice(&task.to_le_bytes());
         }
         Ok(memory)
+    }
+
+    /// Writes a word that says what it said before to one page of so many; how long that took.
+    fn write(&mut self, every: usize, turn: usize) -> std::time::Duration {
+        let began = std::time::Instant::now();
+        let pages = self.pieces.iter_mut().flat_map(|p| p.chunks_exact_mut(PAGE)).enumerate();
+        for (n, page) in pages.skip(turn % every).step_by(every) {
+            page[..8].copy_from_slice(&std::hint::black_box(n as u64).to_le_bytes());
+        }
+        began.elapsed()
     }
 
     fn check(&self) -> Result<()> {

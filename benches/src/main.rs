@@ -17,6 +17,7 @@ mod machine;
 mod programs;
 mod report;
 mod rounds;
+mod running;
 
 use anyhow::{bail, ensure, Context as _, Result};
 use clap::Parser;
@@ -101,12 +102,28 @@ fn run(args: Args) -> Result<()> {
 
     let programs: Vec<&Program> = std::iter::once(&ours).chain(&other).collect();
     let cases = if args.cases.is_empty() { Guest::ALL.to_vec() } else { args.cases };
-    println!("{:20} {:8}{:>14}{:>14}   ratio (of the best)", "work", "step", shorten(&ours.name), name_of(&other));
+    println!("{:20} {:26}{:>14}{:>14}   ratio (of the best)", "work", "step", shorten(&ours.name), name_of(&other));
     let mut rows = Vec::new();
+    let mut notes = Vec::new();
     let mut failures = 0;
     for case in cases {
         if let Some(why) = machine::too_small_for(case) {
             println!("{:20} left out: {why}", case.title());
+            continue;
+        }
+        if case == Guest::Writing {
+            match running::run(&ours, other.as_ref(), args.rounds.unwrap_or(case.rounds()), &dir) {
+                Ok((measured, said)) => {
+                    print_rows(&measured, args.all);
+                    said.iter().for_each(|line| println!("{:20} {line}", case.title()));
+                    rows.extend(measured);
+                    notes = said;
+                }
+                Err(e) => {
+                    println!("{:20} {e:#}", case.title());
+                    failures += 1;
+                }
+            }
             continue;
         }
         let samples = rounds::run(case, &programs, args.rounds.unwrap_or(case.rounds()), &dir);
@@ -122,6 +139,7 @@ fn run(args: Args) -> Result<()> {
             command: command_line(),
             load: (before, machine::load()),
             other: other.as_ref().map_or("nobody".to_owned(), |o| o.name.clone()),
+            notes,
         };
         report::write(folder, &run, &rows)?;
     }
@@ -173,7 +191,7 @@ fn print_rows(rows: &[Row], all: bool) {
     for r in rows {
         let ratios = r.ratio().zip(r.ratio_of_best());
         println!(
-            "{:20} {:8}{:>14}{:>14}{}",
+            "{:20} {:26}{:>14}{:>14}{}",
             r.work,
             r.step,
             number(median(&r.ours)),
@@ -181,7 +199,7 @@ fn print_rows(rows: &[Row], all: bool) {
             ratios.map_or(String::new(), |(m, best)| format!("{m:>8.2} ({best:.2})"))
         );
         for values in [&r.ours, &r.theirs].into_iter().filter(|v| all && !v.is_empty()) {
-            println!("{:28}{}", "", values.iter().map(|v| format!(" {v:.2}")).collect::<String>());
+            println!("{:46}{}", "", values.iter().map(|v| format!(" {v:.2}")).collect::<String>());
         }
     }
 }

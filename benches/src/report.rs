@@ -1,7 +1,6 @@
 //! What was measured, as a table on the terminal, as `RESULTS.md`, and drawn as `results.svg`.
 //!
-//! A [`Row`] is one thing that was measured of both programs; whatever else is to be compared one day (the frozen time of
-//! a snapshot, a pre-dump, what tracking costs a program) is one more row, and nothing here changes.
+//! A [`Row`] is one thing that was measured of both programs.
 
 use anyhow::{Context as _, Result};
 use std::fmt::Write as _;
@@ -48,6 +47,8 @@ pub(crate) struct Run {
     pub(crate) load: (f64, f64),
     /// The other program.
     pub(crate) other: String,
+    /// What is to be said besides.
+    pub(crate) notes: Vec<String>,
 }
 
 /// Of sorted values.
@@ -94,6 +95,12 @@ fn table(run: &Run, rows: &[Row]) -> String {
         let _ =
             writeln!(text, "| {} | {} | {theirs} | {ours} | {ratio} | {best} | {wanted} | {rounds} |", r.work, r.step);
     }
+    if !run.notes.is_empty() {
+        text.push('\n');
+    }
+    for note in &run.notes {
+        let _ = writeln!(text, "- {note}");
+    }
     text
 }
 
@@ -129,7 +136,7 @@ fn drawing(run: &Run, rows: &[Row]) -> String {
     for (n, (r, ratio)) in rows.iter().enumerate() {
         let y = TOP + STEP * n as f64;
         let colour = match r.step {
-            "dump" => "#3b6ea8",
+            "dump" | "third pre-dump, 1% written" => "#3b6ea8",
             "restore" => "#4f9d69",
             _ => "#b9a24a",
         };
@@ -199,7 +206,8 @@ mod tests {
     fn what_was_written_by_hand_is_kept() {
         let folder = std::env::temp_dir().join(format!("standstill-report-{}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
-        let run = Run { machine: "a".into(), command: "b".into(), load: (0.0, 0.0), other: "CRIU".into() };
+        let run =
+            Run { machine: "a".into(), command: "b".into(), load: (0.0, 0.0), other: "CRIU".into(), notes: Vec::new() };
         write(&folder, &run, &[row()]).unwrap();
         let path = folder.join("RESULTS.md");
         let text = std::fs::read_to_string(&path).unwrap() + "by hand\n";

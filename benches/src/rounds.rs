@@ -46,12 +46,18 @@ pub(crate) fn run(case: Guest, programs: &[&Program], rounds: usize, dir: &Dir) 
     samples
 }
 
-fn once(case: Guest, program: &Program, dir: &Path) -> Result<Sample> {
-    let images = dir.join("images");
+/// Removes all that an earlier round has left.
+pub(crate) fn clear(dir: &Path) -> Result<()> {
     for old in std::fs::read_dir(dir)?.flatten() {
         let old = old.path();
         let _ = if old.is_dir() { std::fs::remove_dir_all(old) } else { std::fs::remove_file(old) };
     }
+    Ok(())
+}
+
+fn once(case: Guest, program: &Program, dir: &Path) -> Result<Sample> {
+    let images = dir.join("images");
+    clear(dir)?;
     std::fs::create_dir(&images)?;
     let mut guest = Running::start(case, dir)?;
     let content = case.bytes() + case.overhead();
@@ -65,15 +71,12 @@ fn once(case: Guest, program: &Program, dir: &Path) -> Result<Sample> {
 
     warm(content);
     let restore = command(program, &images, "restore", &["-d"])?;
-    kill(guest.pid, Signal::SIGTERM).context("no guest after its restore")?;
-    wait_until("the guest's check of itself", || Ok(dir.join("ok").exists()), || guest.lives())?;
-    wait_until("the guest's end", || Ok(!guest.lives()), || true)?;
-    guest.reap();
+    guest.check(dir)?;
     Ok(Sample { dump, frozen, restore })
 }
 
 /// Runs a verb, and says how long that took.
-fn command(program: &Program, images: &Path, verb: &str, more: &[&str]) -> Result<Duration> {
+pub(crate) fn command(program: &Program, images: &Path, verb: &str, more: &[&str]) -> Result<Duration> {
     let log = images.join(format!("{verb}.out"));
     let out = File::create(&log)?;
     let mut command = Command::new(&program.path);
@@ -91,19 +94,19 @@ fn command(program: &Program, images: &Path, verb: &str, more: &[&str]) -> Resul
 }
 
 /// How long the tree stood still.
-fn stats(images: &Path) -> Result<Option<Duration>> {
+pub(crate) fn stats(images: &Path) -> Result<Option<Duration>> {
     let stats: StatsEntry = Images::open_folder(images)?.read_one(ImageKind::StatsDump, ())?;
     Ok(stats.dump.map(|d| Duration::from_micros(d.frozen_time.into())))
 }
 
 /// A guest. It does not outlive this.
-struct Running {
-    pid: Pid,
+pub(crate) struct Running {
+    pub(crate) pid: Pid,
 }
 
 impl Running {
     /// Starts it and waits until it is ready.
-    fn start(case: Guest, dir: &Path) -> Result<Running> {
+    pub(crate) fn start(case: Guest, dir: &Path) -> Result<Running> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["--guest", case.name()]).arg(dir).current_dir("/");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -115,13 +118,31 @@ impl Running {
         Ok(guest)
     }
 
-    fn lives(&self) -> bool {
+    pub(crate) fn lives(&self) -> bool {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
         stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
     }
 
+    /// Has it check itself, which ends it.
+    pub(crate) fn check(&mut self, dir: &Path) -> Result<()> {
+        kill(self.pid, Signal::SIGTERM).context("no guest after its restore")?;
+        wait_until("the guest's check of itself", || Ok(dir.join("ok").exists()), || self.lives())?;
+        wait_until("the guest's end", || Ok(!self.lives()), || true)?;
+        self.reap();
+        Ok(())
+    }
+
+    /// Has it write to its memory, to one page of a hundred or to all; how long that took.
+    pub(crate) fn write(&self, all: bool, dir: &Path) -> Result<Duration> {
+        let done = dir.join("written");
+        let _ = std::fs::remove_file(&done);
+        kill(self.pid, if all { Signal::SIGUSR2 } else { Signal::SIGUSR1 }).context("the guest is gone")?;
+        wait_until("the guest's writing", || Ok(done.exists()), || self.lives())?;
+        Ok(Duration::from_nanos(std::fs::read_to_string(&done)?.parse()?))
+    }
+
     /// Waits for all of our children that have ended: it, and what it left behind.
-    fn reap(&mut self) {
+    pub(crate) fn reap(&mut self) {
         loop {
             match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => break,

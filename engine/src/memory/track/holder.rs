@@ -7,7 +7,6 @@
 //! and the next dump is whole.
 
 use std::fs::File;
-use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
@@ -51,10 +50,16 @@ struct Record {
     processes: Vec<(i32, u64, i32)>,
 }
 
+/// Where the name of the last pass is in a record, and how much room it has, filled up with spaces: it changes in one write
+/// within a page, so that an engine that is killed leaves the one or the other.
+const RUN_AT: u64 = 8;
+const RUN_ROOM: usize = 40;
+
 impl Record {
     fn text(&self) -> String {
         let processes: Vec<Value> = self.processes.iter().map(|(pid, start, fd)| json!([pid, start, fd])).collect();
-        json!({ "run": self.run, "root": [self.root.0, self.root.1], "processes": processes }).to_string()
+        let run = padded(&self.run);
+        json!({ "run": run, "root": [self.root.0, self.root.1], "processes": processes }).to_string()
     }
 
     fn parse(text: &[u8]) -> Option<Record> {
@@ -63,7 +68,7 @@ impl Record {
         let root = (int(value["root"].get(0)?)?, value["root"].get(1)?.as_u64()?);
         let process = |v: &Value| Some((int(v.get(0)?)?, v.get(1)?.as_u64()?, int(v.get(2)?)?));
         let processes = value["processes"].as_array()?.iter().map(process).collect::<Option<Vec<_>>>()?;
-        Some(Record { run: value["run"].as_str()?.to_owned(), root, processes })
+        Some(Record { run: value["run"].as_str()?.trim_end().to_owned(), root, processes })
     }
 }
 
@@ -122,7 +127,7 @@ impl Holder {
     /// Notes which pass the marks are of.
     pub fn set_run(&mut self, run: &str) -> Result<()> {
         self.record.run = run.to_owned();
-        write(&self.file, &self.record)
+        self.file.write_all_at(padded(run).as_bytes(), RUN_AT).call("write")
     }
 
     /// Ends it, and with it all watches that nobody has a copy of.
@@ -135,7 +140,7 @@ impl Holder {
         let numbered = (WATCHES..).zip(processes).map(|(fd, (pid, start, _))| (*pid, *start, fd));
         let record = Record { run: run.to_owned(), root, processes: numbered.collect() };
         let file = File::from(spawn::memfd(c"standstill-record", 0)?);
-        write(&file, &record)?;
+        file.write_all_at(record.text().as_bytes(), 0).call("write")?;
         let robust = RobustList::new()?;
         let mut arena = Arena::new(BASE, Arena::size_for(2, 64, 4096), &robust)?;
         let (first, second) = (arena.slot()?, arena.slot()?);
@@ -187,13 +192,8 @@ impl Holder {
     }
 }
 
-fn write(file: &File, record: &Record) -> Result<()> {
-    let text = record.text();
-    // what is there is unreadable until the new text is whole
-    file.set_len(0).call("ftruncate")?;
-    let mut at = file;
-    std::io::Seek::rewind(&mut at).call("lseek")?;
-    at.write_all(text.as_bytes()).call("write")
+fn padded(run: &str) -> String {
+    format!("{run:RUN_ROOM$}")
 }
 
 fn start_of(pid: i32) -> Option<u64> {
@@ -209,7 +209,12 @@ mod tests {
     #[test]
     fn records_go_there_and_back() {
         let record = Record { run: "a-b".into(), root: (7, 1 << 40), processes: vec![(7, 1, 6), (9, 2, 7)] };
-        assert_eq!(Record::parse(record.text().as_bytes()), Some(record));
+        let mut text = record.text();
+        assert_eq!(Record::parse(text.as_bytes()), Some(record.clone()));
+        // the name alone changes
+        let at = usize::try_from(RUN_AT).unwrap_or(0);
+        text.replace_range(at..at + RUN_ROOM, &padded(""));
+        assert_eq!(Record::parse(text.as_bytes()), Some(Record { run: String::new(), ..record }));
         for wrong in
             ["", "{}", "[]", r#"{"run":1,"root":[1,2],"processes":[]}"#, r#"{"run":"","root":[1],"processes":[]}"#]
         {
