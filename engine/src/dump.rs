@@ -64,6 +64,9 @@ pub struct DumpReport {
 /// So many threads are worth being written side by side.
 const MANY_THREADS: usize = 64;
 
+/// Memory to be copied, the task's pid and the number of its pages in images, and its vdso as the kernel made it.
+type Draining = (drain::Drain, u32, u32, Option<(u64, Vec<u8>)>);
+
 /// One process on its way into images.
 #[derive(Debug)]
 struct Task {
@@ -214,7 +217,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     let mut written = Written::default();
     let mut planned = plan_memory(&mut tasks, &infected, &workers, tracking.as_mut())?.into_iter();
     let mut live = infected.iter().zip(&asked).zip(&answers);
-    let mut drains = Vec::new();
+    let mut drains: Vec<Draining> = Vec::new();
     for task in &mut tasks {
         match &mut task.kind {
             Kind::Dead(code) => {
@@ -286,7 +289,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     let shared_scanned = jobs.iter().map(|job| job.size().div_ceil(memory::PAGE)).sum::<u64>();
     phases.counter().start("memory", private + shared_scanned * memory::PAGE);
     let writing = Writing { packed: opts.pages_per_block(), counter: phases.counter().clone() };
-    let write = |(drain, pid, pages_id, vdso): &&(drain::Drain, u32, u32, Option<(u64, Vec<u8>)>)| {
+    let write = |(drain, pid, pages_id, vdso): &&Draining| {
         pages.fetch_add(drain.pages, Ordering::Relaxed);
         let vdso = vdso.as_ref().map(|(at, bytes)| (*at, bytes.as_slice()));
         drain.write(images, *pid, *pages_id, vdso, &writing)

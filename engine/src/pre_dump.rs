@@ -27,7 +27,8 @@ use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::interrupt;
 use crate::tasks::freeze::Frozen;
-use crate::tasks::{finish, flags, ids, leftovers, release};
+use crate::tasks::leftovers::{self, Copy};
+use crate::tasks::{finish, flags, ids, release};
 use crate::tracee::{Infected, Stopped};
 
 /// Takes the memory of the tree below `opts.pid`, which goes on.
@@ -46,6 +47,9 @@ struct Task {
     stat: crate::proc::stat::Stat,
     areas: Vec<Vma>,
 }
+
+/// Memory to be copied, the task's pid and the number of its pages in images.
+type Draining = (drain::Drain, u32, u32);
 
 /// What one pass over the memory of a running tree has left.
 pub(crate) struct Pass {
@@ -149,11 +153,11 @@ fn scan(
     opts: &Options,
     tasks: &[Task],
     mut threads: Vec<Vec<Stopped>>,
-    copies: &[(i32, i32)],
+    copies: &[Copy],
     tracking: &mut Tracking,
     robust: &RobustList,
     frozen_at: Instant,
-) -> Result<(Vec<(drain::Drain, u32, u32)>, Duration)> {
+) -> Result<(Vec<Draining>, Duration)> {
     let mut infected = Vec::new();
     let mut free = Vec::new();
     for (task, stopped) in tasks.iter().zip(threads.iter_mut()) {
@@ -186,7 +190,7 @@ fn scan(
 }
 
 /// Finds the pages to copy, and marks all; tasks side by side.
-fn look(tasks: &[Task], tracking: &Tracking) -> Result<Vec<(drain::Drain, u32, u32)>> {
+fn look(tasks: &[Task], tracking: &Tracking) -> Result<Vec<Draining>> {
     let one = |(n, task): (usize, &Task)| {
         let mut entries = task.areas.iter().filter_map(vmas::outline).collect();
         let marks = tracking.marks(task.pid, task.id)?;
@@ -213,7 +217,7 @@ pub(crate) fn infect<'r>(
     opts: &Options,
     areas: &[Vma],
     stopped: Vec<Stopped>,
-    copies: &[(i32, i32)],
+    copies: &[Copy],
     robust: &'r RobustList,
 ) -> Result<Infected<'r>> {
     let pid = stopped.first().map_or(0, Stopped::tid);

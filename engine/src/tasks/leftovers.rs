@@ -12,6 +12,9 @@ use crate::sys::memory;
 use crate::tasks::freeze::{self, Frozen};
 use crate::tracee::{Stopped, AREA_NAME, COPY_NAME};
 
+/// A dead copy: its parent, and its id.
+pub type Copy = (i32, i32);
+
 /// How long the copy of a dead engine may take to end.
 const COPY_LIMIT: Duration = Duration::from_secs(2);
 /// How much of a thread's stack is looked at for addresses to return to.
@@ -51,7 +54,7 @@ pub fn check_areas(areas: &[Vma], threads: &[Stopped]) -> Result<()> {
 
 /// Stops the tree below `root`, as [`freeze::freeze`] does, and takes the zombies of copies out of it: parent, and id. A copy
 /// that has not seen yet that its engine is dead is given time for that.
-pub fn freeze(root: i32, limit: Duration) -> Result<(Vec<Frozen>, Vec<(i32, i32)>)> {
+pub fn freeze(root: i32, limit: Duration) -> Result<(Vec<Frozen>, Vec<Copy>)> {
     let began = Instant::now();
     loop {
         let mut frozen = freeze::freeze(root, limit)?;
@@ -75,7 +78,7 @@ pub fn freeze(root: i32, limit: Duration) -> Result<(Vec<Frozen>, Vec<(i32, i32)
 }
 
 /// Unmaps what dead engines left, and waits for its copies.
-pub fn remove(pid: i32, areas: &[Vma], copies: &[(i32, i32)], plan: &mut Plan) {
+pub fn remove(pid: i32, areas: &[Vma], copies: &[Copy], plan: &mut Plan) {
     for (_, copy) in copies.iter().filter(|(parent, _)| *parent == pid) {
         let flags = libc::__WALL | libc::WNOHANG;
         plan.ask("a dead copy", libc::SYS_wait4, &[(*copy).into(), 0.into(), flags.into(), 0.into()]);
