@@ -139,8 +139,7 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
 struct Poised<'a> {
     nursery: Nursery,
     held: release::Seized,
-    arena: Arena,
-    robust: &'a RobustList,
+    arena: Arena<'a>,
     stops: Vec<(i32, i32)>,
     lifted: Lifted,
     figures: Figures,
@@ -168,7 +167,7 @@ impl Poised<'_> {
         self.nursery.finished = true;
         self.lifted.done();
         self.held.go()?;
-        self.arena.release(self.robust);
+        self.arena.release();
         phases.mark("going");
         let report = RestoreReport { pid, total: phases.total(), exit_code: None };
         crate::stats::write_restore(opts, phases, report.total, &self.figures)?;
@@ -224,8 +223,12 @@ fn build<'r>(
     }
     let parked = birth.vdso.layout.moved(arena.parking());
     let base = draft.base;
+    if transfer.list.len() >= usize::try_from(draft.room).unwrap_or(0) {
+        return Err(Error::Usage { what: "more descriptors than numbers for them".into() });
+    }
     let table = Table {
         base,
+        room: draft.room,
         files: draft.files.iter().map(|(&id, &i)| (id, base + i as i32)).collect(),
         late: late.iter().map(|(&id, fd)| (id, fd.as_raw_fd())).collect(),
         engine: base + engine as i32,
@@ -335,7 +338,7 @@ fn build<'r>(
     inotify::settle(files)?;
     let stops = tree.alive().filter_map(|(_, n, a)| Some((n.pid, stop_signal(a, opts)?))).collect();
     phases.mark("registers");
-    Ok(Poised { nursery, held, arena, robust, stops, lifted, figures })
+    Ok(Poised { nursery, held, arena, stops, lifted, figures })
 }
 
 /// The guard kills the tree, should we die before it is let go. The kernel does that too (PTRACE_O_EXITKILL), but task by

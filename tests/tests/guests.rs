@@ -60,6 +60,7 @@ guests! {
     files_append
     files_deleted
     files_dirs
+    files_high
     files_many
     files_offsets
     files_owner
@@ -134,6 +135,7 @@ guests! {
     tree_orphans
     tree_sessions
     tree_stopped
+    tree_vforks
     tree_zombies
     unix_dgram
     unix_listening

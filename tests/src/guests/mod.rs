@@ -153,6 +153,7 @@ pub const ALL: &[Guest] = &[
     guest("files_append", files::append),
     guest("files_deleted", files::deleted),
     guest("files_dirs", files::dirs).criu(Criu::DumpsOnly(FLAG)),
+    guest("files_high", files::high),
     guest("files_many", files::many),
     guest("files_offsets", files::offsets),
     guest("files_owner", files::owner),
@@ -235,6 +236,11 @@ pub const ALL: &[Guest] = &[
         .criu(Criu::DumpsOnly("CRIU 4.2 gives one of them to another parent")),
     guest("tree_sessions", tree::sessions),
     guest("tree_stopped", tree::stopped),
+    guest("tree_vforks", tree::vforks)
+        .changes("they go on")
+        .restless()
+        .dumps(20)
+        .criu(Criu::RestoresOnly("CRIU 4.2 may find a child that shares memory")),
     guest("tree_zombies", tree::zombies),
     guest("unix_dgram", unix::dgram),
     guest("unix_listening", unix::listening),
