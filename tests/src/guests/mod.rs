@@ -153,7 +153,7 @@ pub const ALL: &[Guest] = &[
     guest("files_append", files::append),
     guest("files_deleted", files::deleted),
     guest("files_dirs", files::dirs).criu(Criu::DumpsOnly(FLAG)),
-    guest("files_high", files::high),
+    guest("files_high", files::high).criu(Criu::DumpsOnly("CRIU 4.2 needs numbers of its own above all others")),
     guest("files_many", files::many),
     guest("files_offsets", files::offsets),
     guest("files_owner", files::owner),
