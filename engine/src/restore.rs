@@ -287,9 +287,9 @@ fn build<'r>(
         sibling,
     };
     let pid = release::when_reaped(root, || spawn::spawn(&birth_of_root))
-        .map_err(|e| match e.errno() {
-            libc::EEXIST => Error::IdInUse { pid: root },
-            _ => e,
+        .map_err(|e| match e {
+            Error::Sys { call: "clone3", source } => Error::no_task(root, source),
+            e => e,
         })
         .task(root)?;
     nursery.root = pid;
