@@ -313,7 +313,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images) -> Resu
     }
     let (pages, shared_pages) = (pages.into_inner(), shared.into_inner());
     let report = DumpReport { frozen, total: phases.total(), pages, in_parent, shared_pages, tasks: alive.len() };
-    crate::stats::write_dump(opts, &phases, &report, scanned, shared_scanned)?;
+    crate::stats::write_dump(opts, &phases, &report, scanned, shared_scanned);
     phases.finish();
     Ok(report)
 }

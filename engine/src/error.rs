@@ -67,7 +67,7 @@ pub enum Error {
     #[error("unreadable")]
     Proc(#[from] crate::proc::ParseError),
     /// An image was not what it should be.
-    #[error("image")]
+    #[error(transparent)]
     Image(#[from] standstill_images::Error),
     /// This state cannot be carried.
     #[error("{what} cannot be carried: {advice}")]

@@ -90,7 +90,7 @@ fn pre_dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
         shared_pages: 0,
         tasks: tasks.len(),
     };
-    crate::stats::write_dump(opts, &phases, &report, drains.iter().map(|d| d.0.scanned).sum(), 0)?;
+    crate::stats::write_dump(opts, &phases, &report, drains.iter().map(|d| d.0.scanned).sum(), 0);
     phases.finish();
     Ok(report)
 }

@@ -109,6 +109,9 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
     let tree = Tree::read(images, job)?;
     check_ids(&inventory, &tree)?;
     let birth = birth()?;
+    if opts.personality == crate::options::Persona::Standstill {
+        check_limits(&birth, &tree)?;
+    }
     let filters: SeccompEntry = images.read_one_if_there(ImageKind::Seccomp, ())?.unwrap_or_default();
     let clocks: Option<TimensEntry> = read_clocks(images, &inventory, &tree)?;
     phases.mark("reading");
@@ -175,7 +178,7 @@ impl Poised<'_> {
         self.arena.release();
         phases.mark("going");
         let report = RestoreReport { pid, total: phases.total(), exit_code: None };
-        crate::stats::write_restore(opts, phases, report.total, &self.figures)?;
+        crate::stats::write_restore(opts, phases, report.total, &self.figures);
         phases.finish();
         stages.announce(Stage::PostResume, Some(pid));
         Ok(report)
@@ -432,8 +435,35 @@ fn check_ids(inventory: &InventoryEntry, tree: &Tree) -> Result<()> {
             (e.cgroup_ns_id, root.cgroup_ns_id, "cgroup"),
         ];
         if let Some((.., name)) = pairs.iter().find(|(a, b, _)| a.is_some() && a != b) {
-            return Err(Error::refused(format!("a {name} namespace of its own"), "namespaces cannot be restored yet"))
-                .task(node.pid);
+            return Err(Error::refused(
+                format!("another {name} namespace than ours"),
+                "namespaces cannot be restored yet",
+            ))
+            .task(node.pid);
+        }
+    }
+    Ok(())
+}
+
+/// Limits above those of the one who restores can be had with a capability only. CRIU leaves them as they are.
+fn check_limits(birth: &Birth, tree: &Tree) -> Result<()> {
+    const CAP_SYS_RESOURCE: u64 = 1 << 24;
+    if birth.status.cap_effective & CAP_SYS_RESOURCE != 0 {
+        return Ok(());
+    }
+    for (_, node, a) in tree.alive() {
+        let Some((_, leader)) = a.threads.first() else { continue };
+        let limits = leader.tc.as_ref().and_then(|tc| tc.rlimits.as_ref()).map_or(&[][..], |r| &r.rlimits);
+        let above = limits.iter().zip(&birth.limits).zip(proc::limits::NAMES).find(|((l, own), _)| l.max > own.maximum);
+        if let Some(((limit, own), name)) = above {
+            let number = |n: u64| if n == proc::limits::UNLIMITED { "unlimited".into() } else { n.to_string() };
+            let what = format!(
+                "its limit \"{name}\" is {}, and ours {}: raise the hard limit (ulimit -H) of the one who restores, or give it \
+                 CAP_SYS_RESOURCE",
+                number(limit.max),
+                number(own.maximum)
+            );
+            return Err(Error::Changed { what }).task(node.pid);
         }
     }
     Ok(())

@@ -95,6 +95,10 @@ pub fn freeze(root: i32, limit: Duration) -> Result<Vec<Frozen>> {
     if stat.flags & 0x20_0000 != 0 {
         return Err(Error::refused("a kernel thread", "name a process")).task(root);
     }
+    if let Some(process) = process_of(root, &mut buffer).filter(|&p| p != root) {
+        let what = format!("{root} is a thread of process {process}: name the process");
+        return Err(Error::Usage { what });
+    }
     tree.insert(root, Seized { parent: 0, held: Vec::new(), dead: None, children: Vec::new() });
     let mut known: HashSet<i32> = HashSet::new();
     loop {
@@ -135,7 +139,8 @@ pub fn freeze(root: i32, limit: Duration) -> Result<Vec<Frozen>> {
         }
         for seized in tree.values() {
             for held in &seized.held {
-                ptrace::wait_quietly(held.tid(), limit.saturating_sub(began.elapsed())).task(held.tid())?;
+                let stopped = ptrace::wait_quietly(held.tid(), limit.saturating_sub(began.elapsed()));
+                stopped.map_err(|e| in_kernel(e, limit)).task(held.tid())?;
             }
         }
     }
@@ -220,6 +225,21 @@ fn seize(
             }
         }
     }
+}
+
+/// A task that does not stop in time, in words for people.
+fn in_kernel(error: Error, limit: Duration) -> Error {
+    let what = "its stop (it is in a system call that no signal interrupts: a dead file server, a child of vfork)";
+    match error {
+        Error::Timeout { .. } => Error::Timeout { what, seconds: limit.as_secs() },
+        error => error,
+    }
+}
+
+/// The process that a thread is of.
+fn process_of(tid: i32, buffer: &mut Vec<u8>) -> Option<i32> {
+    proc::read_proc(format!("/proc/{tid}/status").as_ref(), buffer).ok()?;
+    proc::status::parse(buffer).ok().map(|s| s.tgid)
 }
 
 fn tracer_of(tid: i32) -> Option<i32> {

@@ -173,7 +173,8 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        if !self.done && ptrace::wait_stop(self.tid, super::STOP_LIMIT).is_ok() {
+        // who does not stop soon is let go by the kernel, when this thread ends
+        if !self.done && ptrace::wait_stop(self.tid, Duration::from_secs(1)).is_ok() {
             let signal = match ptrace::stopped(self.tid) {
                 Ok(Some(Stop::Signal(signal))) => signal,
                 _ => 0,

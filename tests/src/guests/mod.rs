@@ -270,6 +270,9 @@ pub const ALL: &[Guest] = &[
     guest("refused_traced", refused::traced).refused(&["traces"]),
 ];
 
+/// Programs that one test starts by itself: they are no guests, since they check nothing.
+const HELPERS: &[(&str, fn())] = &[("tree_vfork_stopped", tree::vfork_stopped)];
+
 /// The guest of this name.
 pub fn find(name: &str) -> Option<&'static Guest> {
     ALL.iter().find(|g| g.name == name)
@@ -277,6 +280,10 @@ pub fn find(name: &str) -> Option<&'static Guest> {
 
 /// Runs one guest, in this process; it never comes back.
 pub fn main(name: &str, folder: PathBuf) -> ! {
+    if let Some((_, run)) = HELPERS.iter().find(|h| h.0 == name) {
+        run();
+        std::process::exit(0);
+    }
     let Some(guest) = find(name) else {
         eprintln!("there is no guest {name}");
         std::process::exit(2);

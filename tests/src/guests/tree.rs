@@ -261,3 +261,18 @@ pub(super) fn vforks() {
     shared.set(3, 1);
     all_well(&parents);
 }
+
+/// A child of vfork(2) that stops itself: its parent cannot be stopped. For a test that ends both.
+pub(super) fn vfork_stopped() {
+    extern "C" fn child(_: *mut libc::c_void) -> i32 {
+        unsafe {
+            libc::syscall(libc::SYS_kill, libc::syscall(libc::SYS_getpid), libc::SIGSTOP);
+            libc::syscall(libc::SYS_exit, 0);
+        }
+        0
+    }
+    let mut stack = vec![0u8; 64 << 10];
+    let top = unsafe { stack.as_mut_ptr().add(64 << 10) }.cast();
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    unsafe { sys(libc::clone(child, top, flags, std::ptr::null_mut())) };
+}
