@@ -161,6 +161,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     let mut infected = Vec::with_capacity(tasks.len());
     let mut files =
         DumpFiles::new(opts, images, heads.iter().map(|h| h.0).collect(), numbers.root.net_ns_id.unwrap_or(0));
+    files.ipc_ns = numbers.root.ipc_ns_id.unwrap_or(0);
     files.memory_is_tracked = tracked;
     files.guard = Some(&guard);
     files.lock = Lock::new(opts.network_lock, &run);
@@ -365,7 +366,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
         (frozen, pages, in_parent) = (frozen + ahead.frozen, pages + ahead.pages, ahead.in_parent);
     }
     let report = DumpReport { frozen, total: phases.total(), pages, in_parent, shared_pages, tasks: alive.len() };
-    crate::stats::write_dump(opts, &phases, &report, scanned, shared_scanned)?;
+    crate::stats::write_dump(opts, &phases, &report, scanned, shared_scanned);
     phases.finish();
     Ok(report)
 }

@@ -67,7 +67,7 @@ pub enum Error {
     #[error("unreadable")]
     Proc(#[from] crate::proc::ParseError),
     /// An image was not what it should be.
-    #[error("image")]
+    #[error(transparent)]
     Image(#[from] standstill_images::Error),
     /// This state cannot be carried.
     #[error("{what} cannot be carried: {advice}")]
@@ -193,6 +193,26 @@ impl Error {
     /// A refusal.
     pub fn refused(what: impl Into<String>, advice: &'static str) -> Error {
         Error::Refused { what: what.into(), advice }
+    }
+
+    /// A task could not be made with its id.
+    pub fn no_task(pid: i32, source: std::io::Error) -> Error {
+        let changed = |what: String| Error::Changed { what };
+        match source.raw_os_error() {
+            Some(libc::EEXIST) => Error::IdInUse { pid },
+            Some(libc::EINVAL) => changed(format!(
+                "Can't fork for {pid}: Invalid argument; ids end before it here, raise /proc/sys/kernel/pid_max"
+            )),
+            Some(libc::EAGAIN) => changed(format!(
+                "Can't fork for {pid}: no more tasks may be made here, raise the limit of the user (ulimit -u), of the \
+                 cgroup (pids.max), or /proc/sys/kernel/threads-max"
+            )),
+            Some(libc::EPERM) => changed(format!(
+                "Can't fork for {pid}: Operation not permitted; ids can be chosen only with CAP_CHECKPOINT_RESTORE or \
+                 CAP_SYS_ADMIN"
+            )),
+            _ => Error::Sys { call: "clone3", source },
+        }
     }
 
     /// A lying image.

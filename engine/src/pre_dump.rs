@@ -75,7 +75,7 @@ fn pre_dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     pass.tracking.keep(&pass.run)?;
     phases.mark("inventory");
     pass.report.total = phases.total();
-    crate::stats::write_dump(opts, &phases, &pass.report, pass.scanned, 0)?;
+    crate::stats::write_dump(opts, &phases, &pass.report, pass.scanned, 0);
     phases.finish();
     Ok(pass.report)
 }

@@ -16,6 +16,7 @@ use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{inotify, memfd, remove_names, RestoreFiles};
 use crate::guard::{Choice, Guard, List};
 use crate::memory::rebuild::{unmap_all_but, Figures, Numbers};
+use crate::memory::sysv;
 use crate::memory::unpack::{Pipes, TaskEnds, Unpacker};
 use crate::memory::vdso::Layout;
 use crate::options::{FinalState, Options};
@@ -108,11 +109,16 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
     let tree = Tree::read(images, job)?;
     check_ids(&inventory, &tree)?;
     let birth = birth()?;
+    if opts.personality == crate::options::Persona::Standstill {
+        check_limits(&birth, &tree)?;
+    }
     let filters: SeccompEntry = images.read_one_if_there(ImageKind::Seccomp, ())?.unwrap_or_default();
     let clocks: Option<TimensEntry> = read_clocks(images, &inventory, &tree)?;
     phases.mark("reading");
 
     let mut files = RestoreFiles::read(opts, images)?;
+    let ipc_ns = inventory.root_ids.as_ref().and_then(|r| r.ipc_ns_id).unwrap_or(0);
+    sysv::read(ipc_ns, tree.alive().flat_map(|(_, _, a)| &a.memory.mm.vmas), &mut files)?;
     let tree = tree.with_dead(&files.regular.dead_pids);
     let robust = RobustList::new()?;
     let guard = Guard::new(&robust);
@@ -122,10 +128,12 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
     // ghosts and links are taken away again, however it ended; and nobody's pipe may have another end with us
     let cleaned = files.clean(result.is_ok());
     let names = files.litter.take();
+    let segments = files.sysv.take_made();
     drop(files);
     let poised = result?;
     let report =
         cleaned.and_then(|()| poised.go(opts, stages, &guard, &mut phases)).inspect_err(|_| remove_names(&names))?;
+    segments.keep();
     if opts.auto_dedup {
         // the program runs: that its images still take room is no reason to fail
         if let Err(e) = crate::memory::dedup::free_all(images) {
@@ -139,8 +147,7 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
 struct Poised<'a> {
     nursery: Nursery,
     held: release::Seized,
-    arena: Arena,
-    robust: &'a RobustList,
+    arena: Arena<'a>,
     stops: Vec<(i32, i32)>,
     lifted: Lifted,
     figures: Figures,
@@ -168,10 +175,10 @@ impl Poised<'_> {
         self.nursery.finished = true;
         self.lifted.done();
         self.held.go()?;
-        self.arena.release(self.robust);
+        self.arena.release();
         phases.mark("going");
         let report = RestoreReport { pid, total: phases.total(), exit_code: None };
-        crate::stats::write_restore(opts, phases, report.total, &self.figures)?;
+        crate::stats::write_restore(opts, phases, report.total, &self.figures);
         phases.finish();
         stages.announce(Stage::PostResume, Some(pid));
         Ok(report)
@@ -193,6 +200,7 @@ fn build<'r>(
     phases: &mut Phases,
 ) -> Result<Poised<'r>> {
     stages.reach(Stage::PreRestore, None)?;
+    sysv::prepare(files)?;
     let (mut transfer, mut draft) = open_files(opts, images, tree, files)?;
     for master in std::mem::take(&mut files.ttys.orphan_masters) {
         stages.orphan_master(master.as_fd())?;
@@ -224,8 +232,12 @@ fn build<'r>(
     }
     let parked = birth.vdso.layout.moved(arena.parking());
     let base = draft.base;
+    if transfer.list.len() >= usize::try_from(draft.room).unwrap_or(0) {
+        return Err(Error::Usage { what: "more descriptors than numbers for them".into() });
+    }
     let table = Table {
         base,
+        room: draft.room,
         files: draft.files.iter().map(|(&id, &i)| (id, base + i as i32)).collect(),
         late: late.iter().map(|(&id, fd)| (id, fd.as_raw_fd())).collect(),
         engine: base + engine as i32,
@@ -233,6 +245,7 @@ fn build<'r>(
             areas: draft.areas.iter().map(|(&k, &i)| (k, base + i as i32)).collect(),
             pages: draft.pages.iter().map(|(&k, &i)| (k, base + i as i32)).collect(),
             packed,
+            segments: files.sysv.sizes(),
         },
         exes: draft.exes.iter().map(|(&id, &i)| (id, base + i as i32)).collect(),
         terminals: draft.terminals.iter().map(|(&pid, &(i, group))| (pid, (base + i as i32, group))).collect(),
@@ -277,9 +290,9 @@ fn build<'r>(
         sibling,
     };
     let pid = release::when_reaped(root, || spawn::spawn(&birth_of_root))
-        .map_err(|e| match e.errno() {
-            libc::EEXIST => Error::IdInUse { pid: root },
-            _ => e,
+        .map_err(|e| match e {
+            Error::Sys { call: "clone3", source } => Error::no_task(root, source),
+            e => e,
         })
         .task(root)?;
     nursery.root = pid;
@@ -333,9 +346,10 @@ fn build<'r>(
     let lifted = Lifted::lift(inventory, connections, files.guard)?;
     inet::repair_ends(files)?;
     inotify::settle(files)?;
+    sysv::settle(files)?;
     let stops = tree.alive().filter_map(|(_, n, a)| Some((n.pid, stop_signal(a, opts)?))).collect();
     phases.mark("registers");
-    Ok(Poised { nursery, held, arena, robust, stops, lifted, figures })
+    Ok(Poised { nursery, held, arena, stops, lifted, figures })
 }
 
 /// The guard kills the tree, should we die before it is let go. The kernel does that too (PTRACE_O_EXITKILL), but task by
@@ -421,8 +435,35 @@ fn check_ids(inventory: &InventoryEntry, tree: &Tree) -> Result<()> {
             (e.cgroup_ns_id, root.cgroup_ns_id, "cgroup"),
         ];
         if let Some((.., name)) = pairs.iter().find(|(a, b, _)| a.is_some() && a != b) {
-            return Err(Error::refused(format!("a {name} namespace of its own"), "namespaces cannot be restored yet"))
-                .task(node.pid);
+            return Err(Error::refused(
+                format!("another {name} namespace than ours"),
+                "namespaces cannot be restored yet",
+            ))
+            .task(node.pid);
+        }
+    }
+    Ok(())
+}
+
+/// Limits above those of the one who restores can be had with a capability only. CRIU leaves them as they are.
+fn check_limits(birth: &Birth, tree: &Tree) -> Result<()> {
+    const CAP_SYS_RESOURCE: u64 = 1 << 24;
+    if birth.status.cap_effective & CAP_SYS_RESOURCE != 0 {
+        return Ok(());
+    }
+    for (_, node, a) in tree.alive() {
+        let Some((_, leader)) = a.threads.first() else { continue };
+        let limits = leader.tc.as_ref().and_then(|tc| tc.rlimits.as_ref()).map_or(&[][..], |r| &r.rlimits);
+        let above = limits.iter().zip(&birth.limits).zip(proc::limits::NAMES).find(|((l, own), _)| l.max > own.maximum);
+        if let Some(((limit, own), name)) = above {
+            let number = |n: u64| if n == proc::limits::UNLIMITED { "unlimited".into() } else { n.to_string() };
+            let what = format!(
+                "its limit \"{name}\" is {}, and ours {}: raise the hard limit (ulimit -H) of the one who restores, or give it \
+                 CAP_SYS_RESOURCE",
+                number(limit.max),
+                number(own.maximum)
+            );
+            return Err(Error::Changed { what }).task(node.pid);
         }
     }
     Ok(())

@@ -98,7 +98,18 @@ fn pages(count: u64) -> String {
 
 /// Writes `stats-dump` into the work folder.
 /// Looked at for it were so many pages, and so many shared ones.
-pub fn write_dump(opts: &Options, phases: &Phases, report: &DumpReport, scanned: u64, shared: u64) -> Result<()> {
+pub fn write_dump(opts: &Options, phases: &Phases, report: &DumpReport, scanned: u64, shared: u64) {
+    warn(try_write_dump(opts, phases, report, scanned, shared));
+}
+
+/// What was measured cannot be written: no reason to say that what was done has failed.
+fn warn(written: Result<()>) {
+    if let Err(e) = written {
+        tracing::warn!("the figures of this run could not be written: {}", e.chain());
+    }
+}
+
+fn try_write_dump(opts: &Options, phases: &Phases, report: &DumpReport, scanned: u64, shared: u64) -> Result<()> {
     let dump = DumpStatsEntry {
         freezing_time: micros(phases.of("freezing")),
         frozen_time: micros(report.frozen),
@@ -158,7 +169,11 @@ fn print_dump(dump: &DumpStatsEntry) {
 }
 
 /// Writes `stats-restore` into the work folder.
-pub fn write_restore(opts: &Options, phases: &Phases, total: Duration, figures: &Figures) -> Result<()> {
+pub fn write_restore(opts: &Options, phases: &Phases, total: Duration, figures: &Figures) {
+    warn(try_write_restore(opts, phases, total, figures));
+}
+
+fn try_write_restore(opts: &Options, phases: &Phases, total: Duration, figures: &Figures) -> Result<()> {
     let Figures { pages: restored, compared, shared, .. } = figures;
     let restore = RestoreStatsEntry {
         pages_compared: *compared,

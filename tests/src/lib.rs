@@ -12,6 +12,7 @@ pub mod engine;
 pub mod guests;
 #[allow(unsafe_code)]
 pub mod process;
+pub mod program;
 #[allow(unsafe_code)]
 pub mod rpc;
 pub mod run;

@@ -60,6 +60,7 @@ guests! {
     files_append
     files_deleted
     files_dirs
+    files_high
     files_many
     files_offsets
     files_owner
@@ -115,6 +116,10 @@ guests! {
     signals_pending
     signals_stack
     storm
+    sysv
+    sysv_huge
+    sysv_pieces
+    sysv_removed
     tcp_streams
     threads
     threads_500
@@ -134,6 +139,7 @@ guests! {
     tree_orphans
     tree_sessions
     tree_stopped
+    tree_vforks
     tree_zombies
     unix_dgram
     unix_listening

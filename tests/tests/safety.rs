@@ -145,6 +145,19 @@ fn half_a_checkpoint() {
     run.check(How::Restored);
 }
 
+/// A restore that fails when its guard is there already, and a plan's memory too.
+#[test]
+fn ids_in_use_beside_deleted_files() {
+    let mut run = Run::start("files_deleted");
+    let (engine, images) = (Engine::ours(), run.images("images"));
+    run.dump_running(&engine, &images);
+    match engine.restore(&images, &[]) {
+        Ok(_) => panic!("restored beside itself"),
+        Err(e) => assert!(e.code == Some(1) && e.text.contains("Can't fork for"), "{e}"),
+    }
+    run.check(How::Running);
+}
+
 /// Ids that are taken: the restore says which, and the images are as they were.
 #[test]
 fn ids_in_use() {

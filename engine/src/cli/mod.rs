@@ -123,6 +123,7 @@ fn perform(line: CommandLine, program: &OsStr) -> Result<i32, UsageError> {
         return Err(UsageError);
     };
     let (verb, rest) = verb(name, &words[1..], options.personality)?;
+    crate::sys::calls::raise_limit_of_files();
     match verb {
         Verb::Swrk => return Ok(swrk::run(rest, options)),
         Verb::ServiceWorker => return Ok(service::run_worker(rest, options)),

@@ -227,6 +227,9 @@ impl Plan {
         };
         let call = if op.code == Code::Syscall as u32 { names::syscall(op.nr) } else { names::macro_name(op.code) };
         let errno = i32::try_from(-result).ok().filter(|&e| e > 0).unwrap_or(libc::EPROTO);
+        if let (true, Ok(pid @ 1..)) = (op.code == Code::Clone as u32, i32::try_from(op.want[0])) {
+            return Error::no_task(pid, std::io::Error::from_raw_os_error(errno));
+        }
         let operation = match range(op) {
             Some((start, end)) => format!("{label} {start:x}-{end:x}"),
             None => label.to_string(),

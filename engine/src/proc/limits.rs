@@ -13,7 +13,7 @@ pub const COUNT: usize = 16;
 pub const UNLIMITED: u64 = u64::MAX;
 
 /// Names in the kernel's text, at the index that is the `RLIMIT_` number (x86, arm and most others).
-const NAMES: [&str; COUNT] = [
+pub const NAMES: [&str; COUNT] = [
     "Max cpu time",
     "Max file size",
     "Max data size",

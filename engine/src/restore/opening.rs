@@ -34,6 +34,8 @@ impl Transfer {
 #[derive(Debug, Default)]
 pub(super) struct Draft {
     pub(super) base: i32,
+    /// How many numbers are ours from there on.
+    pub(super) room: i32,
     pub(super) files: HashMap<u32, usize>,
     pub(super) late_ids: Vec<u32>,
     pub(super) areas: HashMap<(u32, u32), usize>,
@@ -55,21 +57,20 @@ pub(super) fn open_files(
 ) -> Result<(Transfer, Draft)> {
     let mut transfer = Transfer::default();
     let mut draft = Draft::default();
-    let mut highest = 0u32;
     for (_, node, a) in tree.alive() {
         let id = a.ids.files_id;
         if let std::collections::hash_map::Entry::Vacant(free) = draft.tables.entry(id) {
             let entries: Vec<FdinfoEntry> = images.read_entries(ImageKind::Fdinfo, id)?;
-            highest = entries.iter().map(|e| e.fd).max().unwrap_or(0).max(highest);
             free.insert(entries);
         }
         let fs: FsEntry = images.read_one(ImageKind::Fs, u32::try_from(node.pid).unwrap_or(0))?;
         draft.fs.insert(node.pid, fs);
     }
-    if highest >= 1 << 24 {
-        return Err(Error::lie("fdinfo", format!("descriptor {highest}")));
-    }
-    draft.base = i32::try_from(highest).unwrap_or(0).max(256) + 64;
+    let of_tasks: usize = tree.alive().map(|(_, _, a)| a.memory.files().len() + a.memory.layers() + 8).sum();
+    let open: usize = draft.tables.values().map(Vec::len).sum();
+    let used = draft.tables.values().flatten().map(|e| e.fd).collect();
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum.unwrap_or(1 << 30);
+    (draft.base, draft.room) = numbers(used, of_tasks + open + 64, limit)?;
     let mut ids: Vec<u32> = draft.tables.values().flatten().map(|e| e.id).collect();
     ids.sort_unstable();
     ids.dedup();
@@ -134,6 +135,48 @@ pub(super) fn open_files(
     Ok((transfer, draft))
 }
 
+/// Numbers for what the tasks get from us: the first, and how many. None of them is one that a task is to have, and all
+/// are below the limit, which not everyone may raise. `used` are the numbers of the tasks.
+fn numbers(mut used: Vec<u32>, needed: usize, limit: u64) -> Result<(i32, i32)> {
+    const FIRST: i64 = 320;
+    const LAST: i64 = 1 << 25;
+    used.sort_unstable();
+    let highest = i64::from(used.last().copied().unwrap_or(0));
+    if highest >= 1 << 24 {
+        return Err(Error::lie("fdinfo", format!("descriptor {highest}")));
+    }
+    let limit = i64::try_from(limit).unwrap_or(LAST).min(LAST);
+    if !used.is_empty() && highest >= limit {
+        let what = format!(
+            "descriptor {highest} of the checkpoint is not below {limit}, the limit of open files here: raise the hard limit \
+             (ulimit -Hn), and restore again"
+        );
+        return Err(Error::Changed { what });
+    }
+    let needed = i64::try_from(needed).unwrap_or(LAST);
+    let above = FIRST.max(highest + 64);
+    let mut start = if above + needed <= limit { above } else { 0 };
+    if start == 0 {
+        // below the highest, then, between two of theirs
+        start = FIRST;
+        for n in used.iter().map(|&n| i64::from(n)) {
+            if n >= start && n - start < needed {
+                start = n + 1;
+            }
+        }
+    }
+    if start + needed > limit {
+        let what = format!(
+            "{needed} more descriptors are needed for a moment, and the limit of open files here is {limit}: raise the hard \
+             limit (ulimit -Hn), and restore again"
+        );
+        return Err(Error::Changed { what });
+    }
+    let end = used.iter().map(|&n| i64::from(n)).find(|&n| n >= start).unwrap_or(limit.max(start + needed));
+    let number = |n: i64| i32::try_from(n).map_err(|_| Error::lie("fdinfo", format!("descriptor {n}")));
+    Ok((number(start)?, number(end - start)?))
+}
+
 /// Opens what needs living tasks, at the numbers that the plans know.
 pub(super) fn open_late(files: &mut RestoreFiles<'_>, late: &HashMap<u32, OwnedFd>) -> Result<()> {
     for (&id, place) in late {
@@ -158,4 +201,21 @@ pub(super) fn send(socket: &OwnedFd, list: &[OwnedFd], alive: &impl Fn() -> Resu
             .call("sendmsg(SCM_RIGHTS)")?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_free() {
+        assert_eq!(numbers(vec![0, 1, 2], 100, 20_000).unwrap(), (320, 19_680));
+        assert_eq!(numbers(vec![1000], 100, 20_000).unwrap().0, 1064);
+        // at the upper end, as valgrind has its own
+        assert_eq!(numbers(vec![2, 19_988, 19_994], 100, 20_000).unwrap(), (320, 19_668));
+        assert_eq!(numbers(vec![400, 19_994], 100, 20_000).unwrap(), (401, 19_593));
+        assert!(numbers(vec![500, 900], 600, 1024).unwrap_err().to_string().contains("ulimit"));
+        assert!(numbers(vec![1024], 10, 1024).unwrap_err().to_string().contains("descriptor 1024"));
+        assert!(numbers(vec![1 << 30], 10, 1 << 40).is_err());
+    }
 }

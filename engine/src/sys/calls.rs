@@ -287,14 +287,34 @@ pub fn replace(fd: BorrowedFd<'_>, place: BorrowedFd<'_>) -> Result<()> {
     answer("dup3", unsafe { libc::dup3(fd.as_raw_fd(), place.as_raw_fd(), libc::O_CLOEXEC) }.into()).map(drop)
 }
 
-/// The program will have no signal blocked, whatever is held off here.
+/// The limit of open files that this process was started with, if it has another one now.
+static LIMIT_OF_FILES: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+
+/// From now on this process may have as many files open as it may allow itself: those of all tasks go through its hands.
+/// For a program of our own; a library does not change its host's limits.
+pub fn raise_limit_of_files() {
+    use rustix::process::{getrlimit, setrlimit, Resource, Rlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let (Some(soft), Ok(())) = (limit.current, setrlimit(Resource::Nofile, raised)) {
+        LIMIT_OF_FILES.store(soft, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
+/// The program will have no signal blocked, whatever is held off here, and the limit of open files that we were given.
 pub fn plain_signals(command: &mut std::process::Command) -> &mut std::process::Command {
     use std::os::unix::process::CommandExt as _;
-    // SAFETY: between fork and exec there is one system call, which reads a word that lives across it.
+    // SAFETY: between fork and exec there are only system calls, on words that live across them.
     unsafe {
         command.pre_exec(|| {
             let none = 0u64;
             libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, &raw const none, 0, 8);
+            let given = LIMIT_OF_FILES.load(std::sync::atomic::Ordering::Relaxed);
+            let mut limit: libc::rlimit = std::mem::zeroed();
+            if given != 0 && libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+                limit.rlim_cur = given;
+                libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+            }
             Ok(())
         })
     }

@@ -2,13 +2,18 @@
 //!
 //! A running task can make others, so the tree is scanned until two scans agree: after that, everyone who could make a
 //! task is stopped. What was stopped and then found unfit is let go when the error drops it.
+//!
+//! A thread in vfork(2) stops only when its child has its own program or is gone, so that child must run on until then: it
+//! is left alone as long as it has its parent's memory, and is caught by the next scan.
 
 use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
 use crate::error::{At, Call, Error, Result};
-use crate::proc::{self, simple, stat::Stat, status::TaskState};
-use crate::sys::ptrace;
+use crate::proc::simple::{self, SyscallState};
+use crate::proc::{self, stat::Stat, status::TaskState};
+use crate::sys::calls::{self, Kcmp};
+use crate::sys::{memory, ptrace};
 use crate::tracee::{Held, Stopped};
 
 /// A task that ended and that its parent has not waited for.
@@ -90,6 +95,10 @@ pub fn freeze(root: i32, limit: Duration) -> Result<Vec<Frozen>> {
     if stat.flags & 0x20_0000 != 0 {
         return Err(Error::refused("a kernel thread", "name a process")).task(root);
     }
+    if let Some(process) = process_of(root, &mut buffer).filter(|&p| p != root) {
+        let what = format!("{root} is a thread of process {process}: name the process");
+        return Err(Error::Usage { what });
+    }
     tree.insert(root, Seized { parent: 0, held: Vec::new(), dead: None, children: Vec::new() });
     let mut known: HashSet<i32> = HashSet::new();
     loop {
@@ -103,7 +112,9 @@ pub fn freeze(root: i32, limit: Duration) -> Result<Vec<Frozen>> {
             }
             let children = children_of(pid, &tids, &mut buffer).task(pid)?;
             for &child in &children {
-                if seen.insert(child) {
+                if !tree.contains_key(&child) && is_awaited(pid, &tids, child, &mut buffer) {
+                    news = true;
+                } else if seen.insert(child) {
                     tree.entry(child).or_insert_with(|| {
                         news = true;
                         Seized { parent: pid, held: Vec::new(), dead: None, children: Vec::new() }
@@ -128,13 +139,38 @@ pub fn freeze(root: i32, limit: Duration) -> Result<Vec<Frozen>> {
         }
         for seized in tree.values() {
             for held in &seized.held {
-                ptrace::wait_quietly(held.tid(), limit.saturating_sub(began.elapsed()))?;
+                let stopped = ptrace::wait_quietly(held.tid(), limit.saturating_sub(began.elapsed()));
+                stopped.map_err(|e| in_kernel(e, limit)).task(held.tid())?;
             }
         }
     }
     let mut frozen = Vec::with_capacity(tree.len());
     collect(root, &mut tree, &mut frozen, &mut buffer, limit)?;
     Ok(frozen)
+}
+
+/// Is `child` one that a thread of `pid` waits for in vfork(2), or clone(2) with CLONE_VFORK?
+fn is_awaited(pid: i32, tids: &[i32], child: i32, buffer: &mut Vec<u8>) -> bool {
+    const CLONE_VFORK: u64 = 0x4000;
+    if !calls::same(pid, child, Kcmp::Vm).unwrap_or(false) {
+        return false;
+    }
+    tids.iter().any(|tid| {
+        if proc::read_proc(format!("/proc/{pid}/task/{tid}/syscall").as_ref(), buffer).is_err() {
+            return false;
+        }
+        let Ok(SyscallState::InSyscall { number, arguments, .. }) = simple::syscall(buffer) else { return false };
+        match number {
+            libc::SYS_vfork => true,
+            libc::SYS_clone => arguments[0] & CLONE_VFORK != 0,
+            libc::SYS_clone3 => {
+                let mut flags = [0; 8];
+                let read = memory::read_remote(pid, arguments[0], &mut flags);
+                read.is_ok_and(|n| n == 8 && u64::from_ne_bytes(flags) & CLONE_VFORK != 0)
+            }
+            _ => false,
+        }
+    })
 }
 
 /// Seizes one thread, unless it is ours already or dead; true when that is news.
@@ -189,6 +225,21 @@ fn seize(
             }
         }
     }
+}
+
+/// A task that does not stop in time, in words for people.
+fn in_kernel(error: Error, limit: Duration) -> Error {
+    let what = "its stop (it is in a system call that no signal interrupts: a dead file server, a child of vfork)";
+    match error {
+        Error::Timeout { .. } => Error::Timeout { what, seconds: limit.as_secs() },
+        error => error,
+    }
+}
+
+/// The process that a thread is of.
+fn process_of(tid: i32, buffer: &mut Vec<u8>) -> Option<i32> {
+    proc::read_proc(format!("/proc/{tid}/status").as_ref(), buffer).ok()?;
+    proc::status::parse(buffer).ok().map(|s| s.tgid)
 }
 
 fn tracer_of(tid: i32) -> Option<i32> {

@@ -93,7 +93,7 @@ impl Ids {
         ];
         if let Some((.., name)) = foreign.iter().find(|(task, engine, _)| task != engine) {
             return Err(Error::refused(
-                format!("a {name} namespace of its own"),
+                format!("another {name} namespace than ours"),
                 "namespaces cannot be carried yet; run standstill inside the namespace (nsenter) instead",
             ))
             .task(pid);

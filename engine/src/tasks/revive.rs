@@ -73,8 +73,10 @@ pub struct Vdso {
 /// Descriptors as numbers in the tasks, and what belongs to whom.
 #[derive(Debug)]
 pub struct Table<'a> {
-    /// Numbers from here on are ours until the end.
+    /// Numbers from here on are ours until the end…
     pub base: i32,
+    /// … as many as this.
+    pub room: i32,
     /// By file id.
     pub files: HashMap<u32, i32>,
     /// Files that are opened late: number in the engine, by id.
@@ -310,7 +312,7 @@ impl Script<'_> {
         if !early {
             areas = memory.make_private(pid, found, keep, &self.table.numbers, helpers, &mut plan, figures)?;
         }
-        memory.settle(&areas, &self.table.numbers, &mut plan)?;
+        memory.settle(&areas, keep, &self.table.numbers, &mut plan)?;
         if self.tree.adopts(i) {
             plan.call("taking in orphans", libc::SYS_prctl, &[36.into(), 1.into(), 0.into(), 0.into(), 0.into()]);
         }
@@ -415,7 +417,8 @@ impl Script<'_> {
         stage(BEFORE_CREDS, plan);
         if let Some(locks) = locks {
             // those that share the table are done with our descriptors, too, when they come to this stage
-            plan.call("our descriptors", libc::SYS_close_range, &[self.table.base.into(), u32::MAX.into(), 0.into()]);
+            let (base, last) = (self.table.base, self.table.base + self.table.room - 1);
+            plan.call("our descriptors", libc::SYS_close_range, &[base.into(), last.into(), 0.into()]);
             // a process that closes any descriptor of a file loses its locks on it
             locks::restore(locks, plan)?;
         }
@@ -481,7 +484,7 @@ impl Script<'_> {
         for e in entries {
             let fd = i32::try_from(e.fd)
                 .ok()
-                .filter(|&f| f >= 0 && f < self.table.base)
+                .filter(|&f| f >= 0 && !(self.table.base..self.table.base + self.table.room).contains(&f))
                 .ok_or_else(|| Error::lie("fdinfo", format!("descriptor {}", e.fd)))?;
             let cloexec = if e.flags & 1 != 0 { libc::O_CLOEXEC } else { 0 };
             match (self.table.files.get(&e.id), self.table.late.get(&e.id)) {
@@ -508,6 +511,7 @@ impl Script<'_> {
                         &[Arg::Result(high.0), fd.into(), cloexec.into()],
                         fd.into(),
                     );
+                    plan.call("late descriptor", libc::SYS_close, &[Arg::Result(high.0)]);
                 }
                 (None, None) => {
                     return Err(Error::lie(

@@ -66,10 +66,25 @@ fn interrupted_by_stops(nr: i64) -> bool {
     )
 }
 
+/// Does this call, which the kernel would go on with by what it remembers (ERESTART_RESTARTBLOCK), mean the same when it
+/// begins again? A limit is waited for anew then, as the limits of all other waits are. A sleep that has told the program
+/// what is left of it begins again only where that is what it asks for, too; else it ends with EINTR, and the program knows.
+fn begins_again(r: &Registers) -> bool {
+    match r.orig_ax as i64 {
+        libc::SYS_poll => true,
+        // without a limit it is restarted as other calls are
+        libc::SYS_futex => r.r10 != 0,
+        libc::SYS_nanosleep => r.si == 0 || r.si == r.di,
+        libc::SYS_clock_nanosleep => r.si & libc::TIMER_ABSTIME as u64 == 0 && (r.r10 == 0 || r.r10 == r.dx),
+        _ => false,
+    }
+}
+
 /// A call that was wound back in an image, as the kernel had it: it decides, when the thread is let go, whether the call
 /// begins again or a handler makes it end with EINTR. Which of its codes it was follows from the call.
 pub fn undo_winding(mut r: Registers) -> Registers {
     let nr = r.ax as i64;
+    r.orig_ax = r.ax;
     let only_without_handler = interrupted_by_stops(nr)
         && !matches!(nr, libc::SYS_read | libc::SYS_readv | libc::SYS_write | libc::SYS_writev)
         || matches!(
@@ -79,10 +94,11 @@ pub fn undo_winding(mut r: Registers) -> Registers {
                 | libc::SYS_select
                 | libc::SYS_pselect6
                 | libc::SYS_ppoll
+                | libc::SYS_clock_nanosleep
                 | libc::SYS_msgrcv
                 | libc::SYS_msgsnd
-        );
-    r.orig_ax = r.ax;
+        )
+        || begins_again(&r);
     r.ax = (if only_without_handler { ERESTARTNOHAND } else { ERESTARTSYS }) as u64;
     r.ip = r.ip.wrapping_add(2);
     r
@@ -157,7 +173,8 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        if !self.done && ptrace::wait_stop(self.tid, super::STOP_LIMIT).is_ok() {
+        // who does not stop soon is let go by the kernel, when this thread ends
+        if !self.done && ptrace::wait_stop(self.tid, Duration::from_secs(1)).is_ok() {
             let signal = match ptrace::stopped(self.tid) {
                 Ok(Some(Stop::Signal(signal))) => signal,
                 _ => 0,
@@ -192,13 +209,17 @@ impl Stopped {
         }
     }
 
-    /// Registers for the image: a call to restart is wound back, one that only the kernel's memory could resume
-    /// (ERESTART_RESTARTBLOCK) ends with EINTR, as CRIU has it.
+    /// Registers for the image: a call to restart is wound back; one that only the kernel's memory could resume
+    /// (ERESTART_RESTARTBLOCK) begins again where that is right, or ends with EINTR (CRIU: always).
     pub fn registers_for_image(&self) -> Registers {
         let mut r = self.registers;
         if r.orig_ax as i64 >= 0 {
             match r.ax as i64 {
                 ERESTARTNOHAND | ERESTARTSYS | ERESTARTNOINTR => {
+                    r.ax = r.orig_ax;
+                    r.ip = r.ip.wrapping_sub(2);
+                }
+                ERESTART_RESTARTBLOCK if begins_again(&r) => {
                     r.ax = r.orig_ax;
                     r.ip = r.ip.wrapping_sub(2);
                 }

@@ -246,3 +246,30 @@ pub(super) fn many() {
     }
     check_eq!(unsafe { libc::fcntl(11, libc::F_GETFD) }, -1);
 }
+
+/// The highest numbers that the limit allows, as valgrind and some servers keep theirs.
+pub(super) fn high() {
+    let mut limit: libc::rlimit = unsafe { std::mem::zeroed() };
+    unsafe { sys(libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit)) };
+    limit.rlim_cur = limit.rlim_max;
+    unsafe { sys(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit)) };
+    let top = i32::try_from(limit.rlim_max).unwrap_or(1 << 20).min(1 << 20);
+    did(std::fs::write("data", b"0123456789"));
+    let file = did(File::open("data"));
+    let all: Vec<i32> = (1..=8).map(|n| unsafe { sys(libc::dup2(file.as_raw_fd(), top - n)) }).collect();
+    // one whose number is given while tasks live: a pidfd
+    let child = fork(|| loop {
+        unsafe { libc::pause() };
+    });
+    let pidfd = sys(unsafe { libc::syscall(libc::SYS_pidfd_open, child, 0) }) as i32;
+    ready();
+    for fd in all {
+        check_eq!(unsafe { libc::lseek(fd, 0, libc::SEEK_CUR) }, 0);
+    }
+    let open = did(std::fs::read_dir("/proc/self/fd")).count();
+    // three standard ones, the file, its copies, the pidfd, and the folder that is read here
+    check_eq!(open, 3 + 1 + 8 + 1 + 1);
+    let null = std::ptr::null::<u8>();
+    sys(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd, libc::SIGKILL, null, 0) });
+    check_eq!(wait(child), libc::SIGKILL);
+}

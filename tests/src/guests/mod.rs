@@ -32,6 +32,7 @@ mod seccomp;
 mod signalfd;
 mod signals;
 mod storm;
+mod sysv;
 mod tcp;
 mod threads;
 mod timerfd;
@@ -128,6 +129,7 @@ impl Guest {
 const FLAG: &str = "CRIU 4.2 restores folders without O_DIRECTORY";
 const EINTR: &str = "CRIU 4.2 ends waits with EINTR when it dumps";
 const WRITES: &str = "it goes on writing";
+const HOST_IPC: &str = "CRIU 4.2 refuses System V memory of the host's IPC namespace";
 const PACKED: &str = "CRIU 4.2 knows no packed pages";
 const OTHER_USER: &str = "CRIU 4.2 dumps tasks of other users only with CAP_SYS_RESOURCE";
 
@@ -153,6 +155,7 @@ pub const ALL: &[Guest] = &[
     guest("files_append", files::append),
     guest("files_deleted", files::deleted),
     guest("files_dirs", files::dirs).criu(Criu::DumpsOnly(FLAG)),
+    guest("files_high", files::high).criu(Criu::DumpsOnly("CRIU 4.2 needs numbers of its own above all others")),
     guest("files_many", files::many),
     guest("files_offsets", files::offsets),
     guest("files_owner", files::owner),
@@ -208,6 +211,10 @@ pub const ALL: &[Guest] = &[
     guest("signals_pending", signals::pending),
     guest("signals_stack", signals::stack),
     guest("storm", storm::storm).changes("signals come and go").dumps(20).criu(Criu::RestoresOnly(EINTR)),
+    guest("sysv", sysv::shared).criu(Criu::Cannot(HOST_IPC)),
+    guest("sysv_huge", sysv::huge).criu(Criu::Cannot(HOST_IPC)),
+    guest("sysv_pieces", sysv::pieces).criu(Criu::Cannot(HOST_IPC)),
+    guest("sysv_removed", sysv::removed).criu(Criu::Cannot(HOST_IPC)),
     guest("tcp_streams", tcp::streams)
         .dump(&["--tcp-established", "--network-lock", "nftables"])
         .restore(&["--tcp-established"])
@@ -236,6 +243,11 @@ pub const ALL: &[Guest] = &[
         .criu(Criu::DumpsOnly("CRIU 4.2 gives one of them to another parent")),
     guest("tree_sessions", tree::sessions),
     guest("tree_stopped", tree::stopped),
+    guest("tree_vforks", tree::vforks)
+        .changes("they go on")
+        .restless()
+        .dumps(20)
+        .criu(Criu::RestoresOnly("CRIU 4.2 may find a child that shares memory")),
     guest("tree_zombies", tree::zombies),
     guest("unix_dgram", unix::dgram),
     guest("unix_listening", unix::listening),
@@ -259,6 +271,9 @@ pub const ALL: &[Guest] = &[
     guest("refused_traced", refused::traced).refused(&["traces"]),
 ];
 
+/// Programs that one test starts by itself: they are no guests, since they check nothing.
+const HELPERS: &[(&str, fn())] = &[("tree_vfork_stopped", tree::vfork_stopped)];
+
 /// The guest of this name.
 pub fn find(name: &str) -> Option<&'static Guest> {
     ALL.iter().find(|g| g.name == name)
@@ -266,6 +281,10 @@ pub fn find(name: &str) -> Option<&'static Guest> {
 
 /// Runs one guest, in this process; it never comes back.
 pub fn main(name: &str, folder: PathBuf) -> ! {
+    if let Some((_, run)) = HELPERS.iter().find(|h| h.0 == name) {
+        run();
+        std::process::exit(0);
+    }
     let Some(guest) = find(name) else {
         eprintln!("there is no guest {name}");
         std::process::exit(2);

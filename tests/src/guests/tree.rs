@@ -223,3 +223,56 @@ pub(super) fn zombies() {
     check_eq!(libc::WEXITSTATUS(wait(leader)), 11);
     check_eq!(wait(parent), 0);
 }
+
+/// Children of vfork(2), one after the other, each of which takes its time before it ends: a parent that waits for such a
+/// child cannot be stopped, and is nobody's to wait for.
+pub(super) fn vforks() {
+    extern "C" fn child(_: *mut libc::c_void) -> i32 {
+        let nap = libc::timespec { tv_sec: 0, tv_nsec: 30_000_000 };
+        unsafe {
+            libc::syscall(libc::SYS_nanosleep, &raw const nap, 0);
+            libc::syscall(libc::SYS_exit, 7);
+        }
+        0
+    }
+    let shared = Shared::new();
+    let parents: Vec<i32> = (0..3)
+        .map(|n| {
+            fork(|| {
+                let mut stack = vec![0u8; 64 << 10];
+                let top = unsafe { stack.as_mut_ptr().add(64 << 10) }.cast();
+                let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+                while shared.get(3) == 0 {
+                    let pid = unsafe { sys(libc::clone(child, top, flags, std::ptr::null_mut())) };
+                    check_eq!(wait(pid), 7 << 8);
+                    shared.add(n);
+                }
+                0
+            })
+        })
+        .collect();
+    let each = |rounds: u64| {
+        let before: Vec<u64> = (0..3).map(|n| shared.get(n)).collect();
+        eventually("children", || (0..3).all(|n| shared.get(n) >= before[n] + rounds));
+    };
+    each(2);
+    ready();
+    each(2);
+    shared.set(3, 1);
+    all_well(&parents);
+}
+
+/// A child of vfork(2) that stops itself: its parent cannot be stopped. For a test that ends both.
+pub(super) fn vfork_stopped() {
+    extern "C" fn child(_: *mut libc::c_void) -> i32 {
+        unsafe {
+            libc::syscall(libc::SYS_kill, libc::syscall(libc::SYS_getpid), libc::SIGSTOP);
+            libc::syscall(libc::SYS_exit, 0);
+        }
+        0
+    }
+    let mut stack = vec![0u8; 64 << 10];
+    let top = unsafe { stack.as_mut_ptr().add(64 << 10) }.cast();
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    unsafe { sys(libc::clone(child, top, flags, std::ptr::null_mut())) };
+}

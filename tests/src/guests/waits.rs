@@ -1,7 +1,7 @@
 //! Threads that wait in the kernel, in every way: nobody hears of the checkpoint.
 //!
-//! Without a restore a wait ends as if nothing had happened. After a restore the kernel no longer knows of a wait that
-//! restart_syscall(2) would have resumed; that wait may end with EINTR.
+//! A wait ends as if nothing had happened. After a restore the kernel no longer knows of a wait that restart_syscall(2) would
+//! have resumed: it begins again, or, if it is a sleep that tells what is left of it, may end with EINTR.
 
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -134,16 +134,34 @@ pub(super) fn waits() {
     let all = vec![
         Wait::new("epoll_wait, limit", result(0), true, move || one_event(e_none, 1200)),
         Wait::new("epoll_wait, event", result(1), false, move || one_event(e_event, -1)),
-        Wait::new("poll, limit", result(0), true, move || poll(o2, 1200)).lost(),
-        Wait::new("poll, event", result(1), false, move || poll(o3, -1)).lost(),
+        Wait::new("poll, limit", result(0), true, move || poll(o2, 1200)),
+        Wait::new("poll, event", result(1), false, move || poll(o3, -1)),
         Wait::new("select, limit", result(0), true, move || {
             select(o2, Some(libc::timeval { tv_sec: 1, tv_usec: 200_000 }))
         }),
         Wait::new("select, event", result(1), false, move || select(o4, None)),
         Wait::new("nanosleep", result(0), true, || unsafe {
             i64::from(libc::nanosleep(&short(), std::ptr::null_mut()))
+        }),
+        Wait::new("nanosleep, rest in its place", result(0), true, || {
+            let mut time = short();
+            let at = &raw mut time;
+            i64::from(unsafe { libc::nanosleep(at, at) })
+        }),
+        Wait::new("nanosleep, rest elsewhere", result(0), true, || {
+            let (time, mut rest) = (short(), short());
+            let r = unsafe { libc::nanosleep(&raw const time, &raw mut rest) };
+            // what it says is left is less than all of it
+            if r != 0 && rest.tv_sec == time.tv_sec && rest.tv_nsec >= time.tv_nsec {
+                return -2;
+            }
+            i64::from(r)
         })
         .lost(),
+        Wait::new("clock_nanosleep", result(0), true, || {
+            let null = std::ptr::null_mut();
+            i64::from(unsafe { libc::clock_nanosleep(libc::CLOCK_MONOTONIC, 0, &short(), null) })
+        }),
         Wait::new("clock_nanosleep, absolute", result(0), false, move || {
             i64::from(unsafe {
                 libc::clock_nanosleep(
@@ -154,7 +172,7 @@ pub(super) fn waits() {
                 )
             })
         }),
-        Wait::new("futex, limit", error(libc::ETIMEDOUT), true, || futex(&NEVER, libc::FUTEX_WAIT, &short())).lost(),
+        Wait::new("futex, limit", error(libc::ETIMEDOUT), true, || futex(&NEVER, libc::FUTEX_WAIT, &short())),
         Wait::new("futex, woken", result(0), false, || loop {
             let r = futex(&WOKEN, libc::FUTEX_WAIT, std::ptr::null());
             // the kernel may wake without reason; an error is an error

@@ -1,116 +1,18 @@
-//! Programs that people run: dumped, dead, restored, and right.
+//! Programs that people run: dumped while they work, dead, restored, and right.
+
+mod scripts;
+mod terminals;
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
 
-use standstill_tests::engine::Engine;
 use standstill_tests::process;
-use standstill_tests::skip::skip;
-
-const LIMIT: Duration = Duration::from_secs(60);
-
-/// A program under test; it ends with this.
-struct Program {
-    folder: PathBuf,
-    pid: i32,
-    tree: Vec<i32>,
-}
-
-impl Program {
-    /// Starts a program in a session of its own, with nothing of ours open.
-    #[allow(clippy::zombie_processes)] // it is waited for by its id, as who takes its place after a restore must be
-    fn start(name: &str, folder: PathBuf, command: &mut Command) -> Program {
-        process::adopt();
-        command.current_dir(&folder).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        // waited for where all that we adopt is
-        #[allow(clippy::zombie_processes)]
-        let child = process::in_own_session(command).spawn().unwrap_or_else(|e| panic!("{name}: {e}"));
-        let pid = i32::try_from(child.id()).unwrap_or(0);
-        Program { folder, pid, tree: vec![pid] }
-    }
-
-    fn dump(&mut self, options: &[&str]) {
-        self.tree = process::tree(self.pid);
-        let images = self.folder.join("images");
-        if let Err(e) = Engine::ours().dump(self.pid, &images, options) {
-            panic!("{e}");
-        }
-        if let Err(left) = process::wait_gone(&self.tree, LIMIT) {
-            panic!("after the dump {left:?} are still there");
-        }
-    }
-
-    fn restore(&self, options: &[&str]) {
-        if let Err(e) = Engine::ours().restore(&self.folder.join("images"), options) {
-            panic!("{e}");
-        }
-        let now = process::tree(self.pid);
-        let lacking: Vec<i32> = self.tree.iter().copied().filter(|p| !now.contains(p)).collect();
-        assert!(lacking.is_empty(), "processes {lacking:?} were not restored");
-    }
-
-    /// It is to end by itself now.
-    fn gone(&mut self) {
-        for pid in process::tree(self.pid) {
-            if !self.tree.contains(&pid) {
-                self.tree.push(pid);
-            }
-        }
-        if let Err(left) = process::wait_gone(&self.tree, LIMIT) {
-            panic!("{left:?} do not end:\n{}", left.iter().map(|p| process::describe(*p)).collect::<String>());
-        }
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        for pid in process::tree(self.pid) {
-            if !self.tree.contains(&pid) {
-                self.tree.push(pid);
-            }
-        }
-        process::end(&self.tree);
-        if std::thread::panicking() {
-            eprintln!("its files are kept in {}", self.folder.display());
-        } else {
-            let _ = fs::remove_dir_all(&self.folder);
-        }
-    }
-}
-
-fn folder(name: &str) -> PathBuf {
-    let folder = process::scratch(name);
-    fs::create_dir_all(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
-    folder
-}
-
-/// Where a program is, or a test that is skipped.
-fn program(name: &str) -> Option<PathBuf> {
-    let folders = ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/bin"];
-    let found = folders.iter().map(|f| Path::new(f).join(name)).find(|p| p.is_file());
-    if found.is_none() {
-        skip(name, "it is not installed (tests/run installs it)");
-    }
-    found
-}
-
-fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap_or_else(|e| panic!("{e}"));
-    listener.local_addr().unwrap_or_else(|e| panic!("{e}")).port()
-}
-
-fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !holds() {
-        assert!(began.elapsed() < LIMIT, "{what}: not in time");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
+use standstill_tests::program::{eventually, folder, free_port, program, Program, LIMIT};
 
 /// A client of Redis, as far as this test needs one.
 struct Redis(BufReader<TcpStream>);
@@ -162,7 +64,7 @@ fn redis() {
     let Some(path) = program("redis-server") else { return };
     let (folder, port) = (folder("redis"), free_port());
     let text = port.to_string();
-    let start = |folder: PathBuf| {
+    let start = |folder: std::path::PathBuf| {
         let mut command = Command::new(&path);
         command.args(["--port", &text, "--bind", "127.0.0.1", "--io-threads", "4", "--io-threads-do-reads", "yes"]);
         command.args(["--appendonly", "yes", "--appendfsync", "everysec", "--save", "", "--logfile", "redis.log"]);
