@@ -138,6 +138,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images) -> Resu
     let mut infected = Vec::with_capacity(tasks.len());
     let mut files =
         DumpFiles::new(opts, images, heads.iter().map(|h| h.0).collect(), numbers.root.net_ns_id.unwrap_or(0));
+    files.ipc_ns = numbers.root.ipc_ns_id.unwrap_or(0);
     files.memory_is_tracked = tracked;
     files.guard = Some(&guard);
     files.lock = Lock::new(opts.network_lock, &run);

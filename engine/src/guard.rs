@@ -83,6 +83,8 @@ pub enum Act<'a> {
     Remove(&'a Path),
     /// unlinkat(2) of a name in a folder; true for a folder.
     RemoveIn(Held, &'a [u8], bool),
+    /// shmctl(2) with IPC_RMID.
+    RemoveSegment(i32),
 }
 
 /// The guard of one dump or restore, if one is needed.
@@ -307,6 +309,7 @@ impl Running {
                 let flags = if is_folder { libc::AT_REMOVEDIR } else { 0 };
                 (libc::SYS_unlinkat, [fd, at, flags as u64, 0, 0, 0])
             }
+            Act::RemoveSegment(id) => (libc::SYS_shmctl, [id as u64, libc::IPC_RMID as u64, 0, 0, 0, 0]),
         };
         let op = plan::Op {
             code: Code::Syscall as u32,

@@ -16,6 +16,7 @@ use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{inotify, memfd, remove_names, RestoreFiles};
 use crate::guard::{Choice, Guard, List};
 use crate::memory::rebuild::{unmap_all_but, Figures, Numbers};
+use crate::memory::sysv;
 use crate::memory::unpack::{Pipes, TaskEnds, Unpacker};
 use crate::memory::vdso::Layout;
 use crate::options::{FinalState, Options};
@@ -113,6 +114,8 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
     phases.mark("reading");
 
     let mut files = RestoreFiles::read(opts, images)?;
+    let ipc_ns = inventory.root_ids.as_ref().and_then(|r| r.ipc_ns_id).unwrap_or(0);
+    sysv::read(ipc_ns, tree.alive().flat_map(|(_, _, a)| &a.memory.mm.vmas), &mut files)?;
     let tree = tree.with_dead(&files.regular.dead_pids);
     let robust = RobustList::new()?;
     let guard = Guard::new(&robust);
@@ -122,10 +125,12 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
     // ghosts and links are taken away again, however it ended; and nobody's pipe may have another end with us
     let cleaned = files.clean(result.is_ok());
     let names = files.litter.take();
+    let segments = files.sysv.take_made();
     drop(files);
     let poised = result?;
     let report =
         cleaned.and_then(|()| poised.go(opts, stages, &guard, &mut phases)).inspect_err(|_| remove_names(&names))?;
+    segments.keep();
     if opts.auto_dedup {
         // the program runs: that its images still take room is no reason to fail
         if let Err(e) = crate::memory::dedup::free_all(images) {
@@ -193,6 +198,7 @@ fn build<'r>(
     phases: &mut Phases,
 ) -> Result<Poised<'r>> {
     stages.reach(Stage::PreRestore, None)?;
+    sysv::prepare(files)?;
     let (mut transfer, mut draft) = open_files(opts, images, tree, files)?;
     for master in std::mem::take(&mut files.ttys.orphan_masters) {
         stages.orphan_master(master.as_fd())?;
@@ -233,6 +239,7 @@ fn build<'r>(
             areas: draft.areas.iter().map(|(&k, &i)| (k, base + i as i32)).collect(),
             pages: draft.pages.iter().map(|(&k, &i)| (k, base + i as i32)).collect(),
             packed,
+            segments: files.sysv.sizes(),
         },
         exes: draft.exes.iter().map(|(&id, &i)| (id, base + i as i32)).collect(),
         terminals: draft.terminals.iter().map(|(&pid, &(i, group))| (pid, (base + i as i32, group))).collect(),
@@ -333,6 +340,7 @@ fn build<'r>(
     let lifted = Lifted::lift(inventory, connections, files.guard)?;
     inet::repair_ends(files)?;
     inotify::settle(files)?;
+    sysv::settle(files)?;
     let stops = tree.alive().filter_map(|(_, n, a)| Some((n.pid, stop_signal(a, opts)?))).collect();
     phases.mark("registers");
     Ok(Poised { nursery, held, arena, robust, stops, lifted, figures })

@@ -246,3 +246,24 @@ pub fn users(ids: &HashSet<i32>) -> String {
     }
     text
 }
+
+/// The id of the System V shared memory with this key, if there is one.
+pub fn segment(key: i32) -> Option<i32> {
+    let text = std::fs::read_to_string("/proc/sysvipc/shm").unwrap_or_default();
+    let mut found = text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    found.find(|words| words.first() == Some(&key.to_string().as_str())).and_then(|words| words.get(1)?.parse().ok())
+}
+
+/// Makes System V shared memory with this key, and stays attached to it: its id, and where it is.
+pub fn make_segment(key: i32, size: usize) -> (i32, *mut u8) {
+    unsafe {
+        let id = libc::shmget(key, size, libc::IPC_CREAT | libc::IPC_EXCL | 0o600);
+        assert!(id >= 0, "shmget: {}", io::Error::last_os_error());
+        (id, libc::shmat(id, std::ptr::null(), 0).cast())
+    }
+}
+
+/// Removes System V shared memory.
+pub fn remove_segment(id: i32) {
+    unsafe { libc::shmctl(id, libc::IPC_RMID, std::ptr::null_mut()) };
+}

@@ -115,6 +115,10 @@ guests! {
     signals_pending
     signals_stack
     storm
+    sysv
+    sysv_huge
+    sysv_pieces
+    sysv_removed
     tcp_streams
     threads
     threads_500

@@ -17,6 +17,10 @@ use crate::tasks::{ids, seccomp};
 /// Descriptors, areas, exe, root and working folder, in CRIU's order of ids: areas first.
 pub(super) fn dump_files(tasks: &mut [Task], files: &mut DumpFiles<'_>) -> Result<Vec<(u32, Vec<FdinfoEntry>)>> {
     let mut all: Vec<(u32, Vec<FdinfoEntry>)> = Vec::new();
+    for task in &*tasks {
+        let Kind::Alive(alive) = &task.kind else { continue };
+        memory::sysv::reserve(&alive.facts.areas, files);
+    }
     for task in tasks {
         let Kind::Alive(alive) = &mut task.kind else { continue };
         let (pid, facts) = (task.pid, &alive.facts);

@@ -165,8 +165,7 @@ fn inode(cx: &mut DumpFiles<'_>, file: OwnedFd, link: &[u8], stat: &Stat) -> Res
         shmid = shmid.wrapping_add(1);
     }
     if size > 0 {
-        let pages_id = cx.next_pages_id();
-        cx.memfds.jobs.push(Job { file, size, shmid, pages_id, huge: huge.map(|huge| huge.size) });
+        add_job(cx, file, size, shmid, huge.map(|huge| huge.size));
     }
     let inode_id = u32::try_from(cx.memfds.entries.len() + 1).unwrap_or(u32::MAX);
     cx.memfds.entries.push(MemfdInodeEntry {
@@ -273,6 +272,19 @@ impl Job {
         pagemap.add(at, len / PAGE, PageState::Present)?;
         Ok(len)
     }
+}
+
+impl Dumped {
+    /// Keeps a number of images from being given to a memfd.
+    pub fn reserve(&mut self, shmid: u32) {
+        self.shmids.insert(shmid);
+    }
+}
+
+/// The content of other shared memory is written like that of a memfd.
+pub fn add_job(cx: &mut DumpFiles<'_>, file: OwnedFd, size: u64, shmid: u32, huge: Option<u64>) {
+    let pages_id = cx.next_pages_id();
+    cx.memfds.jobs.push(Job { file, size, shmid, pages_id, huge });
 }
 
 /// Takes what is left to do, to run it elsewhere.
@@ -389,7 +401,7 @@ fn make(entry: &MemfdInodeEntry, images: &Images) -> Result<OwnedFd> {
     };
     if entry.size > 0 {
         rustix::fs::ftruncate(&file, entry.size).call("ftruncate")?;
-        fill(&file, entry, images)?;
+        fill(&file, entry.shmid, entry.size, entry.hugetlb_flag.is_some(), images)?;
     }
     // (id)-1 is nobody's: chown(2) takes it for "leave as it is"
     let (uid, gid) = ((entry.uid != u32::MAX).then_some(entry.uid), (entry.gid != u32::MAX).then_some(entry.gid));
@@ -443,17 +455,15 @@ fn create(entry: &MemfdInodeEntry) -> Result<OwnedFd> {
     .call("memfd_create")
 }
 
-/// Fills it from its pages.
-fn fill(file: &OwnedFd, entry: &MemfdInodeEntry, images: &Images) -> Result<()> {
-    let chain = PageChain::open(images, ImageKind::ShmemPagemap, entry.shmid, PAGE)?;
-    let end = entry.size.next_multiple_of(PAGE);
-    let lie =
-        |what: String| Error::lie("pagemap-shmem", format!("{what} (shmid {}, {} bytes)", entry.shmid, entry.size));
-    let huge = match entry.hugetlb_flag {
-        Some(_) => {
-            Some(Shared::map(file.as_fd(), 0, usize::try_from(entry.size).map_err(|_| lie("too large".into()))?)?)
-        }
-        None => None,
+/// Fills a file in memory of `size` bytes from its pages.
+pub fn fill(file: &OwnedFd, shmid: u32, size: u64, huge: bool, images: &Images) -> Result<()> {
+    let chain = PageChain::open(images, ImageKind::ShmemPagemap, shmid, PAGE)?;
+    let end = size.next_multiple_of(PAGE);
+    let lie = |what: String| Error::lie("pagemap-shmem", format!("{what} (shmid {shmid}, {size} bytes)"));
+    let huge = if huge {
+        Some(Shared::map(file.as_fd(), 0, usize::try_from(size).map_err(|_| lie("too large".into()))?)?)
+    } else {
+        None
     };
     // our own open file: the offset of `file` becomes the program's
     let target = File::from(reopen(file.as_fd(), libc::O_RDWR as u32)?);
@@ -468,7 +478,7 @@ fn fill(file: &OwnedFd, entry: &MemfdInodeEntry, images: &Images) -> Result<()> 
         let pages = chain.pages(run.layer).zip(run.offset);
         let (pages, offset) = pages.ok_or_else(|| lie(format!("the pages at {:#x} are nowhere", run.address)))?;
         // the last page may be longer than the file
-        let used = len.min(entry.size - run.address);
+        let used = len.min(size - run.address);
         match &huge {
             None if chain.packed(run.layer).is_some() => {
                 let packed = chain.packed(run.layer).ok_or(Error::Gone)?;

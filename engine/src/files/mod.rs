@@ -123,6 +123,10 @@ pub struct DumpFiles<'a> {
     pub locks: locks::Dumped,
     /// Memory of the tree is under the watch of an earlier pass of ours.
     pub memory_is_tracked: bool,
+    /// Segments of System V shared memory.
+    pub sysv: crate::memory::sysv::Dumped,
+    /// Id of the IPC namespace that they are in.
+    pub ipc_ns: u32,
     /// Id of the network namespace that the sockets are in (as in the ids image).
     pub net_ns: u32,
     /// Undoes what is changed outside of the engine, should that die.
@@ -153,6 +157,8 @@ impl<'a> DumpFiles<'a> {
             ttys: Default::default(),
             locks: Default::default(),
             memory_is_tracked: false,
+            sysv: Default::default(),
+            ipc_ns: 0,
             net_ns,
             guard: None,
             entries: Vec::new(),
@@ -298,6 +304,7 @@ impl<'a> DumpFiles<'a> {
         tty::finish(self)?;
         locks::finish(self)?;
         regular::finish(self)?;
+        crate::memory::sysv::finish(self)?;
         self.images.write_entries(ImageKind::Files, (), self.entries.drain(..))?;
         Ok(())
     }
@@ -330,6 +337,8 @@ pub struct RestoreFiles<'a> {
     pub ttys: tty::Restored,
     /// Locks.
     pub locks: locks::Restored,
+    /// Segments of System V shared memory.
+    pub sysv: crate::memory::sysv::Restored,
     /// Names that must be removed if the restore fails.
     pub litter: std::cell::RefCell<Vec<PathBuf>>,
     /// Removes them, should the engine die.
@@ -360,6 +369,7 @@ impl<'a> RestoreFiles<'a> {
             inet: Default::default(),
             ttys: Default::default(),
             locks: Default::default(),
+            sysv: Default::default(),
             litter: Default::default(),
             guard: None,
             opening: HashSet::new(),

@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use rustix::fs::FileType;
 use standstill_images::proto::VmaEntry;
 
-use super::status;
+use super::{status, sysv};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{memfd, regular, DumpFiles};
 use crate::proc::maps::{VmFlags, Vma, VmaName};
@@ -110,11 +110,9 @@ fn entry(pid: i32, area: &Vma, files: &mut DumpFiles<'_>) -> Result<VmaEntry> {
             file_area(pid, area, files, &mut e)?;
             return Ok(e);
         }
-        VmaName::SysV(key) => {
-            return Err(Error::refused(
-                format!("System V shared memory (key {key:#x})"),
-                "use POSIX shared memory, or put the tasks into an IPC namespace",
-            ));
+        VmaName::SysV(_) => {
+            sysv::area(pid, area, files, &mut e)?;
+            return Ok(e);
         }
         VmaName::AioRing => {
             return Err(Error::refused(

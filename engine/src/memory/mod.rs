@@ -7,6 +7,7 @@ pub mod drain;
 pub mod fill;
 pub mod rebuild;
 pub mod scan;
+pub mod sysv;
 pub mod track;
 pub mod unpack;
 pub mod vdso;

@@ -5,7 +5,7 @@
 //! after the parent's areas are filled ([`Inherited`]); only pages that differ are then read again. An area in which no
 //! page is its parent's is made anew: what the parent has there would be copied only to be overwritten.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use standstill_images::pages::packed::PackedPages;
 use standstill_images::pages::PageChain;
@@ -14,7 +14,7 @@ use standstill_images::{ImageKind, Images, ReadAt};
 
 use super::fill::{self, Filling, Helpers};
 use super::unpack::{Pipes, Request};
-use super::{areas, status, unpack, PAGE};
+use super::{areas, status, sysv, unpack, PAGE};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::plan::Plan;
 
@@ -65,6 +65,8 @@ pub struct Numbers {
     pub pages: HashMap<(u32, usize), i32>,
     /// The pipes of tasks with packed pages.
     pub packed: HashMap<u32, Pipes>,
+    /// Segments of System V shared memory, by id.
+    pub segments: BTreeMap<u32, sysv::Attach>,
 }
 
 /// A run of pages with content, and where it is.
@@ -125,20 +127,20 @@ impl Memory {
             };
             for (bit, what) in [
                 (status::AIORING, "an AIO ring"),
-                (status::SYSVIPC, "System V shared memory"),
                 (status::SOCKET, "the ring of a packet socket"),
                 (status::SHSTK, "a shadow stack"),
                 (status::ANON_SHARED, "shared anonymous memory without a file"),
                 (status::UPROBES, "an area of uprobes"),
             ] {
-                if e.status & bit != 0 {
+                let sysv = bit == status::ANON_SHARED && e.status & status::SYSVIPC != 0;
+                if e.status & bit != 0 && !sysv {
                     return refuse(what);
                 }
             }
             if e.status & !ALL_KNOWN != 0 {
                 return refuse("an area of unknown kind");
             }
-            if e.status & (status::ANON_PRIVATE | status::FILE_PRIVATE | status::FILE_SHARED) == 0 {
+            if e.status & (status::ANON_PRIVATE | status::FILE_PRIVATE | status::FILE_SHARED | status::SYSVIPC) == 0 {
                 return lie(format!("area {:x}-{:x} is of no kind", e.start, e.end));
             }
         }
@@ -424,10 +426,11 @@ impl Memory {
     }
 
     /// Makes the shared areas, and gives all areas their protection, advice and locks. After this, nothing is cloned.
-    pub fn settle(&self, made: &Inherited, numbers: &Numbers, plan: &mut Plan) -> Result<()> {
+    pub fn settle(&self, made: &Inherited, keep: (u64, u64), numbers: &Numbers, plan: &mut Plan) -> Result<()> {
         for e in self.mm.vmas.iter().filter(|e| e.status & status::FILE_SHARED != 0 && e.status & status::GUARD == 0) {
             map(e, e.prot, numbers, plan).at(Place::Area(e.start, e.end))?;
         }
+        sysv::attach(&self.mm.vmas, &numbers.segments, keep, plan)?;
         for p in &made.areas {
             if p.prot != p.entry.prot {
                 protect(&p.entry, p.entry.prot, plan);
@@ -534,6 +537,8 @@ const ALL_KNOWN: u32 = status::REGULAR
     | status::ANON_PRIVATE
     | status::VVAR
     | status::MEMFD
+    | status::ANON_SHARED
+    | status::SYSVIPC
     | status::GUARD;
 
 fn has_file(e: &VmaEntry) -> bool {

@@ -11,5 +11,6 @@ pub mod memory;
 pub mod nftables;
 pub mod probe;
 pub mod ptrace;
+pub mod shm;
 pub mod spawn;
 pub mod uffd;

@@ -310,7 +310,7 @@ impl Script<'_> {
         if !early {
             areas = memory.make_private(pid, found, keep, &self.table.numbers, helpers, &mut plan, figures)?;
         }
-        memory.settle(&areas, &self.table.numbers, &mut plan)?;
+        memory.settle(&areas, keep, &self.table.numbers, &mut plan)?;
         if self.tree.adopts(i) {
             plan.call("taking in orphans", libc::SYS_prctl, &[36.into(), 1.into(), 0.into(), 0.into(), 0.into()]);
         }

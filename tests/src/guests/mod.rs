@@ -32,6 +32,7 @@ mod seccomp;
 mod signalfd;
 mod signals;
 mod storm;
+mod sysv;
 mod tcp;
 mod threads;
 mod timerfd;
@@ -128,6 +129,7 @@ impl Guest {
 const FLAG: &str = "CRIU 4.2 restores folders without O_DIRECTORY";
 const EINTR: &str = "CRIU 4.2 ends waits with EINTR when it dumps";
 const WRITES: &str = "it goes on writing";
+const HOST_IPC: &str = "CRIU 4.2 refuses System V memory of the host's IPC namespace";
 const PACKED: &str = "CRIU 4.2 knows no packed pages";
 const OTHER_USER: &str = "CRIU 4.2 dumps tasks of other users only with CAP_SYS_RESOURCE";
 
@@ -208,6 +210,10 @@ pub const ALL: &[Guest] = &[
     guest("signals_pending", signals::pending),
     guest("signals_stack", signals::stack),
     guest("storm", storm::storm).changes("signals come and go").dumps(20).criu(Criu::RestoresOnly(EINTR)),
+    guest("sysv", sysv::shared).criu(Criu::Cannot(HOST_IPC)),
+    guest("sysv_huge", sysv::huge).criu(Criu::Cannot(HOST_IPC)),
+    guest("sysv_pieces", sysv::pieces).criu(Criu::Cannot(HOST_IPC)),
+    guest("sysv_removed", sysv::removed).criu(Criu::Cannot(HOST_IPC)),
     guest("tcp_streams", tcp::streams)
         .dump(&["--tcp-established", "--network-lock", "nftables"])
         .restore(&["--tcp-established"])
