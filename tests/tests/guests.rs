@@ -68,6 +68,8 @@ guests! {
     files_table
     inet_listening
     inet_udp
+    lease
+    lease_breaking
     limits
     limits_sched
     locks_flock

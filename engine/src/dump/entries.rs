@@ -20,6 +20,7 @@ pub(super) fn dump_files(tasks: &mut [Task], files: &mut DumpFiles<'_>) -> Resul
     for task in &*tasks {
         let Kind::Alive(alive) = &task.kind else { continue };
         memory::sysv::reserve(&alive.facts.areas, files);
+        locks::note(&alive.facts.descriptors, files);
     }
     for task in tasks {
         let Kind::Alive(alive) = &mut task.kind else { continue };

@@ -27,6 +27,7 @@ pub mod eventfd;
 pub mod fifo;
 pub mod ghost;
 pub mod inotify;
+mod lease;
 pub mod locks;
 pub mod memfd;
 pub mod nsfile;

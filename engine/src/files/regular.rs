@@ -153,7 +153,9 @@ fn describe(seen: &Seen<'_>, id: u32, cx: &mut DumpFiles<'_>) -> Result<RegFileE
     let log = seen.flags & libc::O_ACCMODE as u32 == libc::O_WRONLY as u32 && seen.flags & libc::O_APPEND as u32 != 0;
     let compared = seen.kind() == FileType::RegularFile && !log;
     let build_id = match cx.opts.file_validation {
-        FileValidation::BuildId if compared => validate::build_id_of(seen.file, seen.stat),
+        FileValidation::BuildId if compared && !cx.locks.is_leased(seen.inode()) => {
+            validate::build_id_of(seen.file, seen.stat)
+        }
         FileValidation::BuildId | FileValidation::FileSize => Vec::new(),
     };
     Ok(RegFileEntry {
@@ -319,6 +321,13 @@ fn ghostly(seen: &Seen<'_>, id: u32, bare: &[u8], cx: &mut DumpFiles<'_>) -> Res
                 return Err(Error::Usage {
                     what: format!("Can't dump ghost file {path} of {size} size, increase limit (--ghost-limit)"),
                 });
+            }
+            if cx.locks.is_leased(seen.inode()) {
+                let what = format!("a lease on the deleted file {}", String::from_utf8_lossy(bare));
+                return Err(Error::refused(
+                    what,
+                    "let the program give it up before the dump (F_SETLEASE with F_UNLCK)",
+                ));
             }
             let ghost = u32::try_from(cx.regular.ghosts.len() + 1).unwrap_or(u32::MAX);
             ghost::write(cx.images, ghost, seen.file, seen.stat)?;

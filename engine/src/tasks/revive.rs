@@ -12,7 +12,7 @@
 use std::collections::HashMap;
 
 use rayon::prelude::*;
-use standstill_images::proto::{FdinfoEntry, FileLockEntry, FsEntry, SeccompEntry, ThreadCoreEntry};
+use standstill_images::proto::{FdinfoEntry, FsEntry, SeccompEntry, ThreadCoreEntry};
 use standstill_restorer::plan::{Code, Expect};
 
 mod layout;
@@ -20,7 +20,8 @@ mod layout;
 use super::tree::{Alive, Kind, Node, Tree};
 use super::{core, creds, seccomp};
 use crate::error::{At, Error, Result};
-use crate::files::{locks, RestoreFiles};
+use crate::files::locks::{self, Held};
+use crate::files::RestoreFiles;
 use crate::memory::fill::Helpers;
 use crate::memory::rebuild::{Compared, Figures, Inherited, Memory, Numbers};
 use crate::memory::vdso::Layout;
@@ -210,7 +211,7 @@ impl Script<'_> {
     }
 
     /// Locks by the descriptor table of the task that holds them.
-    fn locks(&self) -> Result<HashMap<u32, Vec<FileLockEntry>>> {
+    fn locks(&self) -> Result<HashMap<u32, Vec<Held>>> {
         let locks = &self.table.restore.locks;
         if locks.is_empty() {
             return Ok(HashMap::new());
@@ -277,7 +278,7 @@ impl Script<'_> {
         alive: &Alive,
         inherited: Option<&Inherited>,
         compared: Option<&Compared>,
-        locks: Option<&[FileLockEntry]>,
+        locks: Option<&[Held]>,
         first_holder: &HashMap<u32, (usize, i32)>,
         arena: &mut Arena,
         helpers: &mut Helpers,
@@ -410,14 +411,15 @@ impl Script<'_> {
     }
 
     /// Locks, seccomp and credentials: after this, little is allowed. Only the one who sets a table up has `locks`.
-    fn lose_power(&self, core: &ThreadCoreEntry, locks: Option<&[FileLockEntry]>, plan: &mut Plan) -> Result<()> {
+    fn lose_power(&self, core: &ThreadCoreEntry, locks: Option<&[Held]>, plan: &mut Plan) -> Result<()> {
         const PR_SET_PDEATHSIG: i32 = 1;
+        locks::take_leases(locks.unwrap_or_default(), self.table.restore, plan)?;
         stage(BEFORE_CREDS, plan);
         if let Some(locks) = locks {
             // those that share the table are done with our descriptors, too, when they come to this stage
             plan.call("our descriptors", libc::SYS_close_range, &[self.table.base.into(), u32::MAX.into(), 0.into()]);
             // a process that closes any descriptor of a file loses its locks on it
-            locks::restore(locks, plan)?;
+            locks::restore(locks, self.table.restore, plan)?;
         }
         seccomp::restore(core, self.filters, plan)?;
         if let Some(c) = &core.creds {

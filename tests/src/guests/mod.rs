@@ -13,6 +13,7 @@ mod eventfd;
 mod fifo;
 mod files;
 mod inet;
+mod lease;
 mod limits;
 mod locks;
 mod membarrier;
@@ -129,6 +130,7 @@ impl Guest {
 const FLAG: &str = "CRIU 4.2 restores folders without O_DIRECTORY";
 const EINTR: &str = "CRIU 4.2 ends waits with EINTR when it dumps";
 const WRITES: &str = "it goes on writing";
+const BREAKS: &str = "CRIU 4.2 does not restore it on Linux 6.18";
 const HOST_IPC: &str = "CRIU 4.2 refuses System V memory of the host's IPC namespace";
 const PACKED: &str = "CRIU 4.2 knows no packed pages";
 const OTHER_USER: &str = "CRIU 4.2 dumps tasks of other users only with CAP_SYS_RESOURCE";
@@ -163,6 +165,8 @@ pub const ALL: &[Guest] = &[
     guest("files_table", files::table),
     guest("inet_listening", inet::listening),
     guest("inet_udp", inet::udp),
+    locks("lease", lease::in_force).criu(Criu::DumpsOnly(BREAKS)),
+    locks("lease_breaking", lease::breaking).criu(Criu::Cannot("CRIU 4.2 fails at it on Linux 6.18")),
     guest("limits", limits::limits),
     guest("limits_sched", limits::sched),
     locks("locks_flock", locks::whole),
@@ -256,7 +260,7 @@ pub const ALL: &[Guest] = &[
         .criu(Criu::RestoresOnly(EINTR)),
     guest("refused_big_ghost", refused::big_ghost).dump(&["--ghost-limit", "4096"]).refused(&["ghost-limit"]),
     guest("refused_io_uring", refused::io_uring).refused(&["io_uring"]),
-    guest("refused_lease", refused::lease).dump(&["--file-locks"]).refused(&["lease"]),
+    guest("refused_lease", refused::lease).dump(&["--file-locks"]).refused(&["a lease on the deleted file"]),
     guest("refused_lock", refused::lock).refused(&["--file-locks"]),
     guest("refused_outside_pipe", refused::outside_socket).refused(&["socket"]),
     guest("refused_packets", pipes::packets).refused(&["O_DIRECT"]),
