@@ -475,7 +475,10 @@ fn birth() -> Result<Birth> {
 fn arena_size(tree: &Tree, tables: &HashMap<u32, Vec<FdinfoEntry>>, locks: usize, tasks: usize) -> usize {
     let areas: usize = tree.alive().map(|(_, _, a)| a.memory.mm.vmas.len() * 8 + a.memory.operations()).sum();
     let fds: usize = tables.values().map(|t| t.len() * 12).sum::<usize>() * tree.nodes.len().min(4);
-    Arena::size_for(tasks, areas + fds + locks + tasks * 256, (64 << 10) * tasks + locks * 32 + (8 << 20))
+    let rings: u64 = tree.alive().flat_map(|(_, _, a)| a.memory.rings()).map(|e| e.end - e.start + (16 << 10)).sum();
+    let rings = usize::try_from(rings).unwrap_or(usize::MAX >> 8);
+    let data = (64 << 10) * tasks + locks * 32 + rings + (8 << 20);
+    Arena::size_for(tasks, areas + fds + locks + tasks * 256 + rings / 16, data)
 }
 
 /// A gap of `len` bytes that no task uses, nor a fresh process.

@@ -45,6 +45,7 @@ macro_rules! refused {
 }
 
 guests! {
+    aio
     clocks
     creds
     creds_bits

@@ -25,6 +25,7 @@ pub(super) fn dump_files(tasks: &mut [Task], files: &mut DumpFiles<'_>) -> Resul
     for task in tasks {
         let Kind::Alive(alive) = &mut task.kind else { continue };
         let (pid, facts) = (task.pid, &alive.facts);
+        memory::aio::wait_for_requests(&facts.areas, &facts.descriptors);
         let vmas = memory::areas::entries(pid, &facts.areas, files).task(pid)?;
         if !all.iter().any(|(id, _)| *id == alive.ids.files_id) {
             let own = ns_pid(pid, Some(facts.status()))?;
@@ -58,6 +59,7 @@ pub(super) fn dump_files(tasks: &mut [Task], files: &mut DumpFiles<'_>) -> Resul
             exe_file_id: exe,
             // CRIU has room for 44 words
             mm_saved_auxv: facts.auxv.iter().take(44).copied().collect(),
+            aios: vmas.iter().filter_map(memory::aio::entry).collect(),
             vmas,
             ..Default::default()
         };

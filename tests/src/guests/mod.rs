@@ -5,6 +5,7 @@
 #[macro_use]
 pub mod support;
 
+mod aio;
 mod clocks;
 mod creds;
 mod cwd;
@@ -142,6 +143,7 @@ const fn locks(name: &'static str, run: fn()) -> Guest {
 
 /// All guests.
 pub const ALL: &[Guest] = &[
+    guest("aio", aio::contexts),
     guest("clocks", clocks::clocks),
     guest("creds", creds::creds).criu(Criu::WithSysResource(OTHER_USER)),
     guest("creds_bits", creds::bits),
