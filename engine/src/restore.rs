@@ -13,7 +13,7 @@ use standstill_images::{FolderStore, ImageKind, Images};
 use standstill_restorer::plan::{Code, Expect};
 
 use crate::error::{At, Call, Error, Place, Result};
-use crate::files::{inotify, memfd, remove_names, RestoreFiles};
+use crate::files::{fanotify, inotify, memfd, remove_names, tty, RestoreFiles};
 use crate::guard::{Choice, Guard, List};
 use crate::memory::rebuild::{unmap_all_but, Figures, Numbers};
 use crate::memory::sysv;
@@ -123,7 +123,10 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
     let result =
         build(opts, stages, images, &inventory, &tree, &birth, &filters, clocks, &mut files, &robust, &mut phases);
     // ghosts and links are taken away again, however it ended; and nobody's pipe may have another end with us
-    let cleaned = files.clean(result.is_ok());
+    let mut cleaned = files.clean(result.is_ok());
+    if result.is_ok() {
+        cleaned = cleaned.and_then(|()| inotify::settle(&files)).and_then(|()| fanotify::mark(&mut files));
+    }
     let names = files.litter.take();
     let segments = files.sysv.take_made();
     drop(files);
@@ -204,6 +207,14 @@ fn build<'r>(
         stages.orphan_master(master.as_fd())?;
     }
     // a placeholder holds the number of each file that can be opened only when the tasks exist
+    // behind what is still added to the transfer: a pipe for each task with packed pages, and little else
+    let own_numbers = draft.base + i32::try_from(transfer.list.len() + tree.nodes.len() + 8).unwrap_or(0);
+    let job = opts.shell_job.then(|| tree.root().pid);
+    let member = |sid: u32| {
+        let of = |pid: i32| u32::try_from(pid) == Ok(sid);
+        tree.alive().find(|(_, n, _)| of(n.sid)).map(|(_, n, _)| n.pid).or(job)
+    };
+    tty::plan_controlling(&draft.late_ids, own_numbers, member, files)?;
     let placeholder = File::open("/dev/null").call("open(/dev/null)")?;
     let mut late: HashMap<u32, OwnedFd> = HashMap::new();
     for id in draft.late_ids.drain(..) {
@@ -339,7 +350,6 @@ fn build<'r>(
     stages.reach(Stage::PostRestore, Some(pid))?;
     let lifted = Lifted::lift(inventory, connections, files.guard)?;
     inet::repair_ends(files)?;
-    inotify::settle(files)?;
     sysv::settle(files)?;
     let stops = tree.alive().filter_map(|(_, n, a)| Some((n.pid, stop_signal(a, opts)?))).collect();
     phases.mark("registers");

@@ -57,6 +57,8 @@ guests! {
     epoll
     eventfd
     eventfd_semaphore
+    fanotify
+    fanotify_filesystem
     fifo
     files_append
     files_deleted
@@ -69,6 +71,8 @@ guests! {
     files_table
     inet_listening
     inet_udp
+    inotify
+    inotify_deleted
     lease
     lease_breaking
     limits
@@ -142,6 +146,9 @@ guests! {
     tree_sessions
     tree_stopped
     tree_zombies
+    tty_consoles
+    tty_controlling
+    tty_data
     unix_dgram
     unix_listening
     unix_pairs
@@ -152,6 +159,7 @@ guests! {
 
 refused! {
     refused_big_ghost
+    refused_fanotify
     refused_io_uring
     refused_lease
     refused_lock

@@ -8,7 +8,7 @@ use standstill_images::{ImageKind, Images};
 
 use super::{Kind, Task};
 use crate::error::{At, Error, Place, Result};
-use crate::files::{locks, DumpFiles};
+use crate::files::{fsnotify, locks, DumpFiles};
 use crate::memory;
 use crate::options::Options;
 use crate::tasks::facts::Facts;
@@ -64,6 +64,7 @@ pub(super) fn dump_files(tasks: &mut [Task], files: &mut DumpFiles<'_>) -> Resul
             ..Default::default()
         };
     }
+    fsnotify::check(files)?;
     Ok(all)
 }
 

@@ -21,7 +21,7 @@ use super::tree::{Alive, Kind, Node, Tree};
 use super::{core, creds, seccomp};
 use crate::error::{At, Error, Result};
 use crate::files::locks::{self, Held};
-use crate::files::RestoreFiles;
+use crate::files::{regular, tty, RestoreFiles};
 use crate::memory::fill::Helpers;
 use crate::memory::rebuild::{Compared, Figures, Inherited, Memory, Numbers};
 use crate::memory::vdso::Layout;
@@ -304,6 +304,9 @@ impl Script<'_> {
             self.clone_child(Some(alive), c, arena, &mut plan)?;
         }
         self.join(node, &mut plan);
+        if let Some(&(fd, _)) = self.table.terminals.get(&node.pid) {
+            tty::take_control(fd, &mut plan);
+        }
         for &c in node.children.iter().filter(|&&c| !self.tree.before_session(i, c)) {
             self.clone_child(Some(alive), c, arena, &mut plan)?;
         }
@@ -315,6 +318,8 @@ impl Script<'_> {
         if self.tree.adopts(i) {
             plan.call("taking in orphans", libc::SYS_prctl, &[36.into(), 1.into(), 0.into(), 0.into(), 0.into()]);
         }
+        self.before_late_files(node, &mut plan);
+        tty::open_controlling(node.pid, self.table.restore, &mut plan)?;
         stage(FORKED, &mut plan);
         if node.pgid != node.pid && node.pgid != 0 {
             plan.call("process group", libc::SYS_setpgid, &[0.into(), node.pgid.into()]);
@@ -341,7 +346,7 @@ impl Script<'_> {
         stage(FILLED, &mut plan);
         self.await_children(node, &mut plan);
         if let Some(&(fd, group)) = self.table.terminals.get(&node.pid) {
-            crate::files::tty::take_control(fd, group, &mut plan);
+            tty::set_foreground(fd, group, &mut plan);
         }
         // inherited actions are all default: nobody sets them before its children exist
         signals::restore_actions(&tc.sigactions, &mut plan)?;
@@ -476,9 +481,29 @@ impl Script<'_> {
         );
     }
 
+    /// What must be there when the engine opens files of living tasks: something in the place of a descriptor that such a
+    /// file is about; the real one comes later, if it was there.
+    fn before_late_files(&self, node: &Node, plan: &mut Plan) {
+        let files = self.table.late.keys().filter_map(|&id| regular::needs_descriptor(self.table.restore, id));
+        let mut numbers: Vec<i32> = files.filter(|&(pid, _)| pid == node.pid).map(|(_, fd)| fd).collect();
+        numbers.sort_unstable();
+        for fd in numbers.into_iter().filter(|&fd| fd < self.table.base) {
+            plan.call("place of a descriptor", libc::SYS_dup3, &[self.table.engine.into(), fd.into(), 0.into()]);
+        }
+    }
+
     /// Puts every descriptor at its number, then lets the kinds do what needs all of them.
     fn descriptors(&self, i: usize, first_holder: &HashMap<u32, (usize, i32)>, plan: &mut Plan) -> Result<()> {
         let entries = self.entries(i)?;
+        let pid = self.tree.nodes[i].pid;
+        for &id in self.table.late.keys() {
+            match regular::needs_descriptor(self.table.restore, id) {
+                Some((of, fd)) if of == pid && !entries.iter().any(|e| i64::from(e.fd) == i64::from(fd)) => {
+                    plan.ask("place of a descriptor", libc::SYS_close, &[fd.into()]);
+                }
+                _ => {}
+            }
+        }
         let mut holder = Vec::new();
         for e in entries {
             let fd = i32::try_from(e.fd)

@@ -11,9 +11,11 @@ mod creds;
 mod cwd;
 mod epoll;
 mod eventfd;
+mod fanotify;
 mod fifo;
 mod files;
 mod inet;
+mod inotify;
 mod lease;
 mod limits;
 mod locks;
@@ -41,6 +43,7 @@ mod timerfd;
 mod timers;
 mod track;
 mod tree;
+mod tty;
 mod unix;
 mod waits;
 
@@ -155,6 +158,8 @@ pub const ALL: &[Guest] = &[
     guest("epoll", epoll::epoll),
     guest("eventfd", eventfd::eventfd).criu(Criu::DumpsOnly("CRIU 4.2 cuts counters to 32 bits")),
     guest("eventfd_semaphore", eventfd::semaphore).criu(Criu::Cannot("CRIU 4.2 loses EFD_SEMAPHORE")),
+    guest("fanotify", fanotify::groups).criu(Criu::DumpsOnly("CRIU 4.2 lets the program hear of the restore")),
+    guest("fanotify_filesystem", fanotify::filesystem).criu(Criu::Cannot("CRIU 4.2 loses marks on file systems")),
     guest("fifo", fifo::fifo),
     guest("files_append", files::append),
     guest("files_deleted", files::deleted),
@@ -169,6 +174,12 @@ pub const ALL: &[Guest] = &[
     guest("inet_udp", inet::udp),
     locks("lease", lease::in_force).criu(Criu::DumpsOnly(BREAKS)),
     locks("lease_breaking", lease::breaking).criu(Criu::Cannot("CRIU 4.2 fails at it on Linux 6.18")),
+    guest("inotify", inotify::watches).criu(Criu::DumpsOnly("CRIU 4.2 lets the program hear of the restore")),
+    guest("inotify_deleted", inotify::deleted)
+        .dump(&["--link-remap"])
+        .restore(&["--link-remap"])
+        .changes("a deleted file gets another inode")
+        .criu(Criu::DumpsOnly("CRIU 4.2 lets the program hear of the restore")),
     guest("limits", limits::limits),
     guest("limits_sched", limits::sched),
     locks("locks_flock", locks::whole),
@@ -248,6 +259,10 @@ pub const ALL: &[Guest] = &[
     guest("tree_sessions", tree::sessions),
     guest("tree_stopped", tree::stopped),
     guest("tree_zombies", tree::zombies),
+    guest("tty_consoles", tty::consoles).criu(Criu::Cannot("CRIU 4.2 takes two consoles for one")),
+    guest("tty_controlling", tty::controlling)
+        .criu(Criu::Cannot("CRIU 4.2 gives children of a session's leader no terminal")),
+    guest("tty_data", tty::data).criu(Criu::Cannot("CRIU 4.2 lets lines run together")),
     guest("unix_dgram", unix::dgram),
     guest("unix_listening", unix::listening),
     guest("unix_pairs", unix::pairs),
@@ -261,6 +276,7 @@ pub const ALL: &[Guest] = &[
         .dumps(4)
         .criu(Criu::RestoresOnly(EINTR)),
     guest("refused_big_ghost", refused::big_ghost).dump(&["--ghost-limit", "4096"]).refused(&["ghost-limit"]),
+    guest("refused_fanotify", fanotify::deciding).refused(&["decides about accesses"]),
     guest("refused_io_uring", refused::io_uring).refused(&["io_uring"]),
     guest("refused_lease", refused::lease).dump(&["--file-locks"]).refused(&["a lease on the deleted file"]),
     guest("refused_lock", refused::lock).refused(&["--file-locks"]),
