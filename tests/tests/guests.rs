@@ -106,6 +106,7 @@ guests! {
     pipes
     pipes_full
     pipes_halves
+    pipes_packets
     proc_self
     registers
     registers_base
@@ -164,7 +165,6 @@ refused! {
     refused_lease
     refused_lock
     refused_outside_pipe
-    refused_packets
     refused_perf
     refused_traced
 }
