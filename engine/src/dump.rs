@@ -15,7 +15,7 @@ use standstill_images::proto::{
 use standstill_images::{ImageKind, Images};
 
 use crate::error::{At, Error, Place, Result};
-use crate::files::{locks, memfd, DumpFiles};
+use crate::files::{fanotify, locks, memfd, DumpFiles};
 use crate::guard::{Choice, Guard};
 use crate::memory::track::{self, Tracking};
 use crate::memory::{self, dedup, drain, Writing};
@@ -204,6 +204,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
                 tracking.watch(host, stat)?;
             }
         }
+        files.ttys.read_queues(host)?;
         // after the timers were asked: one that is over by now has left a signal, and one of the two is in the images
         host.read_signals()?;
     }
@@ -455,12 +456,12 @@ fn refuse_gpus(tasks: &[Task]) -> Result<()> {
     Ok(())
 }
 
-/// A task that holds a lock that is not to be carried is refused.
+/// A task that holds a lock that is not to be carried is refused, and one that decides about accesses.
 fn refuse_locks(opts: &Options, tasks: &[Task]) -> Result<()> {
     for task in tasks {
         let Kind::Alive(alive) = &task.kind else { continue };
         for d in &alive.facts.descriptors {
-            locks::refuse(d, opts).at(Place::Fd(d.fd)).task(task.pid)?;
+            locks::refuse(d, opts).and_then(|()| fanotify::refuse(d)).at(Place::Fd(d.fd)).task(task.pid)?;
         }
     }
     Ok(())

@@ -13,7 +13,7 @@ use standstill_images::{FolderStore, ImageKind, Images};
 use standstill_restorer::plan::{Code, Expect};
 
 use crate::error::{At, Call, Error, Place, Result};
-use crate::files::{inotify, memfd, remove_names, RestoreFiles};
+use crate::files::{fanotify, inotify, memfd, remove_names, tty, RestoreFiles};
 use crate::guard::{Choice, Guard, List};
 use crate::memory::rebuild::{unmap_all_but, Figures, Numbers};
 use crate::memory::sysv;
@@ -126,7 +126,10 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
     let result =
         build(opts, stages, images, &inventory, &tree, &birth, &filters, clocks, &mut files, &robust, &mut phases);
     // ghosts and links are taken away again, however it ended; and nobody's pipe may have another end with us
-    let cleaned = files.clean(result.is_ok());
+    let mut cleaned = files.clean(result.is_ok());
+    if result.is_ok() {
+        cleaned = cleaned.and_then(|()| inotify::settle(&files)).and_then(|()| fanotify::mark(&mut files));
+    }
     let names = files.litter.take();
     let segments = files.sysv.take_made();
     drop(files);
@@ -206,6 +209,14 @@ fn build<'r>(
         stages.orphan_master(master.as_fd())?;
     }
     // a placeholder holds the number of each file that can be opened only when the tasks exist
+    // behind what is still added to the transfer: a pipe for each task with packed pages, and little else
+    let own_numbers = draft.base + i32::try_from(transfer.list.len() + tree.nodes.len() + 8).unwrap_or(0);
+    let job = opts.shell_job.then(|| tree.root().pid);
+    let member = |sid: u32| {
+        let of = |pid: i32| u32::try_from(pid) == Ok(sid);
+        tree.alive().find(|(_, n, _)| of(n.sid)).map(|(_, n, _)| n.pid).or(job)
+    };
+    tty::plan_controlling(&draft.late_ids, own_numbers, member, files)?;
     let placeholder = File::open("/dev/null").call("open(/dev/null)")?;
     let mut late: HashMap<u32, OwnedFd> = HashMap::new();
     for id in draft.late_ids.drain(..) {
@@ -345,7 +356,6 @@ fn build<'r>(
     stages.reach(Stage::PostRestore, Some(pid))?;
     let lifted = Lifted::lift(inventory, connections, files.guard)?;
     inet::repair_ends(files)?;
-    inotify::settle(files)?;
     sysv::settle(files)?;
     let stops = tree.alive().filter_map(|(_, n, a)| Some((n.pid, stop_signal(a, opts)?))).collect();
     phases.mark("registers");
@@ -508,7 +518,10 @@ fn birth() -> Result<Birth> {
 fn arena_size(tree: &Tree, tables: &HashMap<u32, Vec<FdinfoEntry>>, locks: usize, tasks: usize) -> usize {
     let areas: usize = tree.alive().map(|(_, _, a)| a.memory.mm.vmas.len() * 8 + a.memory.operations()).sum();
     let fds: usize = tables.values().map(|t| t.len() * 12).sum::<usize>() * tree.nodes.len().min(4);
-    Arena::size_for(tasks, areas + fds + locks + tasks * 256, (64 << 10) * tasks + locks * 32 + (8 << 20))
+    let rings: u64 = tree.alive().flat_map(|(_, _, a)| a.memory.rings()).map(|e| e.end - e.start + (16 << 10)).sum();
+    let rings = usize::try_from(rings).unwrap_or(usize::MAX >> 8);
+    let data = (64 << 10) * tasks + locks * 32 + rings + (8 << 20);
+    Arena::size_for(tasks, areas + fds + locks + tasks * 256 + rings / 16, data)
 }
 
 /// A gap of `len` bytes that no task uses, nor a fresh process.

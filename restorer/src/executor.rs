@@ -258,6 +258,7 @@ unsafe fn step(c: &Control, op: &Op) -> i64 {
                 (a[0] as *mut u64).write_unaligned(a[1] as u64);
                 0
             }
+            x if x == Code::Load as u32 => (a[0].wrapping_add(a[1]) as *const i64).read_unaligned(),
             x if x == Code::Clone as u32 => clone(a[0], a[1], start as *const () as usize, a[2]),
             x if x == Code::Stage as u32 => stage(c, a[0]),
             x if x == Code::ReceiveFds as u32 => receive(a[0], a[1], a[2]),

@@ -40,6 +40,8 @@ pub enum Code {
     Fill = 13,
     /// Wait until the [`Guard`] at `args[0]` is over, or the engine is dead: then run the list that was chosen.
     Guard = 14,
+    /// The 64-bit word at `args[0]` + `args[1]` is the result.
+    Load = 15,
 }
 
 /// How an operand is read.

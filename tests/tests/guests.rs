@@ -45,6 +45,7 @@ macro_rules! refused {
 }
 
 guests! {
+    aio
     clocks
     creds
     creds_bits
@@ -56,6 +57,8 @@ guests! {
     epoll
     eventfd
     eventfd_semaphore
+    fanotify
+    fanotify_filesystem
     fifo
     files_append
     files_deleted
@@ -69,6 +72,10 @@ guests! {
     files_table
     inet_listening
     inet_udp
+    inotify
+    inotify_deleted
+    lease
+    lease_breaking
     limits
     limits_sched
     locks_flock
@@ -100,6 +107,7 @@ guests! {
     pipes
     pipes_full
     pipes_halves
+    pipes_packets
     proc_self
     registers
     registers_base
@@ -141,6 +149,9 @@ guests! {
     tree_stopped
     tree_vforks
     tree_zombies
+    tty_consoles
+    tty_controlling
+    tty_data
     unix_dgram
     unix_listening
     unix_pairs
@@ -151,11 +162,11 @@ guests! {
 
 refused! {
     refused_big_ghost
+    refused_fanotify
     refused_io_uring
     refused_lease
     refused_lock
     refused_outside_pipe
-    refused_packets
     refused_perf
     refused_traced
 }

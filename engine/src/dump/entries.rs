@@ -8,7 +8,7 @@ use standstill_images::{ImageKind, Images};
 
 use super::{Kind, Task};
 use crate::error::{At, Error, Place, Result};
-use crate::files::{locks, DumpFiles};
+use crate::files::{fsnotify, locks, DumpFiles};
 use crate::memory;
 use crate::options::Options;
 use crate::tasks::facts::Facts;
@@ -20,10 +20,12 @@ pub(super) fn dump_files(tasks: &mut [Task], files: &mut DumpFiles<'_>) -> Resul
     for task in &*tasks {
         let Kind::Alive(alive) = &task.kind else { continue };
         memory::sysv::reserve(&alive.facts.areas, files);
+        locks::note(&alive.facts.descriptors, files);
     }
     for task in tasks {
         let Kind::Alive(alive) = &mut task.kind else { continue };
         let (pid, facts) = (task.pid, &alive.facts);
+        memory::aio::wait_for_requests(&facts.areas, &facts.descriptors);
         let vmas = memory::areas::entries(pid, &facts.areas, files).task(pid)?;
         if !all.iter().any(|(id, _)| *id == alive.ids.files_id) {
             let own = ns_pid(pid, Some(facts.status()))?;
@@ -57,10 +59,12 @@ pub(super) fn dump_files(tasks: &mut [Task], files: &mut DumpFiles<'_>) -> Resul
             exe_file_id: exe,
             // CRIU has room for 44 words
             mm_saved_auxv: facts.auxv.iter().take(44).copied().collect(),
+            aios: vmas.iter().filter_map(memory::aio::entry).collect(),
             vmas,
             ..Default::default()
         };
     }
+    fsnotify::check(files)?;
     Ok(all)
 }
 

@@ -77,7 +77,9 @@ pub fn finish(cx: &mut DumpFiles<'_>) -> Result<()> {
     for (pipe_id, content) in contents {
         // a ring of 4 GiB is more than the kernel makes
         let bytes = u32::try_from(content.bytes.len()).unwrap_or(u32::MAX);
-        image.write_with_payload(&PipeDataEntry { pipe_id, bytes, size: content.size }, &content.bytes.as_slice())?;
+        let standstill_packets = if content.packets.len() > 1 { content.packets } else { Vec::new() };
+        let entry = PipeDataEntry { pipe_id, bytes, size: content.size, standstill_packets };
+        image.write_with_payload(&entry, &content.bytes.as_slice())?;
     }
     Ok(image.finish()?)
 }
@@ -91,7 +93,7 @@ pub fn read(cx: &mut RestoreFiles<'_>) -> Result<()> {
         if !known.contains(&pipe_id) {
             return Err(Error::lie(IMAGE, format!("no open file is of FIFO {pipe_id}")));
         }
-        let content = Content { size: entry.size, bytes: bytes.to_vec() };
+        let content = Content::of(&entry, bytes)?;
         if cx.fifos.contents.insert(pipe_id, content).is_some() {
             return Err(Error::lie(IMAGE, format!("FIFO {pipe_id} is there twice")));
         }

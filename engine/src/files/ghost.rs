@@ -19,7 +19,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat, Timespec, Timestamps, Uid, CWD};
+use rustix::fs::{major, minor, AtFlags, FileType, Gid, Mode, OFlags, Stat, Timespec, Timestamps, Uid, CWD};
 use rustix::io::Errno;
 use standstill_images::proto::{GhostChunkEntry, GhostFileEntry, Timeval};
 use standstill_images::{GhostContent, ImageKind, Images};
@@ -49,7 +49,8 @@ pub(super) fn write(images: &Images, id: u32, file: BorrowedFd<'_>, stat: &Stat)
         gid: stat.st_gid,
         mode: stat.st_mode,
         // 32 bits are what the image has, and what the kernel's own encoding needs
-        dev: Some(stat.st_dev as u32),
+        // in the kernel's encoding, as that of a watch
+        dev: Some(major(stat.st_dev) << 20 | minor(stat.st_dev)),
         ino: Some(stat.st_ino),
         rdev: device.then_some(stat.st_rdev as u32),
         atim: Some(Timeval { tv_sec: stat.st_atime as u64, tv_usec: stat.st_atime_nsec / 1000 }),
@@ -75,6 +76,13 @@ pub(super) fn write(images: &Images, id: u32, file: BorrowedFd<'_>, stat: &Stat)
         }
     }
     Ok(image.finish()?)
+}
+
+/// Device, in the kernel's encoding, and inode of the file that became ghost `id`.
+pub(super) fn origin(images: &Images, id: u32) -> Result<Option<(u32, u64)>> {
+    let image = images.open(ImageKind::GhostFile, id)?;
+    let (entry, _) = image.reader()?.ghost()?;
+    Ok(entry.dev.zip(entry.ino))
 }
 
 /// Makes ghost `id` again. Returns, for each of its `names`, an O_PATH descriptor of it by that name, which is gone again

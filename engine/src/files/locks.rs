@@ -17,9 +17,10 @@
 //! A dump of a task that holds locks needs `--file-locks`, as the tasks would find themselves without if they come back where
 //! others have taken them. A restore does not: what an image holds is not dropped in silence.
 //!
+//! Leases are in the same image: see [`super::lease`].
+//!
 //! Not kept: who made a lock of an open file, as /proc/locks shows it; which of the processes that share a table made a
-//! POSIX lock; the order of those who wait. Leases and delegations are refused by name: their holder is to be told by a signal
-//! when somebody opens the file, and nobody would tell it while it is in an image.
+//! POSIX lock; the order of those who wait. Delegations, which are a file server's, are refused by name.
 //!
 //! Man pages: flock(2), fcntl(2), fcntl_locking(2), proc_locks(5), proc_pid_fdinfo(5).
 
@@ -28,11 +29,11 @@ use std::collections::{HashMap, HashSet};
 use standstill_images::proto::{FdinfoEntry, FileLockEntry};
 use standstill_images::ImageKind;
 
-use super::{Descriptor, DumpFiles, RestoreFiles};
+use super::{lease, memfd, Descriptor, DumpFiles, RestoreFiles};
 use crate::error::{Error, Result};
 use crate::options::Options;
 use crate::plan::Plan;
-use crate::proc::locks::{Lock, LockAccess, LockKind};
+use crate::proc::locks::{LeaseState, Lock, LockAccess, LockKind};
 
 /// How a lock was made: `flag` of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +61,31 @@ pub struct Dumped {
     entries: Vec<FileLockEntry>,
     files: HashSet<u32>,
     processes: HashSet<(u32, u32)>,
+    leased: HashSet<(u64, u64)>,
+}
+
+impl Dumped {
+    /// Does a program have a lease on this inode that would be broken by reading the file?
+    pub fn is_leased(&self, inode: (u64, u64)) -> bool {
+        self.leased.contains(&inode)
+    }
+}
+
+/// Notes on which files there are leases, before any file is looked at.
+pub fn note(descriptors: &[Descriptor], cx: &mut DumpFiles<'_>) {
+    // to read what is leased for reading breaks nothing
+    let reads = |l: &Lock| l.access == LockAccess::Read && l.lease == Some(LeaseState::Active);
+    let leased = |d: &&Descriptor| held(&d.info.locks).any(|l| l.kind == LockKind::Lease && !reads(l));
+    cx.locks.leased.extend(descriptors.iter().filter(leased).map(|d| (d.stat.st_dev, d.stat.st_ino)));
+}
+
+/// A lock, and the id of the open file that it is taken through.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Held {
+    /// From the image.
+    pub entry: FileLockEntry,
+    /// In `files.img`.
+    pub file: u32,
 }
 
 /// Locks of a restore.
@@ -68,17 +94,19 @@ pub struct Restored {
     entries: Vec<FileLockEntry>,
 }
 
-/// Refuses a descriptor with a lock, unless locks are to be carried; and leases in any case.
+/// Refuses a descriptor with a lock, unless locks are to be carried.
 pub fn refuse(d: &Descriptor, opts: &Options) -> Result<()> {
     for lock in held(&d.info.locks) {
         match lock.kind {
-            LockKind::Posix | LockKind::Ofd | LockKind::Flock if opts.file_locks => {}
-            LockKind::Posix | LockKind::Ofd | LockKind::Flock => {
+            LockKind::Lease if memfd::is_one(&d.link, &d.stat) => {
+                return Err(d.refused("a lease on a file in memory", GIVE_UP))
+            }
+            LockKind::Posix | LockKind::Ofd | LockKind::Flock | LockKind::Lease if opts.file_locks => {}
+            LockKind::Posix | LockKind::Ofd | LockKind::Flock | LockKind::Lease => {
                 return Err(Error::Usage {
                     what: "Some file locks are hold by dumping tasks! You can try --file-locks to dump them.".into(),
                 })
             }
-            LockKind::Lease => return Err(d.refused("a lease on a file", GIVE_UP)),
             LockKind::Delegation => return Err(d.refused("a delegation of a file", GIVE_UP)),
             LockKind::Access => return Err(d.refused("a lock of an unknown kind", GIVE_UP)),
         }
@@ -100,8 +128,9 @@ pub fn dump(d: &Descriptor, id: u32, pid: u32, cx: &mut DumpFiles<'_>) -> Result
             LockKind::Posix => (How::Posix, process_is_new),
             LockKind::Flock => (How::Flock, file_is_new),
             LockKind::Ofd => (How::Ofd, file_is_new),
+            LockKind::Lease => (How::Lease, file_is_new),
             // `refuse` was here before
-            LockKind::Lease | LockKind::Delegation | LockKind::Access => continue,
+            LockKind::Delegation | LockKind::Access => continue,
         };
         if new {
             cx.locks.entries.push(entry(lock, how, pid, d)?);
@@ -117,11 +146,13 @@ fn held(locks: &[Lock]) -> impl Iterator<Item = &Lock> {
 fn entry(lock: &Lock, how: How, pid: u32, d: &Descriptor) -> Result<FileLockEntry> {
     let odd = || d.refused("a lock that the kernel shows with impossible bytes", "unlock it before the dump");
     let number = |n: u64| i64::try_from(n).map_err(|_| odd());
+    let breaking = matches!(lock.lease, Some(LeaseState::Breaking | LeaseState::Breaker));
     let kind = match lock.access {
         LockAccess::Read => READ,
         LockAccess::Write => WRITE,
+        LockAccess::Unlock if breaking => libc::F_UNLCK as u32,
         LockAccess::Unlock => return Err(odd()),
-    };
+    } | if breaking { lease::BREAKING } else { 0 };
     Ok(FileLockEntry {
         flag: how as u32,
         r#type: kind,
@@ -141,7 +172,7 @@ pub fn finish(cx: &mut DumpFiles<'_>) -> Result<()> {
     Ok(cx.images.write_entries(ImageKind::FileLocks, (), cx.locks.entries.drain(..))?)
 }
 
-/// Reads `filelocks.img`; leases are refused.
+/// Reads `filelocks.img`.
 pub fn read(cx: &mut RestoreFiles<'_>) -> Result<()> {
     let entries: Vec<FileLockEntry> = cx.images.read_entries_if_there(ImageKind::FileLocks, ())?;
     for e in &entries {
@@ -155,12 +186,8 @@ fn check(e: &FileLockEntry) -> Result<()> {
     let at = || format!("descriptor {} of task {}", e.fd, e.pid);
     match How::read(e.flag) {
         Some(How::Posix | How::Flock | How::Ofd) => {}
-        Some(How::Lease) => {
-            return Err(Error::refused(
-                format!("a lease on a file ({})", at()),
-                "dump the program again when it has given it up",
-            ))
-        }
+        Some(How::Lease) if lease::is_type(e.r#type) => return Ok(()),
+        Some(How::Lease) => return Err(Error::lie(IMAGE, format!("a lease of type {} ({})", e.r#type, at()))),
         None => return Err(Error::lie(IMAGE, format!("a lock of kind {} ({})", e.flag, at()))),
     }
     if !matches!(e.r#type, READ | WRITE) {
@@ -191,27 +218,43 @@ impl Restored {
         &self,
         table_of: impl Fn(i32) -> Option<u32>,
         tables: &HashMap<u32, Vec<FdinfoEntry>>,
-    ) -> Result<HashMap<u32, Vec<FileLockEntry>>> {
-        let mut sorted: HashMap<u32, Vec<FileLockEntry>> = HashMap::new();
-        let mut open: HashMap<u32, HashSet<u32>> = HashMap::new();
+    ) -> Result<HashMap<u32, Vec<Held>>> {
+        let mut sorted: HashMap<u32, Vec<Held>> = HashMap::new();
+        let mut open: HashMap<u32, HashMap<u32, u32>> = HashMap::new();
         for e in &self.entries {
             let table = table_of(e.pid)
                 .ok_or_else(|| Error::lie(IMAGE, format!("a lock of task {}, which is missing", e.pid)))?;
-            let open = open
-                .entry(table)
-                .or_insert_with(|| tables.get(&table).into_iter().flatten().map(|entry| entry.fd).collect());
-            if !u32::try_from(e.fd).is_ok_and(|fd| open.contains(&fd)) {
+            let open = open.entry(table).or_insert_with(|| {
+                tables.get(&table).into_iter().flatten().map(|entry| (entry.fd, entry.id)).collect()
+            });
+            let Some(&file) = u32::try_from(e.fd).ok().and_then(|fd| open.get(&fd)) else {
                 let what = format!("a lock through descriptor {} of task {}, which is missing", e.fd, e.pid);
                 return Err(Error::lie(IMAGE, what));
-            }
-            sorted.entry(table).or_default().push(*e);
+            };
+            sorted.entry(table).or_default().push(Held { entry: *e, file });
         }
         Ok(sorted)
     }
 }
 
-/// Takes these locks again, in a task that has all of its own descriptors and none of ours.
-pub fn restore(locks: &[FileLockEntry], plan: &mut Plan) -> Result<()> {
+/// Takes these leases again, in a task that has all of its own descriptors.
+pub fn take_leases(locks: &[Held], cx: &RestoreFiles<'_>, plan: &mut Plan) -> Result<()> {
+    lease::take(&leases(locks), cx, plan)
+}
+
+fn leases(locks: &[Held]) -> Vec<Held> {
+    locks.iter().filter(|held| held.entry.flag == How::Lease as u32).copied().collect()
+}
+
+/// Takes these locks again, in a task that has all of its own descriptors and none of ours, and breaks leases again that
+/// were broken: all tasks have taken theirs.
+pub fn restore(locks: &[Held], cx: &RestoreFiles<'_>, plan: &mut Plan) -> Result<()> {
+    lease::break_again(&leases(locks), cx, plan)?;
+    let entries: Vec<FileLockEntry> = locks.iter().map(|held| held.entry).collect();
+    take(&entries, plan)
+}
+
+fn take(locks: &[FileLockEntry], plan: &mut Plan) -> Result<()> {
     for e in locks {
         let how = How::read(e.flag).ok_or_else(|| Error::lie(IMAGE, format!("a lock of kind {}", e.flag)))?;
         match how {
@@ -222,7 +265,7 @@ pub fn restore(locks: &[FileLockEntry], plan: &mut Plan) -> Result<()> {
             }
             How::Posix => fcntl(e, libc::F_SETLK, plan),
             How::Ofd => fcntl(e, libc::F_OFD_SETLK, plan),
-            How::Lease => return Err(Error::lie(IMAGE, "a lease came through")),
+            How::Lease => {}
         }
     }
     Ok(())

@@ -37,7 +37,7 @@ fn take(fd: &OwnedFd, how: How, kind: u32, start: i64, len: i64) -> Result<()> {
 
 fn run(locks: &[FileLockEntry]) -> Result<()> {
     let mut plan = Plan::new();
-    restore(locks, &mut plan)?;
+    super::take(locks, &mut plan)?;
     plan.check()?;
     calls::run_here(&plan).map(drop)
 }
@@ -154,10 +154,11 @@ fn refusals() {
     assert_eq!(refuse(&posix, &without).unwrap_err().to_string(), text);
     refuse(&posix, &with).unwrap();
     refuse(&with_lines(&fd, "1: -> POSIX  ADVISORY  WRITE 77 fe:00:1 2 4"), &without).unwrap();
-    for opts in [&without, &with] {
-        let lease = with_lines(&fd, "1: LEASE  ACTIVE    READ 77 fe:00:1 0 EOF");
-        assert!(refuse(&lease, opts).unwrap_err().to_string().starts_with("a lease on a file ("));
-    }
+    let lease = with_lines(&fd, "1: LEASE  ACTIVE    READ 77 fe:00:1 0 EOF");
+    assert_eq!(refuse(&lease, &without).unwrap_err().to_string(), text);
+    refuse(&lease, &with).unwrap();
+    let delegation = with_lines(&fd, "1: DELEG  ACTIVE    READ 77 fe:00:1 0 EOF");
+    assert!(refuse(&delegation, &with).unwrap_err().to_string().starts_with("a delegation of a file ("));
 }
 
 #[test]
@@ -167,7 +168,8 @@ fn images_that_lie() {
     for bad in [
         FileLockEntry { flag: 0, ..good },
         FileLockEntry { flag: 3, ..good },
-        FileLockEntry { flag: 8, ..good },
+        FileLockEntry { flag: 8, r#type: 2, ..good },
+        FileLockEntry { flag: 8, r#type: 8, ..good },
         FileLockEntry { r#type: 2, ..good },
         FileLockEntry { start: -1, ..good },
         FileLockEntry { len: -1, ..good },
@@ -177,7 +179,7 @@ fn images_that_lie() {
     }
     let locks = Restored { entries: vec![good] };
     let of = |pid: i32| (pid == 7).then_some(5);
-    assert_eq!(locks.by_table(of, &table(5, &[3])).unwrap(), HashMap::from([(5, vec![good])]));
+    assert_eq!(locks.by_table(of, &table(5, &[3])).unwrap(), HashMap::from([(5, vec![Held { entry: good, file: 1 }])]));
     assert!(locks.by_table(of, &table(5, &[4])).unwrap_err().to_string().contains("descriptor 3"));
     assert!(locks.by_table(of, &table(6, &[3])).is_err());
     assert!(locks.by_table(|_| None, &table(5, &[3])).unwrap_err().to_string().contains("task 7"));

@@ -24,9 +24,12 @@ use crate::sys::calls;
 mod devices;
 pub mod epoll;
 pub mod eventfd;
+pub mod fanotify;
 pub mod fifo;
+pub mod fsnotify;
 pub mod ghost;
 pub mod inotify;
+mod lease;
 pub mod locks;
 pub mod memfd;
 pub mod nsfile;
@@ -123,6 +126,8 @@ pub struct DumpFiles<'a> {
     pub locks: locks::Dumped,
     /// Memory of the tree is under the watch of an earlier pass of ours.
     pub memory_is_tracked: bool,
+    /// What inotify and fanotify watch.
+    pub fsnotify: fsnotify::Dumped,
     /// Segments of System V shared memory.
     pub sysv: crate::memory::sysv::Dumped,
     /// Id of the IPC namespace that they are in.
@@ -157,6 +162,7 @@ impl<'a> DumpFiles<'a> {
             ttys: Default::default(),
             locks: Default::default(),
             memory_is_tracked: false,
+            fsnotify: Default::default(),
             sysv: Default::default(),
             ipc_ns: 0,
             net_ns,
@@ -283,7 +289,7 @@ impl<'a> DumpFiles<'a> {
                 b"anon_inode:[userfaultfd]" => {
                     Err(d.refused("a userfaultfd", "end the program's userfaultfd handling before the dump"))
                 }
-                b"anon_inode:[fanotify]" => Err(d.refused("a fanotify group", "close it before the dump")),
+                b"anon_inode:[fanotify]" => fanotify::dump(d, id, self),
                 b"anon_inode:[perf_event]" => Err(d.refused("a perf event", "end the profiling before the dump")),
                 b"anon_inode:bpf-map" | b"anon_inode:bpf-prog" | b"anon_inode:bpf_link" => {
                     Err(d.refused("a BPF object", "close it before the dump"))
@@ -337,6 +343,8 @@ pub struct RestoreFiles<'a> {
     pub ttys: tty::Restored,
     /// Locks.
     pub locks: locks::Restored,
+    /// Marks of fanotify.
+    pub fanotify: fanotify::Restored,
     /// Segments of System V shared memory.
     pub sysv: crate::memory::sysv::Restored,
     /// Names that must be removed if the restore fails.
@@ -369,6 +377,7 @@ impl<'a> RestoreFiles<'a> {
             inet: Default::default(),
             ttys: Default::default(),
             locks: Default::default(),
+            fanotify: Default::default(),
             sysv: Default::default(),
             litter: Default::default(),
             guard: None,
@@ -405,7 +414,7 @@ impl<'a> RestoreFiles<'a> {
 
     /// True for files that can be opened only when the tasks exist: below /proc/PID, and pidfds.
     pub fn opens_late(&self, id: u32) -> Result<bool> {
-        Ok(regular::opens_late(self, id) || pidfd::opens_late(self.entry(id)?))
+        Ok(regular::opens_late(self, id) || tty::opens_late(id, self) || pidfd::opens_late(self.entry(id)?))
     }
 
     /// A name is about to be made that a restore which fails, or whose engine is killed, must not leave behind.
@@ -439,6 +448,7 @@ impl<'a> RestoreFiles<'a> {
             FdTypes::Signalfd => signalfd::open(entry.sgfd.as_ref().ok_or_else(missing)?, self),
             FdTypes::Timerfd => timerfd::open(entry.tfd.as_ref().ok_or_else(missing)?, self),
             FdTypes::Inotify => inotify::open(entry.ify.as_ref().ok_or_else(missing)?, self),
+            FdTypes::Fanotify => fanotify::open(entry.ffy.as_ref().ok_or_else(missing)?, self),
             FdTypes::Pidfd => pidfd::open(entry.pidfd.as_ref().ok_or_else(missing)?, self),
             FdTypes::Memfd => memfd::open(entry.memfd.as_ref().ok_or_else(missing)?, self),
             FdTypes::Tty => tty::open(entry.tty.as_ref().ok_or_else(missing)?, self),
@@ -450,7 +460,6 @@ impl<'a> RestoreFiles<'a> {
             | FdTypes::Packetsk
             | FdTypes::Tunf
             | FdTypes::Ext
-            | FdTypes::Fanotify
             | FdTypes::Bpfmap
             | FdTypes::CtlTty
             | FdTypes::AutofsPipe) => Err(Error::refused(
@@ -506,6 +515,7 @@ fn owner_of(entry: &FileEntry) -> Option<&FownEntry> {
         .or(entry.sgfd.as_ref().map(|e| &e.fown))
         .or(entry.tfd.as_ref().map(|e| &e.fown))
         .or(entry.ify.as_ref().map(|e| &e.fown))
+        .or(entry.ffy.as_ref().map(|e| &e.fown))
         .or(entry.pidfd.as_ref().map(|e| &e.fown))
         .or(entry.memfd.as_ref().map(|e| &e.fown))
         .or(entry.tty.as_ref().map(|e| &e.fown))

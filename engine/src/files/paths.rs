@@ -48,6 +48,16 @@ pub(super) fn task_of(path: &[u8]) -> Option<i32> {
     std::str::from_utf8(number).ok()?.parse().ok().filter(|&pid| pid > 0)
 }
 
+/// Task and descriptor of a path such as `/proc/77/fdinfo/4`, which exists only while that descriptor does.
+pub(super) fn descriptor_of(path: &[u8]) -> Option<(i32, i32)> {
+    let mut parts = path.split(|&b| b == b'/').skip(3);
+    let number = match (parts.next()?, parts.next()?, parts.next()) {
+        (b"fdinfo", number, None) => std::str::from_utf8(number).ok()?.parse().ok()?,
+        _ => return None,
+    };
+    (number >= 0).then_some((task_of(path)?, number))
+}
+
 /// `.nfs` and 24 hexadecimal digits: what NFS renames an open file to that is deleted. It goes with its last user.
 pub(super) fn silly(path: &[u8]) -> bool {
     let digits = split(path).1.strip_prefix(b".nfs");

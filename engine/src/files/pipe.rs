@@ -13,11 +13,12 @@
 //! caller's in the place of a whole pipe.
 //!
 //! Not kept: that an end was outside the tree (the pipe comes back without it: a reader finds the end of file, a writer
-//! gets SIGPIPE, as with CRIU), and which bytes lay together in a buffer. Packet mode (O_DIRECT) is refused.
+//! gets SIGPIPE, as with CRIU), and which bytes lay together in a buffer, but for packets (O_DIRECT): each is read by
+//! itself, as a reader would get it, and written by itself again. Their lengths are in a field of our own; CRIU refuses such pipes.
 //!
 //! Man pages: pipe(7), pipe(2), tee(2), fcntl(2) (F_SETPIPE_SZ).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags};
@@ -27,6 +28,7 @@ use standstill_images::ImageKind;
 
 use super::{magic_link, set_status_flags, Descriptor, DumpFiles, RestoreFiles};
 use crate::error::{At, Call, Error, Place, Result};
+use crate::options::Persona;
 use crate::sys::calls;
 
 const O_WRONLY: u32 = libc::O_WRONLY as u32;
@@ -42,12 +44,25 @@ pub struct Content {
     pub size: Option<u32>,
     /// What is in it.
     pub bytes: Vec<u8>,
+    /// Lengths of packets, if it is more than one.
+    pub packets: Vec<u32>,
+}
+
+impl Content {
+    pub(super) fn of(entry: &PipeDataEntry, bytes: &[u8]) -> Result<Content> {
+        let sum: u64 = entry.standstill_packets.iter().map(|&n| u64::from(n)).sum();
+        if !entry.standstill_packets.is_empty() && sum != bytes.len() as u64 {
+            return Err(Error::lie("pipes-data.img", format!("packets of {sum} bytes in all, of {}", bytes.len())));
+        }
+        Ok(Content { size: entry.size, bytes: bytes.to_vec(), packets: entry.standstill_packets.clone() })
+    }
 }
 
 /// What a dump remembers: pipes, by `pipe_id`.
 #[derive(Debug, Default)]
 pub struct Dumped {
     pipes: BTreeMap<u32, Seen>,
+    packet_mode: HashSet<u32>,
 }
 
 #[derive(Debug)]
@@ -80,12 +95,16 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
     if d.flags & libc::O_PATH as u32 != 0 {
         return Err(d.refused("a pipe that was opened with O_PATH", "close it before the dump"));
     }
-    if d.flags & libc::O_DIRECT as u32 != 0 {
+    let packets = d.flags & libc::O_DIRECT as u32 != 0;
+    if packets && cx.opts.personality == Persona::Criu {
         let advice =
             "The packetized mode for pipes is not supported yet; let the program use a SOCK_SEQPACKET socket pair";
         return Err(d.refused("a pipe with O_DIRECT", advice));
     }
     let pipe_id = pipe_id(d)?;
+    if packets {
+        cx.pipes.packet_mode.insert(pipe_id);
+    }
     if d.flags & O_WRONLY == 0 {
         if !matches!(cx.pipes.pipes.get(&pipe_id), Some(Seen::Read(_))) {
             let content = peek(d.copy.as_fd())?;
@@ -109,7 +128,7 @@ pub(super) fn pipe_id(d: &Descriptor) -> Result<u32> {
 pub(super) fn peek(reader: BorrowedFd<'_>) -> Result<Content> {
     let size = fcntl_getpipe_size(reader).call("fcntl(F_GETPIPE_SZ)")?;
     let filled = rustix::io::ioctl_fionread(reader).call("ioctl(FIONREAD)")?;
-    let mut bytes = Vec::new();
+    let (mut bytes, mut packets) = (Vec::new(), Vec::new());
     if filled > 0 {
         let (ours, to) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).call("pipe2")?;
         // A ring of the same size takes all buffers; where it may not grow, the count below tells.
@@ -131,14 +150,18 @@ pub(super) fn peek(reader: BorrowedFd<'_>) -> Result<Content> {
         while at < got {
             match rustix::io::read(&ours, &mut bytes[at..]) {
                 Ok(0) => return Err(Error::Gone),
-                Ok(n) => at += n,
+                // all that there is, or one packet
+                Ok(n) => {
+                    at += n;
+                    packets.push(u32::try_from(n).unwrap_or(u32::MAX));
+                }
                 Err(rustix::io::Errno::INTR) => {}
                 Err(e) => return Err(e).call("read(pipe)"),
             }
         }
     }
     let size = u32::try_from(size).ok();
-    Ok(Content { size, bytes })
+    Ok(Content { size, bytes, packets })
 }
 
 /// F_SETPIPE_SZ; a ring that is large enough already may stay as it is where growing is not allowed.
@@ -158,10 +181,13 @@ pub(super) fn fill(writer: BorrowedFd<'_>, content: &Content) -> Result<()> {
     if let Some(size) = content.size {
         resize(writer, size as usize)?;
     }
-    set_status_flags(writer, libc::O_NONBLOCK as u32)?;
+    let packets = if content.packets.is_empty() { 0 } else { libc::O_DIRECT };
+    set_status_flags(writer, (libc::O_NONBLOCK | packets) as u32)?;
+    let mut lengths = content.packets.iter();
     let mut rest = content.bytes.as_slice();
     while !rest.is_empty() {
-        match rustix::io::write(writer, rest) {
+        let now = lengths.next().map_or(rest.len(), |&n| (n as usize).min(rest.len()));
+        match rustix::io::write(writer, &rest[..now]) {
             Ok(n) => rest = &rest[n..],
             Err(rustix::io::Errno::INTR) => {}
             Err(rustix::io::Errno::AGAIN) => {
@@ -178,13 +204,13 @@ pub(super) fn fill(writer: BorrowedFd<'_>, content: &Content) -> Result<()> {
 
 /// Writes `pipes-data.img`.
 pub fn finish(cx: &mut DumpFiles<'_>) -> Result<()> {
-    let pipes = std::mem::take(&mut cx.pipes.pipes);
+    let Dumped { pipes, packet_mode } = std::mem::take(&mut cx.pipes);
     if pipes.is_empty() {
         return Ok(());
     }
     let mut image = cx.images.create(ImageKind::PipesData, ())?;
     for (pipe_id, seen) in pipes {
-        let content = match seen {
+        let mut content = match seen {
             Seen::Read(content) => content,
             Seen::WriteOnly(writer) => match read_beside(writer.as_fd()).at(Place::Item("pipe", pipe_id.into()))? {
                 Some(content) => content,
@@ -194,7 +220,11 @@ pub fn finish(cx: &mut DumpFiles<'_>) -> Result<()> {
         let bytes = u32::try_from(content.bytes.len()).map_err(|_| {
             Error::refused(format!("a pipe with {} bytes in it", content.bytes.len()), "let it be read first")
         })?;
-        image.write_with_payload(&PipeDataEntry { pipe_id, bytes, size: content.size }, &content.bytes.as_slice())?;
+        if content.packets.len() == 1 && !packet_mode.contains(&pipe_id) {
+            content.packets.clear();
+        }
+        let entry = PipeDataEntry { pipe_id, bytes, size: content.size, standstill_packets: content.packets };
+        image.write_with_payload(&entry, &content.bytes.as_slice())?;
     }
     image.finish()?;
     Ok(())
@@ -218,7 +248,7 @@ pub fn read(cx: &mut RestoreFiles<'_>) -> Result<()> {
         if !cx.entries.values().filter_map(|e| e.pipe.as_ref()).any(|p| p.pipe_id == pipe_id) {
             return Err(Error::lie("pipes-data.img", format!("no open file is of pipe {pipe_id}")));
         }
-        let content = Content { size: entry.size, bytes: bytes.to_vec() };
+        let content = Content::of(&entry, bytes)?;
         if cx.pipes.content.insert(pipe_id, content).is_some() {
             return Err(Error::lie("pipes-data.img", format!("pipe {pipe_id} is there twice")));
         }
@@ -355,10 +385,22 @@ mod tests {
     }
 
     #[test]
-    fn packet_mode_is_refused() {
-        let (_reader, writer) = rustix::pipe::pipe_with(PipeFlags::DIRECT).unwrap();
-        let error = dump(&Options::default(), &[&writer]).unwrap_err().to_string();
-        assert!(error.contains("The packetized mode for pipes is not supported yet"), "{error}");
+    fn packets_stay_apart() {
+        let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::DIRECT | PipeFlags::NONBLOCK).unwrap();
+        for packet in [&b"one"[..], b"two"] {
+            rustix::io::write(&writer, packet).unwrap();
+        }
+        let criu = Options { personality: Persona::Criu, ..Options::default() };
+        let text = dump(&criu, &[&reader, &writer]).unwrap_err().to_string();
+        assert!(text.contains("The packetized mode for pipes is not supported yet"), "{text}");
+        let opts = Options::default();
+        let (images, ids) = dump(&opts, &[&reader, &writer]).unwrap();
+        let mut files = RestoreFiles::read(&opts, &images).unwrap();
+        let (reader, writer) = (open(&mut files, ids[0]), open(&mut files, ids[1]));
+        assert_eq!((read_all(&reader), read_all(&reader)), (b"one".to_vec(), b"two".to_vec()));
+        assert_ne!(flags(&writer) & libc::O_DIRECT as u32, 0);
+        let lie = PipeDataEntry { pipe_id: 1, bytes: 3, size: None, standstill_packets: vec![2] };
+        assert!(Content::of(&lie, b"abc").is_err());
     }
 
     #[test]

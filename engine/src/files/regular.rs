@@ -30,7 +30,7 @@ use standstill_gpu::CharMajors;
 use standstill_images::proto::{FdTypes, FileEntry, FownEntry, RegFileEntry, RemapFilePathEntry, RemapType};
 use standstill_images::ImageKind;
 
-use super::paths::{nearest, open_below, place, reopen, silly, split, task_of, NAMELESS};
+use super::paths::{descriptor_of, nearest, open_below, place, reopen, silly, split, task_of, NAMELESS};
 use super::{devices, ghost, magic_link, no_owner, set_status_flags, validate, Descriptor, DumpFiles, RestoreFiles};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::guard::{Act, List};
@@ -58,6 +58,11 @@ pub struct Dumped {
 }
 
 impl Dumped {
+    /// Is this deleted file in the images?
+    pub(super) fn has_ghost(&self, inode: (u64, u64)) -> bool {
+        self.ghosts.contains_key(&inode)
+    }
+
     /// Paths of the tasks' files are below this folder (by default our root, or that of the first task if it is in
     /// another mount namespace).
     pub fn set_root(&mut self, root: OwnedFd) {
@@ -153,7 +158,9 @@ fn describe(seen: &Seen<'_>, id: u32, cx: &mut DumpFiles<'_>) -> Result<RegFileE
     let log = seen.flags & libc::O_ACCMODE as u32 == libc::O_WRONLY as u32 && seen.flags & libc::O_APPEND as u32 != 0;
     let compared = seen.kind() == FileType::RegularFile && !log;
     let build_id = match cx.opts.file_validation {
-        FileValidation::BuildId if compared => validate::build_id_of(seen.file, seen.stat),
+        FileValidation::BuildId if compared && !cx.locks.is_leased(seen.inode()) => {
+            validate::build_id_of(seen.file, seen.stat)
+        }
         FileValidation::BuildId | FileValidation::FileSize => Vec::new(),
     };
     Ok(RegFileEntry {
@@ -320,6 +327,13 @@ fn ghostly(seen: &Seen<'_>, id: u32, bare: &[u8], cx: &mut DumpFiles<'_>) -> Res
                     what: format!("Can't dump ghost file {path} of {size} size, increase limit (--ghost-limit)"),
                 });
             }
+            if cx.locks.is_leased(seen.inode()) {
+                let what = format!("a lease on the deleted file {}", String::from_utf8_lossy(bare));
+                return Err(Error::refused(
+                    what,
+                    "let the program give it up before the dump (F_SETLEASE with F_UNLCK)",
+                ));
+            }
             let ghost = u32::try_from(cx.regular.ghosts.len() + 1).unwrap_or(u32::MAX);
             ghost::write(cx.images, ghost, seen.file, seen.stat)?;
             cx.regular.ghosts.insert(seen.inode(), ghost);
@@ -446,6 +460,31 @@ pub fn read(cx: &mut RestoreFiles<'_>) -> Result<()> {
 pub fn opens_late(cx: &RestoreFiles<'_>, id: u32) -> bool {
     let reg = cx.entries.get(&id).and_then(|entry| entry.reg.as_ref());
     reg.is_some_and(|reg| reg.ext != Some(true) && task_of(&reg.name).is_some())
+}
+
+/// The descriptor that must be there, in which task, before a file can be opened.
+pub fn needs_descriptor(cx: &RestoreFiles<'_>, id: u32) -> Option<(i32, i32)> {
+    descriptor_of(&cx.entries.get(&id)?.reg.as_ref()?.name)
+}
+
+/// The deleted file that had this inode, if the tree has it open.
+pub(super) fn ghost_of(sdev: u32, ino: u64, cx: &mut RestoreFiles<'_>) -> Result<Option<OwnedFd>> {
+    let ghosts: Vec<(u32, u32)> = cx
+        .regular
+        .remaps
+        .iter()
+        .filter_map(|(&file, &remap)| match remap {
+            Remap::Ghost(id) => Some((file, id)),
+            Remap::Linked(_) => None,
+        })
+        .collect();
+    for (file, id) in ghosts {
+        if ghost::origin(cx.images, id)? == Some((sdev, ino)) {
+            let entry = by_id(cx, file)?;
+            return handle(cx, &entry, Remap::Ghost(id))?.try_clone_to_owned().call("dup").map(Some);
+        }
+    }
+    Ok(None)
 }
 
 /// Opens a file as its entry says.

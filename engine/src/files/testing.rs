@@ -30,6 +30,7 @@ pub(super) fn dump(opts: &Options, fds: &[&OwnedFd]) -> Result<(Images, Vec<u32>
     for fd in fds {
         ids.push(files.descriptor(&descriptor(fd))?.id);
     }
+    super::fsnotify::check(&files)?;
     files.finish()?;
     Ok((images, ids))
 }

@@ -17,16 +17,21 @@
 //!
 //! A session's controlling terminal is for its leader to take: see [`controlling`] and [`take_control`].
 //!
-//! Not kept: a line that is being typed. Refused: data under way in a pair of the tree at dump (images of CRIU's that have
-//! it are restored), `/dev/tty`, `/dev/console`, virtual consoles, serial lines.
+//! The console, virtual consoles and serial lines are opened by their names, and get their modes. `/dev/tty` is opened by
+//! a task of the session ([`open_controlling`]), and the engine takes it from there.
+//!
+//! Not kept: a line that is being typed; what is under way on a line that is no pair.
 //!
 //! Man pages: pty(7), ioctl_tty(2), credentials(7).
 
 mod control;
 mod pair;
+mod queue;
 mod terminal;
 
-pub use control::{controlling, take_control, Controlling};
+pub use control::{
+    controlling, open_controlling, opens_late, plan_controlling, set_foreground, take_control, Controlling,
+};
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -37,24 +42,51 @@ use standstill_images::proto::{
 };
 use standstill_images::ImageKind;
 
-use super::{magic_link, set_status_flags, Descriptor, DumpFiles, RestoreFiles};
+use super::{magic_link, regular, set_status_flags, Descriptor, DumpFiles, RestoreFiles};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::plan::Plan;
 use crate::proc::stat;
 use crate::sys::calls;
+use crate::tracee::Infected;
 
 /// As CRIU: above are the numbers of terminals of other kinds.
 const MOST: u32 = 1000;
+/// Numbers of terminals that are no pairs, as CRIU has them; one of each.
+const CONSOLE: u32 = 1002;
+const VT: u32 = 1004;
+const CONTROLLING: u32 = 1006;
+const SERIAL: u32 = 1010;
 /// Number of the first terminal from outside, less one.
 const EXTERNAL: u32 = 1012;
-const OPEN_FLAGS: u32 = (libc::O_ACCMODE | libc::O_NONBLOCK | libc::O_APPEND) as u32;
+/// Number of the first more of a kind, of which CRIU can have one.
+const MORE: u32 = 1100;
+/// O_LARGEFILE of the kernel, which libc has as 0.
+const LARGE: u32 = 0x8000;
+const OPEN_FLAGS: u32 = (libc::O_ACCMODE | libc::O_NONBLOCK | libc::O_APPEND) as u32 | LARGE;
 
 /// What a dump remembers: infos in the order they were found, and a descriptor of each.
 #[derive(Debug, Default)]
 pub struct Dumped {
     infos: Vec<TtyInfoEntry>,
-    copies: BTreeMap<u32, (OwnedFd, i32)>,
+    copies: BTreeMap<u32, Held>,
     external: u32,
+    simple: Vec<(u64, u32)>,
+    data: Vec<TtyDataEntry>,
+}
+
+/// Who has a terminal open.
+#[derive(Debug)]
+struct Held {
+    pid: i32,
+    fd: i32,
+    copy: OwnedFd,
+}
+
+impl Dumped {
+    /// Reads what waits in the pairs whose masters this task holds; it stays there.
+    pub fn read_queues(&mut self, host: &mut Infected<'_>) -> Result<()> {
+        queue::read(host, self)
+    }
 }
 
 /// What a restore remembers.
@@ -65,6 +97,25 @@ pub struct Restored {
     infos: HashMap<u32, TtyInfoEntry>,
     data: HashMap<u32, Vec<u8>>,
     root: Option<PstreeEntry>,
+    /// Who opens `/dev/tty`, and as which descriptor, by file.
+    openers: HashMap<u32, (i32, i32)>,
+}
+
+impl Dumped {
+    /// The number of a terminal that is no pair.
+    fn number(&mut self, usual: u32, device: u64) -> u32 {
+        let known = self.simple.iter().position(|known| *known == (device, usual));
+        let at = known.unwrap_or_else(|| {
+            self.simple.push((device, usual));
+            self.simple.len() - 1
+        });
+        let first = self.simple.iter().position(|(_, kind)| *kind == usual) == Some(at);
+        if first {
+            usual
+        } else {
+            MORE + u32::try_from(at).unwrap_or(0)
+        }
+    }
 }
 
 /// Is this device a terminal?
@@ -77,6 +128,10 @@ enum Kind {
     Master,
     Slave(u32),
     External,
+    /// One that is opened by its name: the console, a virtual console, a serial line.
+    Simple(TtyType, u32),
+    /// `/dev/tty`: the terminal that the session of who opened it had.
+    Controlling,
     Other(&'static str),
 }
 
@@ -88,10 +143,11 @@ fn kind(d: &Descriptor, cx: &DumpFiles<'_>) -> Kind {
     match (major(d.stat.st_rdev), minor(d.stat.st_rdev)) {
         (5, 2) | (128..=135, _) => Kind::Master,
         (136, index) => Kind::Slave(index),
-        (5, 0) => Kind::Other("the controlling terminal under the name /dev/tty"),
-        (5, 1) => Kind::Other("the console"),
-        (4, 0..=63) => Kind::Other("a virtual console"),
-        _ => Kind::Other("a serial line"),
+        (5, 0) => Kind::Controlling,
+        (5, 1) => Kind::Simple(TtyType::Console, CONSOLE),
+        (4, 0..=63) => Kind::Simple(TtyType::Vt, VT),
+        (4 | 188 | 204, _) => Kind::Simple(TtyType::Serial, SERIAL),
+        _ => Kind::Other("a terminal of an unknown kind"),
     }
 }
 
@@ -101,12 +157,18 @@ fn external_key(rdev: u64, dev: u64) -> String {
 
 /// Dumps one.
 pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry> {
+    let mut device = d.stat.st_rdev;
     let (index, kind, r#type) = match kind(d, cx) {
         Kind::Master => (terminal::index(d.copy.as_fd())?, 1, TtyType::Pty),
         Kind::Slave(index) => (index, 0, TtyType::Pty),
         Kind::External => {
             cx.ttys.external += 1;
             (EXTERNAL + cx.ttys.external, 0, TtyType::ExtTty)
+        }
+        Kind::Simple(kind, number) => (cx.ttys.number(number, device), 0, kind),
+        Kind::Controlling => {
+            device = terminal::device(d.copy.as_fd())?;
+            (cx.ttys.number(CONTROLLING, device), 0, TtyType::Ctty)
         }
         Kind::Other(what) => return Err(d.refused(what, "close it before the dump, or name it by --external")),
     };
@@ -125,9 +187,10 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
         }
         Some(_) => {}
         None => {
-            let info = info(d, tty_info_id, index, r#type, &cx.tree)?;
+            let info = info(d, tty_info_id, index, r#type, device, &cx.tree)?;
             cx.ttys.infos.push(info);
-            cx.ttys.copies.insert(tty_info_id, (d.copy.try_clone().call("dup")?, d.fd));
+            let copy = d.copy.try_clone().call("dup")?;
+            cx.ttys.copies.insert(tty_info_id, Held { pid: d.pid, fd: d.fd, copy });
         }
     }
     let regf_id = (r#type != TtyType::ExtTty).then(|| cx.new_id());
@@ -157,7 +220,7 @@ fn reused(index: u32) -> Error {
 }
 
 /// State of the terminal itself.
-fn info(d: &Descriptor, id: u32, index: u32, r#type: TtyType, tree: &[i32]) -> Result<TtyInfoEntry> {
+fn info(d: &Descriptor, id: u32, index: u32, r#type: TtyType, device: u64, tree: &[i32]) -> Result<TtyInfoEntry> {
     let tty = d.copy.as_fd();
     let number = |n: u64| {
         u32::try_from(n)
@@ -185,18 +248,21 @@ fn info(d: &Descriptor, id: u32, index: u32, r#type: TtyType, tree: &[i32]) -> R
         info.locked = terminal::locked(tty)?;
         (terminal::session(tty)?, terminal::foreground(tty)?)
     } else {
-        owner(d, tree)?
+        owner(d.pid, device, tree)?
     };
+    if r#type == TtyType::Ctty && sid == 0 {
+        return Err(d.refused("/dev/tty of a terminal that no session has any more", "close it before the dump"));
+    }
     (info.sid, info.pgrp) = (sid.unsigned_abs(), pgrp.unsigned_abs());
     Ok(info)
 }
 
 /// Session and foreground group of a slave, as the tasks that have it for their terminal say; zeros if none has.
-fn owner(d: &Descriptor, tree: &[i32]) -> Result<(i32, i32)> {
-    let (major, minor) = (major(d.stat.st_rdev), minor(d.stat.st_rdev));
+fn owner(first: i32, device: u64, tree: &[i32]) -> Result<(i32, i32)> {
+    let (major, minor) = (major(device), minor(device));
     let device = (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12);
     let mut text = Vec::new();
-    for pid in std::iter::once(d.pid).chain(tree.iter().copied()) {
+    for pid in std::iter::once(first).chain(tree.iter().copied()) {
         crate::proc::read_proc(format!("/proc/{pid}/stat").as_ref(), &mut text)
             .call("read(/proc/PID/stat)")
             .task(pid)?;
@@ -210,7 +276,7 @@ fn owner(d: &Descriptor, tree: &[i32]) -> Result<(i32, i32)> {
 
 /// Checks that all terminals have what they need, and writes `tty-info.img`.
 pub fn finish(cx: &mut DumpFiles<'_>) -> Result<()> {
-    let Dumped { infos, copies, .. } = std::mem::take(&mut cx.ttys);
+    let Dumped { infos, copies, data, .. } = std::mem::take(&mut cx.ttys);
     if infos.is_empty() {
         return Ok(());
     }
@@ -221,7 +287,7 @@ pub fn finish(cx: &mut DumpFiles<'_>) -> Result<()> {
     for info in infos.iter().filter(|info| info.termios.is_some()) {
         let leader = i32::try_from(info.sid).unwrap_or(0);
         if leader != 0 && !cx.tree.contains(&leader) && !cx.opts.shell_job {
-            let fd = copies.get(&info.id).map_or(-1, |(_, fd)| *fd);
+            let fd = copies.get(&info.id).map_or(-1, |held| held.fd);
             let name = if info.id & 1 == 1 { "ptmx" } else { "pts" };
             let what = format!(
                 "Found dangling tty with sid {} pgid {} ({name}) on peer fd {fd}: Task attached to shell terminal. Consider \
@@ -230,19 +296,23 @@ pub fn finish(cx: &mut DumpFiles<'_>) -> Result<()> {
             );
             return Err(Error::Usage { what });
         }
+        let elsewhere = |other: &TtyInfoEntry| other.sid == info.sid && other.r#type() != TtyType::Ctty;
+        if info.r#type() == TtyType::Ctty && cx.tree.contains(&leader) && !infos.iter().any(elsewhere) {
+            let what = format!("/dev/tty of session {}, whose terminal nobody in the tree has open,", info.sid);
+            return Err(Error::refused(
+                what,
+                "close it before the dump, or let the session leader keep its terminal open",
+            ));
+        }
         let Some(TtyPtyEntry { index }) = info.pty else { continue };
         let other = copies.get(&(info.id ^ 1));
         if info.id & 1 == 0 && other.is_none() {
             alone += 1;
             without_master(index, cx.opts.shell_job || cx.opts.orphan_pts_master, alone)?;
         }
-        if let (Some((copy, _)), Some(_)) = (copies.get(&info.id), other) {
-            let waiting = rustix::io::ioctl_fionread(copy).call("ioctl(FIONREAD)")?;
-            if waiting != 0 {
-                let what = format!("{waiting} bytes under way in the terminal pair {index}");
-                return Err(Error::refused(what, "dump once more, when they have been read"));
-            }
-        }
+    }
+    if !data.is_empty() {
+        cx.images.write_entries(ImageKind::TtyData, (), data)?;
     }
     Ok(cx.images.write_entries(ImageKind::TtyInfo, (), infos)?)
 }
@@ -331,10 +401,20 @@ pub fn open(e: &TtyFileEntry, cx: &mut RestoreFiles<'_>) -> Result<OwnedFd> {
             set_status_flags(fd.as_fd(), e.flags)?;
             Ok(fd)
         }
-        kind @ (TtyType::Console | TtyType::Vt | TtyType::Ctty | TtyType::Serial) => Err(Error::refused(
-            format!("a terminal of type {}", kind.as_str_name()),
-            "this kind cannot be restored yet",
-        )),
+        TtyType::Console | TtyType::Vt | TtyType::Serial => {
+            let missing = || Error::lie("files.img", format!("terminal {:#x} has no name", e.id));
+            let reg = cx.entry(e.regf_id.ok_or_else(missing)?)?.reg.clone().ok_or_else(missing)?;
+            let fd = regular::open_as(cx, &reg, e.flags & OPEN_FLAGS | libc::O_NOCTTY as u32)?;
+            settle(fd.as_fd(), &info)?;
+            set_status_flags(fd.as_fd(), e.flags)?;
+            Ok(fd)
+        }
+        TtyType::Ctty => {
+            let &(pid, number) = cx.ttys.openers.get(&e.id).ok_or(Error::Gone)?;
+            let fd = calls::pidfd_getfd(calls::pidfd_open(pid, 0)?.as_fd(), number)?;
+            set_status_flags(fd.as_fd(), e.flags)?;
+            Ok(fd)
+        }
         TtyType::Unknown => Err(Error::lie("tty-info.img", format!("terminal {} is of no type", info.id))),
     }
 }

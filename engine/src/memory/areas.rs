@@ -115,10 +115,8 @@ fn entry(pid: i32, area: &Vma, files: &mut DumpFiles<'_>) -> Result<VmaEntry> {
             return Ok(e);
         }
         VmaName::AioRing => {
-            return Err(Error::refused(
-                "an AIO context",
-                "let the program destroy its AIO contexts (io_destroy) before the dump",
-            ))
+            e.status = status::AIORING;
+            return Ok(e);
         }
         VmaName::Socket(_) => {
             return Err(Error::refused("the ring of a packet socket", "close the socket before the dump"))
@@ -221,6 +219,11 @@ pub fn outline(area: &Vma) -> Option<VmaEntry> {
         fd: -1,
         ..Default::default()
     })
+}
+
+/// Areas whose pages are stored with the task.
+pub fn has_pages(e: &VmaEntry) -> bool {
+    is_private(e) || e.status & status::AIORING != 0
 }
 
 /// Private areas hold pages of the task's own.

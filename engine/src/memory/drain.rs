@@ -95,7 +95,7 @@ pub fn plan(
         survey(map, group, marks, runs, guards)
     };
     for e in entries.iter() {
-        if !areas::is_private(e) || e.status & status::VVAR != 0 || e.flags & 0xf == 0x8 {
+        if !areas::has_pages(e) || e.status & status::VVAR != 0 || e.flags & 0xf == 0x8 {
             look(&mut map, &mut group, &mut drain.runs, &mut guards)?;
             continue;
         }
@@ -103,11 +103,11 @@ pub fn plan(
         let readable = e.prot & libc::PROT_READ as u32 != 0;
         let lazy = e.flags & libc::MAP_ANONYMOUS as u32 != 0
             && e.flags & (libc::MAP_LOCKED | libc::MAP_HUGETLB) as u32 == 0
-            && e.status & status::VDSO == 0
+            && e.status & (status::VDSO | status::AIORING) == 0
             && !stack_pointers.iter().any(|sp| (e.start..e.end).contains(sp));
         let huge = e.flags & libc::MAP_HUGETLB as u32 != 0;
         let run = Run { address: e.start, bytes: e.end - e.start, readable, lazy, huge, in_parent: false };
-        if e.status & status::VDSO != 0 {
+        if e.status & (status::VDSO | status::AIORING) != 0 {
             look(&mut map, &mut group, &mut drain.runs, &mut guards)?;
             drain.runs.push(run);
             continue;

@@ -1,5 +1,6 @@
 //! Memory: areas, their pages, and what the vdso needs.
 
+pub mod aio;
 pub mod areas;
 pub mod compress;
 pub mod dedup;

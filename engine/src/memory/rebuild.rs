@@ -14,7 +14,7 @@ use standstill_images::{ImageKind, Images, ReadAt};
 
 use super::fill::{self, Filling, Helpers};
 use super::unpack::{Pipes, Request};
-use super::{areas, status, sysv, unpack, PAGE};
+use super::{aio, areas, status, sysv, unpack, PAGE};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::plan::Plan;
 
@@ -126,7 +126,6 @@ impl Memory {
                 Err(Error::refused(what, "this area cannot be restored yet")).at(Place::Area(e.start, e.end))
             };
             for (bit, what) in [
-                (status::AIORING, "an AIO ring"),
                 (status::SOCKET, "the ring of a packet socket"),
                 (status::SHSTK, "a shadow stack"),
                 (status::ANON_SHARED, "shared anonymous memory without a file"),
@@ -137,17 +136,28 @@ impl Memory {
                     return refuse(what);
                 }
             }
+            // as large as fs.aio-max-nr lets it be, and more
+            if e.status & status::AIORING != 0 && e.end - e.start > 1 << 30 {
+                return lie(format!("an AIO ring {:x}-{:x}", e.start, e.end));
+            }
             if e.status & !ALL_KNOWN != 0 {
                 return refuse("an area of unknown kind");
             }
-            if e.status & (status::ANON_PRIVATE | status::FILE_PRIVATE | status::FILE_SHARED | status::SYSVIPC) == 0 {
+            if e.status
+                & (status::ANON_PRIVATE
+                    | status::FILE_PRIVATE
+                    | status::FILE_SHARED
+                    | status::SYSVIPC
+                    | status::AIORING)
+                == 0
+            {
                 return lie(format!("area {:x}-{:x} is of no kind", e.start, e.end));
             }
         }
         if self.mm.mm_saved_auxv.len() > 512 {
             return lie(format!("an auxiliary vector of {} words", self.mm.mm_saved_auxv.len()));
         }
-        let mut private = self.mm.vmas.iter().filter(|e| areas::is_private(e)).peekable();
+        let mut private = self.mm.vmas.iter().filter(|e| areas::has_pages(e)).peekable();
         for run in self.chain.last().runs() {
             let (mut at, end) = (run.address, run.address + run.pages * PAGE);
             while at < end {
@@ -230,9 +240,19 @@ impl Memory {
         if l.vdso_end - l.vdso > MOST {
             return Err(Error::lie("mm", format!("a vdso of {} bytes", l.vdso_end - l.vdso)));
         }
-        let mut bytes = vec![0; usize::try_from(l.vdso_end - l.vdso).unwrap_or(0)];
-        for run in self.content(l.vdso, l.vdso_end) {
-            let from = usize::try_from(run.address - l.vdso).unwrap_or(0);
+        self.bytes(l.vdso, l.vdso_end)
+    }
+
+    /// How large the rings of AIO contexts are.
+    pub fn rings(&self) -> impl Iterator<Item = &VmaEntry> {
+        self.mm.vmas.iter().filter(|e| e.status & status::AIORING != 0)
+    }
+
+    /// What lies between two addresses.
+    fn bytes(&self, start: u64, end: u64) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; usize::try_from(end - start).unwrap_or(0)];
+        for run in self.content(start, end) {
+            let from = usize::try_from(run.address - start).unwrap_or(0);
             let len = usize::try_from(run.bytes).unwrap_or(0);
             if let (Some(pages), Some(room)) = (self.chain.pages(run.layer), bytes.get_mut(from..from + len)) {
                 pages.read_exact_at(room, run.offset).call("read(pages)")?;
@@ -430,6 +450,10 @@ impl Memory {
         for e in self.mm.vmas.iter().filter(|e| e.status & status::FILE_SHARED != 0 && e.status & status::GUARD == 0) {
             map(e, e.prot, numbers, plan).at(Place::Area(e.start, e.end))?;
         }
+        for e in self.rings() {
+            let ring = self.bytes(e.start, e.end).and_then(|bytes| aio::restore(e, &bytes, plan));
+            ring.at(Place::Area(e.start, e.end))?;
+        }
         sysv::attach(&self.mm.vmas, &numbers.segments, keep, plan)?;
         for p in &made.areas {
             if p.prot != p.entry.prot {
@@ -539,6 +563,7 @@ const ALL_KNOWN: u32 = status::REGULAR
     | status::MEMFD
     | status::ANON_SHARED
     | status::SYSVIPC
+    | status::AIORING
     | status::GUARD;
 
 fn has_file(e: &VmaEntry) -> bool {

@@ -55,6 +55,4 @@ pub const REFUSALS: &[Refusal] = &[
     refuse("cgroup-dump-controller", |o| !o.cgroup_dump_controllers.is_empty(), NO_CGROUPS),
     refuse("cgroup-yard", |o| o.cgroup_yard.is_some(), NO_CGROUPS),
     refuse("libdir", |o| o.libdir.is_some(), "there are no plugins"),
-    refuse("force-irmap", |o| o.force_irmap, "watched files are found by their handles only"),
-    refuse("irmap-scan-path", |o| !o.irmap_scan_paths.is_empty(), "watched files are found by their handles only"),
 ];

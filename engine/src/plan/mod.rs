@@ -203,6 +203,13 @@ impl Plan {
         at
     }
 
+    /// The operation that was added last is run even if one before it failed, or the engine is gone.
+    pub fn even_if_orphaned(&mut self) {
+        if let Some(op) = self.ops.last_mut() {
+            op.always = 1;
+        }
+    }
+
     /// A system call with one good result.
     pub fn call_exact(&mut self, label: impl Into<Label>, nr: i64, args: &[Arg], want: i64) -> At {
         self.op(Code::Syscall, nr, args, Expect::Exact, [want, 0], label)

@@ -17,6 +17,7 @@ pub fn macro_name(code: u32) -> &'static str {
         12 => "Await",
         13 => "Fill",
         14 => "Guard",
+        15 => "Load",
         _ => "unknown",
     }
 }

@@ -4,7 +4,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use standstill_images::proto::FownEntry;
 
-use crate::error::{Error, Result};
+use crate::error::{Call, Error, Result};
 
 fn answer(call: &'static str, r: libc::c_long) -> Result<i64> {
     if r < 0 {
@@ -195,12 +195,35 @@ pub fn signalfd(mask: u64, flags: i32) -> Result<OwnedFd> {
     }
 }
 
-/// The other end of a terminal pair, by its master (TIOCGPTPEER of ioctl_tty(2)).
+/// The other end of a terminal pair, by its master (TIOCGPTPEER of ioctl_tty(2)). The descriptor is closed on exec.
 pub fn open_pty_peer(master: BorrowedFd<'_>, flags: u32) -> Result<OwnedFd> {
     const TIOCGPTPEER: u64 = 0x5441;
+    // of O_CLOEXEC the kernel makes a flag of the open file, which stays there
+    let flags = flags & !(libc::O_CLOEXEC as u32);
     let fd = ioctl_value(master, "ioctl(TIOCGPTPEER)", TIOCGPTPEER, flags.into())?;
     // SAFETY: the new descriptor is ours alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC).call("fcntl(F_SETFD)")?;
+    Ok(fd)
+}
+
+/// fanotify_init(2).
+pub fn fanotify_init(flags: u32, event_flags: u32) -> Result<OwnedFd> {
+    // SAFETY: no memory is touched; the new descriptor is ours alone.
+    unsafe {
+        let fd = answer("fanotify_init", libc::syscall(libc::SYS_fanotify_init, flags, event_flags))?;
+        Ok(OwnedFd::from_raw_fd(fd as i32))
+    }
+}
+
+/// fanotify_mark(2) of what a path leads to.
+pub fn fanotify_mark(group: BorrowedFd<'_>, flags: u32, mask: u64, path: &[u8]) -> Result<()> {
+    let path = std::ffi::CString::new(path).map_err(|_| Error::Gone)?;
+    // SAFETY: the path is a string that lives until the call returns.
+    let done = unsafe {
+        libc::syscall(libc::SYS_fanotify_mark, group.as_raw_fd(), flags, mask, libc::AT_FDCWD, path.as_ptr())
+    };
+    answer("fanotify_mark", done).map(drop)
 }
 
 /// open_by_handle_at(2) with O_PATH: the file of a handle, on the file system that `mount` is on.

@@ -12,7 +12,7 @@
 use std::collections::HashMap;
 
 use rayon::prelude::*;
-use standstill_images::proto::{FdinfoEntry, FileLockEntry, FsEntry, SeccompEntry, ThreadCoreEntry};
+use standstill_images::proto::{FdinfoEntry, FsEntry, SeccompEntry, ThreadCoreEntry};
 use standstill_restorer::plan::{Code, Expect};
 
 mod layout;
@@ -20,7 +20,8 @@ mod layout;
 use super::tree::{Alive, Kind, Node, Tree};
 use super::{core, creds, seccomp};
 use crate::error::{At, Error, Result};
-use crate::files::{locks, RestoreFiles};
+use crate::files::locks::{self, Held};
+use crate::files::{regular, tty, RestoreFiles};
 use crate::memory::fill::Helpers;
 use crate::memory::rebuild::{Compared, Figures, Inherited, Memory, Numbers};
 use crate::memory::vdso::Layout;
@@ -212,7 +213,7 @@ impl Script<'_> {
     }
 
     /// Locks by the descriptor table of the task that holds them.
-    fn locks(&self) -> Result<HashMap<u32, Vec<FileLockEntry>>> {
+    fn locks(&self) -> Result<HashMap<u32, Vec<Held>>> {
         let locks = &self.table.restore.locks;
         if locks.is_empty() {
             return Ok(HashMap::new());
@@ -279,7 +280,7 @@ impl Script<'_> {
         alive: &Alive,
         inherited: Option<&Inherited>,
         compared: Option<&Compared>,
-        locks: Option<&[FileLockEntry]>,
+        locks: Option<&[Held]>,
         first_holder: &HashMap<u32, (usize, i32)>,
         arena: &mut Arena,
         helpers: &mut Helpers,
@@ -305,6 +306,9 @@ impl Script<'_> {
             self.clone_child(Some(alive), c, arena, &mut plan)?;
         }
         self.join(node, &mut plan);
+        if let Some(&(fd, _)) = self.table.terminals.get(&node.pid) {
+            tty::take_control(fd, &mut plan);
+        }
         for &c in node.children.iter().filter(|&&c| !self.tree.before_session(i, c)) {
             self.clone_child(Some(alive), c, arena, &mut plan)?;
         }
@@ -316,6 +320,8 @@ impl Script<'_> {
         if self.tree.adopts(i) {
             plan.call("taking in orphans", libc::SYS_prctl, &[36.into(), 1.into(), 0.into(), 0.into(), 0.into()]);
         }
+        self.before_late_files(node, &mut plan);
+        tty::open_controlling(node.pid, self.table.restore, &mut plan)?;
         stage(FORKED, &mut plan);
         if node.pgid != node.pid && node.pgid != 0 {
             plan.call("process group", libc::SYS_setpgid, &[0.into(), node.pgid.into()]);
@@ -342,7 +348,7 @@ impl Script<'_> {
         stage(FILLED, &mut plan);
         self.await_children(node, &mut plan);
         if let Some(&(fd, group)) = self.table.terminals.get(&node.pid) {
-            crate::files::tty::take_control(fd, group, &mut plan);
+            tty::set_foreground(fd, group, &mut plan);
         }
         // inherited actions are all default: nobody sets them before its children exist
         signals::restore_actions(&tc.sigactions, &mut plan)?;
@@ -412,15 +418,16 @@ impl Script<'_> {
     }
 
     /// Locks, seccomp and credentials: after this, little is allowed. Only the one who sets a table up has `locks`.
-    fn lose_power(&self, core: &ThreadCoreEntry, locks: Option<&[FileLockEntry]>, plan: &mut Plan) -> Result<()> {
+    fn lose_power(&self, core: &ThreadCoreEntry, locks: Option<&[Held]>, plan: &mut Plan) -> Result<()> {
         const PR_SET_PDEATHSIG: i32 = 1;
+        locks::take_leases(locks.unwrap_or_default(), self.table.restore, plan)?;
         stage(BEFORE_CREDS, plan);
         if let Some(locks) = locks {
             // those that share the table are done with our descriptors, too, when they come to this stage
             let (base, last) = (self.table.base, self.table.base + self.table.room - 1);
             plan.call("our descriptors", libc::SYS_close_range, &[base.into(), last.into(), 0.into()]);
             // a process that closes any descriptor of a file loses its locks on it
-            locks::restore(locks, plan)?;
+            locks::restore(locks, self.table.restore, plan)?;
         }
         seccomp::restore(core, self.filters, plan)?;
         if let Some(c) = &core.creds {
@@ -477,9 +484,29 @@ impl Script<'_> {
         );
     }
 
+    /// What must be there when the engine opens files of living tasks: something in the place of a descriptor that such a
+    /// file is about; the real one comes later, if it was there.
+    fn before_late_files(&self, node: &Node, plan: &mut Plan) {
+        let files = self.table.late.keys().filter_map(|&id| regular::needs_descriptor(self.table.restore, id));
+        let mut numbers: Vec<i32> = files.filter(|&(pid, _)| pid == node.pid).map(|(_, fd)| fd).collect();
+        numbers.sort_unstable();
+        for fd in numbers.into_iter().filter(|&fd| fd < self.table.base) {
+            plan.call("place of a descriptor", libc::SYS_dup3, &[self.table.engine.into(), fd.into(), 0.into()]);
+        }
+    }
+
     /// Puts every descriptor at its number, then lets the kinds do what needs all of them.
     fn descriptors(&self, i: usize, first_holder: &HashMap<u32, (usize, i32)>, plan: &mut Plan) -> Result<()> {
         let entries = self.entries(i)?;
+        let pid = self.tree.nodes[i].pid;
+        for &id in self.table.late.keys() {
+            match regular::needs_descriptor(self.table.restore, id) {
+                Some((of, fd)) if of == pid && !entries.iter().any(|e| i64::from(e.fd) == i64::from(fd)) => {
+                    plan.ask("place of a descriptor", libc::SYS_close, &[fd.into()]);
+                }
+                _ => {}
+            }
+        }
         let mut holder = Vec::new();
         for e in entries {
             let fd = i32::try_from(e.fd)

@@ -5,14 +5,18 @@
 #[macro_use]
 pub mod support;
 
+mod aio;
 mod clocks;
 mod creds;
 mod cwd;
 mod epoll;
 mod eventfd;
+mod fanotify;
 mod fifo;
 mod files;
 mod inet;
+mod inotify;
+mod lease;
 mod limits;
 mod locks;
 mod membarrier;
@@ -39,6 +43,7 @@ mod timerfd;
 mod timers;
 mod track;
 mod tree;
+mod tty;
 mod unix;
 mod waits;
 
@@ -129,6 +134,7 @@ impl Guest {
 const FLAG: &str = "CRIU 4.2 restores folders without O_DIRECTORY";
 const EINTR: &str = "CRIU 4.2 ends waits with EINTR when it dumps";
 const WRITES: &str = "it goes on writing";
+const BREAKS: &str = "CRIU 4.2 does not restore it on Linux 6.18";
 const HOST_IPC: &str = "CRIU 4.2 refuses System V memory of the host's IPC namespace";
 const PACKED: &str = "CRIU 4.2 knows no packed pages";
 const OTHER_USER: &str = "CRIU 4.2 dumps tasks of other users only with CAP_SYS_RESOURCE";
@@ -140,6 +146,7 @@ const fn locks(name: &'static str, run: fn()) -> Guest {
 
 /// All guests.
 pub const ALL: &[Guest] = &[
+    guest("aio", aio::contexts),
     guest("clocks", clocks::clocks),
     guest("creds", creds::creds).criu(Criu::WithSysResource(OTHER_USER)),
     guest("creds_bits", creds::bits),
@@ -151,6 +158,8 @@ pub const ALL: &[Guest] = &[
     guest("epoll", epoll::epoll),
     guest("eventfd", eventfd::eventfd).criu(Criu::DumpsOnly("CRIU 4.2 cuts counters to 32 bits")),
     guest("eventfd_semaphore", eventfd::semaphore).criu(Criu::Cannot("CRIU 4.2 loses EFD_SEMAPHORE")),
+    guest("fanotify", fanotify::groups).criu(Criu::DumpsOnly("CRIU 4.2 lets the program hear of the restore")),
+    guest("fanotify_filesystem", fanotify::filesystem).criu(Criu::Cannot("CRIU 4.2 loses marks on file systems")),
     guest("fifo", fifo::fifo),
     guest("files_append", files::append),
     guest("files_deleted", files::deleted),
@@ -164,6 +173,14 @@ pub const ALL: &[Guest] = &[
     guest("files_table", files::table),
     guest("inet_listening", inet::listening),
     guest("inet_udp", inet::udp),
+    locks("lease", lease::in_force).criu(Criu::DumpsOnly(BREAKS)),
+    locks("lease_breaking", lease::breaking).criu(Criu::Cannot("CRIU 4.2 fails at it on Linux 6.18")),
+    guest("inotify", inotify::watches).criu(Criu::DumpsOnly("CRIU 4.2 lets the program hear of the restore")),
+    guest("inotify_deleted", inotify::deleted)
+        .dump(&["--link-remap"])
+        .restore(&["--link-remap"])
+        .changes("a deleted file gets another inode")
+        .criu(Criu::DumpsOnly("CRIU 4.2 lets the program hear of the restore")),
     guest("limits", limits::limits),
     guest("limits_sched", limits::sched),
     locks("locks_flock", locks::whole),
@@ -195,6 +212,7 @@ pub const ALL: &[Guest] = &[
     guest("pipes", pipes::pipes),
     guest("pipes_full", pipes::full),
     guest("pipes_halves", pipes::halves),
+    guest("pipes_packets", pipes::packets).criu(Criu::Cannot("CRIU 4.2 refuses pipes in packet mode")),
     guest("proc_self", proc_self::proc_self),
     guest("registers", registers::registers),
     guest("registers_base", registers::base),
@@ -249,6 +267,10 @@ pub const ALL: &[Guest] = &[
         .dumps(20)
         .criu(Criu::RestoresOnly("CRIU 4.2 may find a child that shares memory")),
     guest("tree_zombies", tree::zombies),
+    guest("tty_consoles", tty::consoles).criu(Criu::Cannot("CRIU 4.2 takes two consoles for one")),
+    guest("tty_controlling", tty::controlling)
+        .criu(Criu::Cannot("CRIU 4.2 gives children of a session's leader no terminal")),
+    guest("tty_data", tty::data).criu(Criu::Cannot("CRIU 4.2 lets lines run together")),
     guest("unix_dgram", unix::dgram),
     guest("unix_listening", unix::listening),
     guest("unix_pairs", unix::pairs),
@@ -262,11 +284,11 @@ pub const ALL: &[Guest] = &[
         .dumps(4)
         .criu(Criu::RestoresOnly(EINTR)),
     guest("refused_big_ghost", refused::big_ghost).dump(&["--ghost-limit", "4096"]).refused(&["ghost-limit"]),
+    guest("refused_fanotify", fanotify::deciding).refused(&["decides about accesses"]),
     guest("refused_io_uring", refused::io_uring).refused(&["io_uring"]),
-    guest("refused_lease", refused::lease).dump(&["--file-locks"]).refused(&["lease"]),
+    guest("refused_lease", refused::lease).dump(&["--file-locks"]).refused(&["a lease on the deleted file"]),
     guest("refused_lock", refused::lock).refused(&["--file-locks"]),
     guest("refused_outside_pipe", refused::outside_socket).refused(&["socket"]),
-    guest("refused_packets", pipes::packets).refused(&["O_DIRECT"]),
     guest("refused_perf", refused::perf).refused(&["perf_event"]),
     guest("refused_traced", refused::traced).refused(&["traces"]),
 ];

@@ -98,14 +98,27 @@ pub(super) fn halves() {
     check_eq!(errno(), libc::EPIPE);
 }
 
-/// A pipe in packet mode stays one.
+/// A pipe in packet mode: packets stay apart, in the pipe and afterwards.
 pub(super) fn packets() {
     let (out, into) = pipe(libc::O_DIRECT | libc::O_NONBLOCK);
+    let (single, single_into) = pipe(libc::O_DIRECT | libc::O_NONBLOCK);
+    for packet in [&b"first"[..], b"x", &[7; 4096], b"last"] {
+        write(into, packet);
+    }
+    write(single_into, b"alone");
     ready();
     check!(unsafe { libc::fcntl(into, libc::F_GETFL) } & libc::O_DIRECT != 0);
     write(into, b"one");
-    write(into, b"two");
+    write(single_into, b"two");
+    check_eq!(read(out), Ok(b"first".to_vec()));
+    // what does not fit is thrown away with its packet
+    let mut byte = 0u8;
+    check_eq!(unsafe { libc::read(out, (&raw mut byte).cast(), 1) }, 1);
+    check_eq!(byte, b'x');
+    check_eq!(read(out), Ok(vec![7; 4096]));
+    check_eq!(read(out), Ok(b"last".to_vec()));
     check_eq!(read(out), Ok(b"one".to_vec()));
-    check_eq!(read(out), Ok(b"two".to_vec()));
     check_eq!(read(out), Err(libc::EAGAIN));
+    check_eq!(read(single), Ok(b"alone".to_vec()));
+    check_eq!(read(single), Ok(b"two".to_vec()));
 }

@@ -18,6 +18,7 @@ pub(super) fn proc_self() {
     let pid = std::process::id();
     let mut stat = did(File::open("/proc/self/stat"));
     let maps = did(File::open(format!("/proc/{pid}/maps")));
+    let mut about = did(File::open(format!("/proc/self/fdinfo/{}", stat.as_raw_fd())));
     let folder = did(File::open("/proc/self/fd"));
     let mut childs = did(File::open(format!("/proc/{child}/stat")));
     let root = did(File::open("/proc"));
@@ -33,6 +34,9 @@ pub(super) fn proc_self() {
     did(stat.seek(SeekFrom::Start(0)));
     did(stat.read_to_string(&mut text));
     check!(text.starts_with(&format!("{pid} (")));
+    text.clear();
+    did(about.read_to_string(&mut text));
+    check!(text.starts_with("pos:"));
     text.clear();
     did(childs.read_to_string(&mut text));
     check!(text.starts_with(&format!("{child} (")));

@@ -28,13 +28,14 @@ pub(super) fn io_uring() {
     ready();
 }
 
-/// A lease, which --file-locks is not for.
+/// A lease on a deleted file, which to read would break it.
 pub(super) fn lease() {
     did(std::fs::write("leased", b"x"));
-    let file = did(File::open("leased"));
-    unsafe { sys(libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK)) };
+    let file = did(File::options().write(true).open("leased"));
+    unsafe { sys(libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK)) };
+    did(std::fs::remove_file("leased"));
     ready();
-    check_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLEASE) }, libc::F_RDLCK);
+    check_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLEASE) }, libc::F_WRLCK);
 }
 
 /// A lock, without --file-locks.

@@ -45,8 +45,11 @@ pub(super) fn open(index: u32, cx: &mut RestoreFiles<'_>) -> Result<()> {
         let slave = open_slave(libc::O_RDWR as u32)?;
         terminal::set_modes(master.as_fd(), &terminal::raw_modes())?;
         // What was read from one side had been written to the other.
-        under_way(master.as_fd(), slave.as_fd(), data.get(&(index << 1)))?;
         under_way(slave.as_fd(), master.as_fd(), data.get(&(index << 1 | 1)))?;
+        if let Some(modes) = slave_info.and_then(|info| info.termios.as_ref()) {
+            terminal::set_lines_alone(master.as_fd(), modes)?;
+        }
+        under_way(master.as_fd(), slave.as_fd(), data.get(&(index << 1)))?;
     }
     for info in [slave_info, master_info].into_iter().flatten() {
         settle(master.as_fd(), info)?;
@@ -146,10 +149,12 @@ fn under_way(side: BorrowedFd<'_>, other: BorrowedFd<'_>, bytes: Option<&Vec<u8>
         tracing::warn!(lost = rest.len(), "data under way in a terminal did not fit");
     }
     let written = (bytes.len() - rest.len()) as u64;
+    // has the kernel carry over what it has not begun with; the end of what is no whole line yet is not counted
+    let mut poll = [rustix::event::PollFd::from_borrowed_fd(other, rustix::event::PollFlags::IN)];
+    let _ = rustix::event::poll(&mut poll, Some(&rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 }));
     let began = std::time::Instant::now();
     while rustix::io::ioctl_fionread(other).call("ioctl(FIONREAD)")? < written {
-        if began.elapsed() > std::time::Duration::from_secs(1) {
-            tracing::warn!(written, "data under way in a terminal did not arrive");
+        if began.elapsed() > std::time::Duration::from_millis(5) {
             break;
         }
         std::thread::sleep(std::time::Duration::from_micros(100));

@@ -17,14 +17,14 @@ const TERMIOS: usize = 36;
 const NCCS: usize = 19;
 
 const TCGETS: u64 = 0x5401;
-const TCSETS: u64 = 0x5402;
+pub(super) const TCSETS: u64 = 0x5402;
 const TIOCEXCL: u64 = 0x540c;
 const TIOCGPGRP: u64 = 0x540f;
 pub(super) const TIOCSPGRP: u64 = 0x5410;
 pub(super) const TIOCSCTTY: u64 = 0x540e;
 const TIOCGWINSZ: u64 = 0x5413;
 const TIOCSWINSZ: u64 = 0x5414;
-const TIOCPKT: u64 = 0x5420;
+pub(super) const TIOCPKT: u64 = 0x5420;
 const TIOCGSID: u64 = 0x5429;
 const TIOCGLCKTRMIOS: u64 = 0x5456;
 const TIOCSLCKTRMIOS: u64 = 0x5457;
@@ -74,6 +74,14 @@ pub(super) fn index(master: BorrowedFd<'_>) -> Result<u32> {
     let mut answer = [0; 4];
     calls::ioctl(master, "ioctl(TIOCGPTN)", TIOCGPTN, &mut answer)?;
     Ok(u32::from_ne_bytes(answer))
+}
+
+/// The device of the terminal itself, whatever name it was opened by (TIOCGDEV).
+pub(super) fn device(tty: BorrowedFd<'_>) -> Result<u64> {
+    const TIOCGDEV: u64 = 0x8004_5432;
+    let mut answer = [0; 4];
+    calls::ioctl(tty, "ioctl(TIOCGDEV)", TIOCGDEV, &mut answer)?;
+    Ok(u64::from(u32::from_ne_bytes(answer)))
 }
 
 /// Sets or clears the lock.
@@ -130,6 +138,41 @@ pub(super) fn raw_modes() -> TermiosEntry {
     TermiosEntry { c_cflag: libc::CS8 | libc::CREAD | libc::B38400, c_cc: cc.to_vec(), ..Default::default() }
 }
 
+/// Modes as the kernel has them that pass every byte as it is; all else stays, flow control too: to switch it off would
+/// start what was stopped.
+pub(super) fn all_bytes(modes: &TermiosEntry) -> Result<[u8; TERMIOS]> {
+    let mut raw = encode(&TermiosEntry { c_lflag: 0, ..quiet(modes) })?;
+    // VTIME and VMIN
+    (raw[17 + 5], raw[17 + 6]) = (0, 1);
+    Ok(raw)
+}
+
+/// The same, but lines end where they end with `modes`.
+pub(super) fn lines_alone(modes: &TermiosEntry) -> Result<[u8; TERMIOS]> {
+    if modes.c_lflag & libc::ICANON == 0 {
+        return all_bytes(modes);
+    }
+    let mut raw = encode(&quiet(modes))?;
+    // no character but those that end a line means anything
+    for (n, c) in raw[17..].iter_mut().enumerate() {
+        if n != libc::VEOL && n != libc::VEOL2 {
+            *c = 0;
+        }
+    }
+    Ok(raw)
+}
+
+fn quiet(modes: &TermiosEntry) -> TermiosEntry {
+    let (c_iflag, c_lflag) = (modes.c_iflag & libc::IXON, modes.c_lflag & libc::ICANON);
+    TermiosEntry { c_iflag, c_oflag: 0, c_lflag, ..modes.clone() }
+}
+
+/// Sets modes in which lines end where they end with `modes`, and nothing else happens to bytes.
+pub(super) fn set_lines_alone(tty: BorrowedFd<'_>, modes: &TermiosEntry) -> Result<()> {
+    let mut raw = lines_alone(modes)?;
+    unstopped(|| calls::ioctl(tty, "ioctl(TCSETS)", TCSETS, &mut raw).map(drop))
+}
+
 /// Sets which modes cannot be changed. Only the machine's administrator may; what is so already needs no right.
 pub(super) fn set_locked_modes(tty: BorrowedFd<'_>, modes: &TermiosEntry) -> Result<()> {
     let mut raw = encode(modes)?;
@@ -176,7 +219,7 @@ fn decode(raw: &[u8; TERMIOS]) -> TermiosEntry {
     }
 }
 
-fn encode(modes: &TermiosEntry) -> Result<[u8; TERMIOS]> {
+pub(super) fn encode(modes: &TermiosEntry) -> Result<[u8; TERMIOS]> {
     let lie = |what: &str| Error::lie("tty-info.img", format!("a terminal has {what}"));
     if modes.c_cc.len() < NCCS {
         return Err(lie("too few control characters"));

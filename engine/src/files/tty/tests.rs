@@ -79,20 +79,12 @@ fn a_pair_comes_back_with_modes_and_window() {
 }
 
 #[test]
-fn data_under_way_is_refused_at_dump_and_comes_back_from_an_image() {
+fn data_under_way_comes_back_from_an_image() {
     if !own_devpts() {
         return;
     }
     let (master, slave) = new_pair(0);
     let opts = Options::default();
-    rustix::io::write(&slave, b"out\n").unwrap();
-    // the kernel carries it over in its own time
-    let mut readable = [rustix::event::PollFd::new(&master, rustix::event::PollFlags::IN)];
-    rustix::event::poll(&mut readable, None).unwrap();
-    let error = dump(&opts, &[&master, &slave]).unwrap_err().to_string();
-    assert!(error.contains("5 bytes under way in the terminal pair 0"), "{error}");
-    assert_eq!(read_some(&master), b"out\r\n", "the program's data is still there");
-
     let (images, ids) = dump(&opts, &[&master, &slave]).unwrap();
     let data =
         [TtyDataEntry { tty_id: 1, data: b"out\r\n".to_vec() }, TtyDataEntry { tty_id: 0, data: b"in\n".to_vec() }];
