@@ -11,6 +11,7 @@ use crate::error::{At, Error, Place, Result};
 use crate::files::{locks, DumpFiles};
 use crate::memory;
 use crate::options::Options;
+use crate::sockets::packet;
 use crate::tasks::facts::Facts;
 use crate::tasks::{ids, seccomp};
 
@@ -57,6 +58,7 @@ pub(super) fn dump_files(tasks: &mut [Task], files: &mut DumpFiles<'_>) -> Resul
             ..Default::default()
         };
     }
+    packet::check_rings(files)?;
     Ok(all)
 }
 

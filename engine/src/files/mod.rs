@@ -117,6 +117,8 @@ pub struct DumpFiles<'a> {
     pub lock: sockets::netlock::Lock,
     /// Internet sockets.
     pub inet: sockets::inet::Dumped,
+    /// Packet sockets.
+    pub packet: sockets::packet::Dumped,
     /// Terminals.
     pub ttys: tty::Dumped,
     /// Locks.
@@ -150,6 +152,7 @@ impl<'a> DumpFiles<'a> {
             unix: Default::default(),
             lock: sockets::netlock::Lock::new(opts.network_lock, ""),
             inet: Default::default(),
+            packet: Default::default(),
             ttys: Default::default(),
             locks: Default::default(),
             memory_is_tracked: false,
@@ -230,7 +233,7 @@ impl<'a> DumpFiles<'a> {
         let (id, kind) = match known {
             Some(known) => known,
             None => {
-                let id = self.new_id();
+                let id = sockets::packet::reserved(d, self).unwrap_or_else(|| self.new_id());
                 let entry = self.dump(d, id)?;
                 let kind = entry.r#type();
                 self.add(entry);
@@ -435,9 +438,9 @@ impl<'a> RestoreFiles<'a> {
             FdTypes::Unixsk => sockets::unix::open(entry.usk.as_ref().ok_or_else(missing)?, self),
             FdTypes::Inetsk => sockets::inet::open(entry.isk.as_ref().ok_or_else(missing)?, self),
             FdTypes::Netlinksk => sockets::netlink::open(entry.nlsk.as_ref().ok_or_else(missing)?, self),
+            FdTypes::Packetsk => sockets::packet::open(entry.psk.as_ref().ok_or_else(missing)?, self),
             FdTypes::Ns => nsfile::open(entry.nsf.as_ref().ok_or_else(missing)?, self),
             kind @ (FdTypes::Und
-            | FdTypes::Packetsk
             | FdTypes::Tunf
             | FdTypes::Ext
             | FdTypes::Fanotify
@@ -502,6 +505,7 @@ fn owner_of(entry: &FileEntry) -> Option<&FownEntry> {
         .or(entry.usk.as_ref().map(|e| &e.fown))
         .or(entry.isk.as_ref().map(|e| &e.fown))
         .or(entry.nlsk.as_ref().map(|e| &e.fown))
+        .or(entry.psk.as_ref().map(|e| &e.fown))
 }
 
 /// F_SETSIG and F_SETOWN_EX, with the ids that the owner had when it was set (fcntl(2)).

@@ -14,6 +14,7 @@ use super::status;
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{memfd, regular, DumpFiles};
 use crate::proc::maps::{VmFlags, Vma, VmaName};
+use crate::sockets::packet;
 use crate::tracee::AREA_NAME;
 
 const MADVICE: [(VmFlags, u32); 8] = [
@@ -122,8 +123,10 @@ fn entry(pid: i32, area: &Vma, files: &mut DumpFiles<'_>) -> Result<VmaEntry> {
                 "let the program destroy its AIO contexts (io_destroy) before the dump",
             ))
         }
-        VmaName::Socket(_) => {
-            return Err(Error::refused("the ring of a packet socket", "close the socket before the dump"))
+        VmaName::Socket(ino) => {
+            e.status = status::REGULAR | status::SOCKET;
+            (e.shmid, e.pgoff, e.fdflags) = (packet::mapped(ino, files).into(), area.offset, Some(libc::O_RDWR as u32));
+            return Ok(e);
         }
         VmaName::AnonInode(name) => {
             return Err(Error::refused(

@@ -93,8 +93,11 @@ pub(super) fn open_files(
             if draft.areas.contains_key(&key) {
                 continue;
             }
-            let is_memfd = files.entry(id).task(node.pid)?.memfd.is_some();
-            let fd = if is_memfd {
+            let entry = files.entry(id).task(node.pid)?;
+            let (is_memfd, is_socket) = (entry.memfd.is_some(), entry.psk.is_some());
+            let fd = if is_socket {
+                files.open(id).and_then(|fd| fd.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)"))
+            } else if is_memfd {
                 memfd::for_mapping(files, id, mode)
             } else {
                 regular::opened_for_mapping(files, id, mode)

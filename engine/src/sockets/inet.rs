@@ -11,9 +11,9 @@
 //! of SO_REUSEPORT is set before a socket binds: it makes the group that shares a port.
 //!
 //! Not kept: datagrams that were not received (as with any restart of a host), connections that were not accepted
-//! (`--skip-in-flight` must be given), memberships in multicast groups, what the image has no field for (among others
-//! TCP_CONGESTION, TCP_USER_TIMEOUT, TCP_DEFER_ACCEPT, TCP_FASTOPEN, TCP_MD5SIG, IP_TRANSPARENT, IP_MTU_DISCOVER, the
-//! IPv6 traffic class and hop limits), BPF programs of a reuseport group. Refused: multipath TCP, kernel TLS, corked UDP.
+//! (`--skip-in-flight` must be given), memberships in multicast groups, which interface IP_MULTICAST_IF named by number,
+//! TCP_WINDOW_CLAMP, UDP_ENCAP, BPF programs of a reuseport group. Refused: multipath TCP, kernel TLS and other upper
+//! layers, TCP-MD5 keys, corked UDP.
 //!
 //! Man pages: ip(7), ipv6(7), tcp(7), udp(7), udplite(7), raw(7), icmp(7).
 

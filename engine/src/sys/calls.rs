@@ -131,6 +131,27 @@ pub fn setsockopt(fd: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> Re
     .map(drop)
 }
 
+/// bind(2) with an address as the kernel has it, for families that no crate knows.
+pub fn bind(fd: BorrowedFd<'_>, address: &[u8]) -> Result<()> {
+    let len = address.len() as libc::socklen_t;
+    // SAFETY: the kernel reads `len` bytes at the address, which are there.
+    if unsafe { libc::bind(fd.as_raw_fd(), address.as_ptr().cast(), len) } < 0 {
+        return Err(Error::last("bind"));
+    }
+    Ok(())
+}
+
+/// sendto(2) with such an address; does not wait.
+pub fn send_to(fd: BorrowedFd<'_>, bytes: &[u8], address: &[u8]) -> Result<()> {
+    let (at, len) = (bytes.as_ptr().cast(), address.len() as libc::socklen_t);
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: the kernel reads both ranges, which are there.
+    if unsafe { libc::sendto(fd.as_raw_fd(), at, bytes.len(), flags, address.as_ptr().cast(), len) } < 0 {
+        return Err(Error::last("sendto"));
+    }
+    Ok(())
+}
+
 /// A wait status, raw, of a child that changed its state; `None` if none did.
 pub fn wait_child(pid: i32, flags: i32) -> Result<Option<(i32, i32)>> {
     let mut status = 0;
