@@ -227,6 +227,7 @@ fn build<'r>(
     let table = Table {
         base,
         files: draft.files.iter().map(|(&id, &i)| (id, base + i as i32)).collect(),
+        in_flight: draft.in_flight.iter().map(|&(id, i)| (id, base + i as i32)).collect(),
         late: late.iter().map(|(&id, fd)| (id, fd.as_raw_fd())).collect(),
         engine: base + engine as i32,
         numbers: Numbers {

@@ -83,6 +83,11 @@ impl Descriptor {
         Ok(Descriptor { pid, fd, copy, link, info, stat, flags, cloexec, fown })
     }
 
+    /// It is no task's, but was in a message that nobody received yet: the engine has it.
+    pub fn in_flight(&self) -> bool {
+        u32::try_from(self.pid) == Ok(std::process::id())
+    }
+
     /// A refusal of this descriptor, by kind.
     pub fn refused(&self, kind: &str, advice: &'static str) -> Error {
         Error::refused(format!("{kind} ({})", String::from_utf8_lossy(&self.link)), advice)
@@ -338,6 +343,7 @@ pub struct RestoreFiles<'a> {
     /// Removes them, should the engine die.
     pub guard: Option<&'a Guard<'a>>,
     opening: HashSet<u32>,
+    in_flight: HashSet<u32>,
 }
 
 impl<'a> RestoreFiles<'a> {
@@ -366,6 +372,7 @@ impl<'a> RestoreFiles<'a> {
             litter: Default::default(),
             guard: None,
             opening: HashSet::new(),
+            in_flight: HashSet::new(),
         };
         regular::read(&mut files)?;
         fifo::read(&mut files)?;
@@ -394,6 +401,37 @@ impl<'a> RestoreFiles<'a> {
             self.opened.entry(id).or_insert(fd);
         }
         self.opened.get(&id).map(AsFd::as_fd).ok_or(Error::Gone)
+    }
+
+    /// Files that are open and that no task has: they are in messages between sockets.
+    pub fn in_flight(&self, tables: &HashMap<u32, Vec<FdinfoEntry>>) -> Vec<u32> {
+        let had: HashSet<u32> = tables.values().flatten().map(|e| e.id).collect();
+        let sent = self.opened.keys().copied().filter(|id| !had.contains(id));
+        sent.filter(|id| self.entries.get(id).is_some_and(|e| !sockets::is_socket(e))).collect()
+    }
+
+    /// Has epolls in flight watch what they watched: files of the tasks, by number.
+    pub fn settle_in_flight(&mut self, sent: &[u32], tables: &HashMap<u32, Vec<FdinfoEntry>>) -> Result<()> {
+        for &id in sent {
+            let Some(e) = self.entry(id)?.epfd.clone() else { continue };
+            let mut targets = Vec::with_capacity(e.tfd.len());
+            for t in &e.tfd {
+                let of_number = || tables.values().flatten().filter(|f| f.fd == t.tfd).map(|f| f.id);
+                let same = |id: &u32| self.entries.get(id).and_then(sockets::inode) == t.inode;
+                let target = of_number().find(same).or_else(|| of_number().next());
+                targets.push(target.ok_or_else(|| {
+                    Error::lie("files.img", format!("epoll {id:#x} watches descriptor {}, which no task has", t.tfd))
+                })?);
+            }
+            for &target in &targets {
+                self.open(target)?;
+            }
+            let opened = |id: &u32| self.opened.get(id).map(AsFd::as_fd).ok_or(Error::Gone);
+            let files = targets.iter().map(opened).collect::<Result<Vec<_>>>()?;
+            epoll::in_flight(&e, opened(&id)?, &files).at(Place::File(id))?;
+            self.in_flight.insert(id);
+        }
+        Ok(())
     }
 
     /// True for files that can be opened only when the tasks exist: below /proc/PID, and pidfds.
@@ -457,7 +495,7 @@ impl<'a> RestoreFiles<'a> {
     /// descriptors are in place.
     pub fn in_task(&self, id: u32, fd: i32, plan: &mut Plan) -> Result<()> {
         let entry = self.entry(id)?;
-        if let Some(e) = &entry.epfd {
+        if let Some(e) = entry.epfd.as_ref().filter(|_| !self.in_flight.contains(&id)) {
             epoll::in_task(e, fd, plan)?;
         }
         if let Some(e) = &entry.tfd {

@@ -36,6 +36,7 @@ pub(super) struct Draft {
     pub(super) base: i32,
     pub(super) files: HashMap<u32, usize>,
     pub(super) late_ids: Vec<u32>,
+    pub(super) in_flight: Vec<(u32, usize)>,
     pub(super) areas: HashMap<(u32, u32), usize>,
     pub(super) pages: HashMap<(u32, usize), usize>,
     pub(super) exes: HashMap<u32, usize>,
@@ -81,6 +82,13 @@ pub(super) fn open_files(
             let at = transfer.add_copy(fd)?;
             draft.files.insert(id, at);
         }
+    }
+    let sent = files.in_flight(&draft.tables);
+    files.settle_in_flight(&sent, &draft.tables)?;
+    for &id in &sent {
+        let fd = files.open(id)?;
+        let at = transfer.add_copy(fd)?;
+        draft.in_flight.push((id, at));
     }
     for node in tree.nodes.iter().filter(|n| n.sid == n.pid) {
         if let Some(c) = tty::controlling(u32::try_from(node.pid).unwrap_or(0), files)? {

@@ -276,6 +276,12 @@ fn tcp_state(
             if listed.is_none() {
                 e.shutdown = unconnected_shutdown(fd)?;
             }
+            if e.dst_port != 0 && info.state == CLOSE && !cx.opts.tcp_close && tcp::unread(fd)? != 0 {
+                // it is over, and the program has still something to read
+                e.standstill_error_seen = (!has_error(fd)?).then_some(true);
+                cx.inet.connections.push((e.clone(), fd.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?));
+                return Ok(());
+            }
             // one that was reset still says where it was connected to, and is connected no more
             (e.dst_addr, e.dst_port) = words(i32::try_from(e.family).unwrap_or(0), None);
             Ok(())
@@ -305,7 +311,9 @@ fn tcp_state(
 pub fn finish(cx: &mut DumpFiles<'_>) -> Result<()> {
     for (e, fd) in std::mem::take(&mut cx.inet.connections) {
         let place = Place::Item("socket", e.ino.into());
-        cx.lock.add(ends(&e)?).at(place.clone())?;
+        if e.state != CLOSE {
+            cx.lock.add(ends(&e)?).at(place.clone())?;
+        }
         let repair = tcp::dump(fd.as_fd(), &e, cx.images, cx.guard)
             .at(Place::Step("TCP connection"))
             .map_err(|e| Error::In { place, source: Box::new(e) })?;
@@ -321,13 +329,22 @@ pub fn ends(e: &InetSkEntry) -> Result<netlock::Ends> {
         .ok_or_else(|| Error::lie("files.img", format!("socket {} has no addresses", e.ino)))
 }
 
-/// What was shut down on a TCP socket that is not connected: poll(2) tells.
+/// What poll(2) says now.
+fn polled(fd: BorrowedFd<'_>) -> Result<rustix::event::PollFlags> {
+    let mut poll = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::RDHUP)];
+    rustix::event::poll(&mut poll, Some(&rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 })).call("poll")?;
+    Ok(poll[0].revents())
+}
+
+/// What was shut down on a TCP socket that is not connected.
 fn unconnected_shutdown(fd: BorrowedFd<'_>) -> Result<Option<i32>> {
     use rustix::event::PollFlags;
-    let mut poll = [rustix::event::PollFd::new(&fd, PollFlags::HUP | PollFlags::RDHUP)];
-    rustix::event::poll(&mut poll, Some(&rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 })).call("poll")?;
-    let got = poll[0].revents();
-    Ok(got.contains(PollFlags::HUP | PollFlags::RDHUP).then_some(1))
+    Ok(polled(fd)?.contains(PollFlags::HUP | PollFlags::RDHUP).then_some(1))
+}
+
+/// Is there an error that the next call says (SO_ERROR, which asking would take away)?
+fn has_error(fd: BorrowedFd<'_>) -> Result<bool> {
+    Ok(polled(fd)?.contains(rustix::event::PollFlags::ERR))
 }
 
 /// Options of IP; those that are as in a new socket have no field.

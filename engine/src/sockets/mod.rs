@@ -70,6 +70,18 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
     .at(place)
 }
 
+/// Is it a socket?
+pub fn is_socket(e: &FileEntry) -> bool {
+    inode(e).is_some() || e.psk.is_some()
+}
+
+/// The inode that a socket had.
+pub fn inode(e: &FileEntry) -> Option<u64> {
+    let unix = e.usk.as_ref().map(|e| e.ino);
+    let ino = unix.or(e.isk.as_ref().map(|e| e.ino)).or(e.nlsk.as_ref().map(|e| e.ino));
+    ino.map(u64::from)
+}
+
 /// Puts what the kernel's list of sockets said into our words.
 fn listed<T>(result: Result<T, DiagError>) -> Result<T> {
     result.map_err(|e| match e {

@@ -77,6 +77,8 @@ pub struct Table<'a> {
     pub base: i32,
     /// By file id.
     pub files: HashMap<u32, i32>,
+    /// Files that no task has, in messages between sockets: file id, number.
+    pub in_flight: Vec<(u32, i32)>,
     /// Files that are opened late: number in the engine, by id.
     pub late: HashMap<u32, i32>,
     /// A pidfd of the engine, to take late files with.
@@ -520,7 +522,9 @@ impl Script<'_> {
                 holder.push((e.id, fd));
             }
         }
-        for (id, fd) in holder {
+        // what is in flight is nobody's, and so it is the root's for now; epolls have their targets already
+        let sent = self.table.in_flight.iter().filter(|_| self.tree.nodes[i].pid == self.tree.root().pid);
+        for &(id, fd) in holder.iter().chain(sent) {
             self.table.restore.in_task(id, fd, plan)?;
         }
         Ok(())
