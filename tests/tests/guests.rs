@@ -66,7 +66,11 @@ guests! {
     files_path_only
     files_shared
     files_table
+    inet_bound
+    inet_filters
     inet_listening
+    inet_options
+    inet_raw
     inet_udp
     limits
     limits_sched
@@ -94,6 +98,8 @@ guests! {
     netlink
     packed_family
     packed_kinds
+    packet
+    packet_rings
     personality
     personality_names
     pipes
@@ -115,7 +121,11 @@ guests! {
     signals_pending
     signals_stack
     storm
+    tcp_asked
+    tcp_closed
+    tcp_states
     tcp_streams
+    tcp_waiting
     threads
     threads_500
     timerfd
@@ -137,7 +147,11 @@ guests! {
     tree_zombies
     unix_dgram
     unix_listening
+    unix_names
+    unix_options
     unix_pairs
+    unix_rights
+    unix_waiting
     waits
     waits_alarm
     waits_sockets
@@ -145,13 +159,25 @@ guests! {
 
 refused! {
     refused_big_ghost
+    refused_connected
+    refused_corked
+    refused_credentials
+    refused_ebpf_filter
+    refused_in_flight
     refused_io_uring
     refused_lease
     refused_lock
+    refused_lonely_ring
+    refused_mptcp
     refused_outside_pipe
     refused_packets
     refused_perf
+    refused_sent_ring
     refused_traced
+    refused_unix_early
+    refused_unix_urgent
+    refused_vsock
+    refused_xdp
 }
 
 /// A guest without a test would test nothing.

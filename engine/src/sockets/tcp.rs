@@ -382,7 +382,12 @@ pub fn restore(
         fin::receive(fd, own, peer, packet, &[CLOSE_WAIT])?;
     }
     if e.state == CLOSE {
-        repair.over = Some((fin::Packet { flags: fin::RST | fin::ACK, ..packet }, *own, *peer, e.standstill_error_seen == Some(true)));
+        repair.over = Some((
+            fin::Packet { flags: fin::RST | fin::ACK, ..packet },
+            *own,
+            *peer,
+            e.standstill_error_seen == Some(true),
+        ));
         return Ok(());
     }
     if e.shutdown.is_some_and(|bits| bits & 1 != 0) {
