@@ -99,6 +99,7 @@ guests! {
     packed_family
     packed_kinds
     packet
+    packet_more
     packet_rings
     personality
     personality_names

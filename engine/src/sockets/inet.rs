@@ -108,7 +108,7 @@ impl Dumped {
 fn called(e: &InetSkEntry) -> String {
     let protocol = match (e.r#type, e.proto) {
         (RAW, _) => "raw",
-        (_, TCP) => "TCP",
+        (_, TCP | IPPROTO_MPTCP) => "TCP",
         (_, UDP) => "UDP",
         (_, IPPROTO_UDPLITE) => "UDP-Lite",
         (_, ICMP | ICMPV6) => "ping",
@@ -116,7 +116,9 @@ fn called(e: &InetSkEntry) -> String {
     };
     let (from, to) = (address(&e.src_addr, e.src_port), address(&e.dst_addr, e.dst_port));
     match (from, to) {
-        (Some(from), Some(to)) if e.dst_port != 0 => format!("{protocol} socket {} ({from} to {to})", e.ino),
+        (Some(from), Some(to)) if e.dst_port != 0 || !to.ip().is_unspecified() => {
+            format!("{protocol} socket {} ({from} to {to})", e.ino)
+        }
         (Some(from), _) => format!("{protocol} socket {} ({from})", e.ino),
         _ => format!("{protocol} socket {}", e.ino),
     }
@@ -144,6 +146,27 @@ fn peer(fd: BorrowedFd<'_>, family: i32) -> Result<Option<SocketAddr>> {
     v6.copy_from_slice(&name[8..24]);
     let v4 = [name[4], name[5], name[6], name[7]];
     Ok(Some(SocketAddr::new(if is_v6 { v6.into() } else { v4.into() }, port)).filter(|at| at.port() != 0))
+}
+
+/// Raw and ping sockets may be connected to an address alone, and then do not say so themselves.
+fn connected_to_address(e: &mut InetSkEntry, listed: Option<&InetSocket>) -> Result<()> {
+    if e.dst_port != 0 {
+        return Ok(());
+    }
+    let family = i32::try_from(e.family).unwrap_or(0);
+    if e.r#type == RAW {
+        if let Some(socket) = listed {
+            e.dst_addr = words(family, Some(SocketAddr::new(socket.destination, 0))).0;
+        }
+    } else if [ICMP, ICMPV6].contains(&e.proto) {
+        let name = if family == libc::AF_INET6 { "icmp6" } else { "icmp" };
+        let path = std::path::PathBuf::from(format!("/proc/thread-self/net/{name}"));
+        let mut text = Vec::new();
+        crate::proc::read_proc(&path, &mut text).call("read").at(Place::Path(path))?;
+        let found = crate::proc::net::parse_ping(&text)?.into_iter().find(|s| s.inode == u64::from(e.ino));
+        e.dst_addr = found.map(|s| s.peer).filter(|peer| peer.len() == e.dst_addr.len()).unwrap_or(e.dst_addr.clone());
+    }
+    Ok(())
 }
 
 /// An address for an image, in the family of the socket.
@@ -204,6 +227,7 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
         }
         None => None,
     };
+    connected_to_address(&mut e, listed.as_ref())?;
     let shutdown = listed.as_ref().and_then(|s| s.shutdown).map(i32::from);
     e.shutdown = shutdown.filter(|&bits| bits != 0);
     if let Some(lost) = listed.as_ref().filter(|s| kind == DGRAM && s.rqueue != 0) {
@@ -278,7 +302,7 @@ fn tcp_state(
             }
             if e.dst_port != 0 && info.state == CLOSE && !cx.opts.tcp_close && tcp::unread(fd)? != 0 {
                 // it is over, and the program has still something to read
-                e.standstill_error_seen = (!has_error(fd)?).then_some(true);
+                e.standstill_error = has_error(fd)?.then_some(true);
                 cx.inet.connections.push((e.clone(), fd.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?));
                 return Ok(());
             }

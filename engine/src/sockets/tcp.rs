@@ -126,7 +126,7 @@ pub struct Repair {
     unsent: Vec<u8>,
     /// Whether a FIN is, after that.
     closes: bool,
-    /// It is over: what its peer said at last, from whom to whom, and whether the program has heard of it.
+    /// It is over: what its peer said at last, from whom to whom, and whether the program has yet to hear of it.
     over: Option<(fin::Packet, SocketAddr, SocketAddr, bool)>,
 }
 
@@ -155,10 +155,10 @@ impl Repair {
     /// Lets the connection go on.
     pub fn end(mut self) -> Result<()> {
         self.resumes = false;
-        if let Some((packet, own, peer, error_seen)) = self.over {
+        if let Some((packet, own, peer, error)) = self.over {
             // its last packet comes before repair mode ends, so that it never speaks to anybody
             fin::receive(&self.fd, &own, &peer, packet, &[CLOSE])?;
-            if error_seen {
+            if !error {
                 ERROR.get(self.fd.as_fd())?;
             }
             return self.off();
@@ -337,7 +337,12 @@ pub fn restore(
             Err(e) => Err(e).call("connect"),
         };
     }
-    rustix::net::connect(fd, peer).call("connect")?;
+    match rustix::net::connect(fd, peer) {
+        Err(Errno::ADDRNOTAVAIL | Errno::ADDRINUSE) => {
+            return Err(Error::Changed { what: format!("the connection from {own} to {peer} is somebody else's now") });
+        }
+        other => other.call("connect")?,
+    }
     let mut negotiated = vec![(TCPOPT_MAXSEG, entry.mss_clamp)];
     if entry.opt_mask & OPT_SACK != 0 {
         negotiated.push((TCPOPT_SACK_PERM, 0));
@@ -382,12 +387,8 @@ pub fn restore(
         fin::receive(fd, own, peer, packet, &[CLOSE_WAIT])?;
     }
     if e.state == CLOSE {
-        repair.over = Some((
-            fin::Packet { flags: fin::RST | fin::ACK, ..packet },
-            *own,
-            *peer,
-            e.standstill_error_seen == Some(true),
-        ));
+        repair.over =
+            Some((fin::Packet { flags: fin::RST | fin::ACK, ..packet }, *own, *peer, e.standstill_error == Some(true)));
         return Ok(());
     }
     if e.shutdown.is_some_and(|bits| bits & 1 != 0) {

@@ -129,6 +129,7 @@ impl Guest {
 
 const FLAG: &str = "CRIU 4.2 restores folders without O_DIRECTORY";
 const EINTR: &str = "CRIU 4.2 ends waits with EINTR when it dumps";
+const NUMBERS: &str = "sequence numbers, and images that are called by inodes";
 const WRITES: &str = "it goes on writing";
 const PACKED: &str = "CRIU 4.2 knows no packed pages";
 const OTHER_USER: &str = "CRIU 4.2 dumps tasks of other users only with CAP_SYS_RESOURCE";
@@ -165,10 +166,14 @@ pub const ALL: &[Guest] = &[
     guest("files_shared", files::shared),
     guest("files_table", files::table),
     guest("inet_listening", inet::listening),
-    guest("inet_bound", inet_options::bound).alone_in_network(),
-    guest("inet_filters", inet_options::filters).criu(Criu::DumpsOnly("CRIU 4.2 does not lock filters")),
+    guest("inet_bound", inet_options::bound)
+        .alone_in_network()
+        .criu(Criu::DumpsOnly("CRIU 4.2 binds before it sets IP_FREEBIND")),
+    guest("inet_filters", inet_options::filters).criu(Criu::Cannot("CRIU 4.2 does not lock filters")),
     guest("inet_options", inet_options::options).criu(Criu::Cannot("CRIU 4.2 keeps a few of these options")),
-    guest("inet_raw", inet_options::raw).alone_in_network(),
+    guest("inet_raw", inet_options::raw)
+        .alone_in_network()
+        .criu(Criu::Cannot("CRIU 4.2 does not connect raw and ping sockets")),
     guest("inet_udp", inet::udp),
     guest("limits", limits::limits),
     guest("limits_sched", limits::sched),
@@ -197,6 +202,7 @@ pub const ALL: &[Guest] = &[
     guest("packed_family", packed::family).dump(&["--compress"]).criu(Criu::Cannot(PACKED)),
     guest("packed_kinds", packed::kinds).dump(&["--compress"]).criu(Criu::Cannot(PACKED)),
     guest("packet", packet::packet).alone_in_network(),
+    guest("packet_more", packet::more).alone_in_network().criu(Criu::Cannot("CRIU 4.2 does not keep these options")),
     guest("packet_rings", packet::rings).alone_in_network().criu(Criu::Cannot("CRIU 4.2 starts rings anew")),
     guest("personality", personality::personality).criu(Criu::DumpsOnly("CRIU 4.2 does not restore the persona")),
     guest("personality_names", personality::names),
@@ -219,9 +225,21 @@ pub const ALL: &[Guest] = &[
     guest("signals_pending", signals::pending),
     guest("signals_stack", signals::stack),
     guest("storm", storm::storm).changes("signals come and go").dumps(20).criu(Criu::RestoresOnly(EINTR)),
-    guest("tcp_asked", inet_options::asked).dump(CONNECTED).restore(&["--tcp-established"]).alone_in_network(),
-    guest("tcp_closed", inet_options::closed).dump(&["--tcp-close"]).restore(&["--tcp-close"]).alone_in_network(),
-    guest("tcp_states", inet_options::states).dump(CONNECTED).restore(&["--tcp-established"]).alone_in_network(),
+    guest("tcp_asked", inet_options::asked)
+        .dump(CONNECTED)
+        .restore(&["--tcp-established"])
+        .alone_in_network()
+        .changes(NUMBERS),
+    guest("tcp_closed", inet_options::closed)
+        .dump(&["--tcp-close"])
+        .restore(&["--tcp-close"])
+        .alone_in_network()
+        .changes("connections are closed at the first restore"),
+    guest("tcp_states", inet_options::states)
+        .dump(CONNECTED)
+        .restore(&["--tcp-established"])
+        .alone_in_network()
+        .changes(NUMBERS),
     guest("tcp_streams", tcp::streams)
         .dump(&["--tcp-established", "--network-lock", "nftables"])
         .restore(&["--tcp-established"])
@@ -232,7 +250,8 @@ pub const ALL: &[Guest] = &[
     guest("tcp_waiting", inet_options::waiting)
         .dump(&["--tcp-established", "--skip-in-flight", "--network-lock", "skip"])
         .restore(&["--tcp-established"])
-        .alone_in_network(),
+        .alone_in_network()
+        .changes(NUMBERS),
     guest("threads", threads::threads),
     guest("threads_500", threads::many),
     guest("timerfd", timerfd::timerfd),
@@ -256,10 +275,10 @@ pub const ALL: &[Guest] = &[
     guest("tree_zombies", tree::zombies),
     guest("unix_dgram", unix::dgram),
     guest("unix_listening", unix::listening),
-    guest("unix_names", unix::names),
+    guest("unix_names", unix::names).criu(Criu::Cannot("CRIU 4.2 does not know names that were moved")),
     guest("unix_options", unix::options).criu(Criu::Cannot("CRIU 4.2 keeps a few of these options")),
     guest("unix_pairs", unix::pairs),
-    guest("unix_rights", unix::rights),
+    guest("unix_rights", unix::rights).criu(Criu::DumpsOnly("CRIU 4.2 cannot arm a timer in flight")),
     guest("unix_waiting", unix::waiting),
     guest("waits", waits::waits).changes("its threads end one by one").dumps(4).criu(Criu::RestoresOnly(EINTR)),
     guest("waits_alarm", waits::alarm)

@@ -6,6 +6,8 @@ use super::support::*;
 /// A type of Ethernet frames for experiments.
 const TYPE: u16 = 0x88b6;
 const LOOPBACK: i32 = 1;
+const QDISC_BYPASS: i32 = 20;
+const IGNORE_OUTGOING: i32 = 23;
 
 fn socket(kind: i32, protocol: u16) -> i32 {
     let fd = unsafe { libc::socket(libc::AF_PACKET, kind | libc::SOCK_NONBLOCK, protocol.to_be().into()) };
@@ -57,25 +59,35 @@ fn send(sender: i32, protocol: u16, bytes: &[u8]) {
     sys(unsafe { libc::sendto(sender, at, bytes.len(), 0, to, SIZE) } as i64);
 }
 
+/// What CRIU carries, too.
 pub(super) fn packet() {
+    several(false);
+}
+
+/// And what it does not: PACKET_IGNORE_OUTGOING, PACKET_QDISC_BYPASS, a membership twice.
+pub(super) fn more() {
+    several(true);
+}
+
+fn several(more: bool) {
     let plain = socket(libc::SOCK_DGRAM, 0);
     bind(plain, TYPE);
     let all = socket(libc::SOCK_RAW, libc::ETH_P_ALL as u16);
-    for (option, value) in
-        [(libc::PACKET_AUXDATA, 1), (libc::PACKET_RESERVE, 8), (libc::PACKET_VERSION, 1), (23, 1), (20, 1)]
-    {
+    for (option, value) in [(libc::PACKET_AUXDATA, 1), (libc::PACKET_RESERVE, 8), (libc::PACKET_VERSION, 1)] {
         set(all, option, &[value]);
     }
-    // twice, so that it is to be dropped twice
-    for _ in 0..2 {
+    sys(member(all, libc::PACKET_ADD_MEMBERSHIP, libc::PACKET_MR_PROMISC as u16, 0));
+    if more {
+        set(all, IGNORE_OUTGOING, &[1]);
+        set(all, QDISC_BYPASS, &[1]);
         sys(member(all, libc::PACKET_ADD_MEMBERSHIP, libc::PACKET_MR_PROMISC as u16, 0));
     }
     sys(member(plain, libc::PACKET_ADD_MEMBERSHIP, libc::PACKET_MR_UNICAST as u16, 6));
     let fans = [socket(libc::SOCK_DGRAM, TYPE + 1), socket(libc::SOCK_DGRAM, TYPE + 1)];
     for fd in fans {
         bind(fd, TYPE + 1);
-        // in turn, and on to the next if one is full
-        set(fd, libc::PACKET_FANOUT, &[77 | 1 << 16 | 0x1000 << 16]);
+        // in turn, and, what CRIU forgets, on to the next if one is full
+        set(fd, libc::PACKET_FANOUT, &[77 | 1 << 16 | u32::from(more) << 28]);
     }
     let fanout = get(fans[0], libc::PACKET_FANOUT);
     let old = unsafe { sys(libc::socket(libc::AF_PACKET, 10, (TYPE + 2).to_be().into())) };
@@ -89,12 +101,8 @@ pub(super) fn packet() {
     check_eq!(get(all, libc::PACKET_AUXDATA), 1);
     check_eq!(get(all, libc::PACKET_RESERVE), 8);
     check_eq!(get(all, libc::PACKET_VERSION), 1);
-    check_eq!((get(all, 23), get(all, 20)), (1, 1));
+    check_eq!((get(all, IGNORE_OUTGOING), get(all, QDISC_BYPASS)), (more.into(), more.into()));
     check_eq!(fans.map(|fd| get(fd, libc::PACKET_FANOUT)), [fanout; 2]);
-    for _ in 0..2 {
-        sys(member(all, libc::PACKET_DROP_MEMBERSHIP, libc::PACKET_MR_PROMISC as u16, 0));
-    }
-    check_eq!(member(all, libc::PACKET_DROP_MEMBERSHIP, libc::PACKET_MR_PROMISC as u16, 0), -1);
     sys(member(plain, libc::PACKET_DROP_MEMBERSHIP, libc::PACKET_MR_UNICAST as u16, 6));
     let sender = socket(libc::SOCK_DGRAM, 0);
     send(sender, TYPE, b"frame");

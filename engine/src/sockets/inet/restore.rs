@@ -170,7 +170,8 @@ fn listens(socket: &mut Making, _cx: &RestoreFiles<'_>) -> Result<()> {
 
 fn connects(socket: &mut Making, cx: &RestoreFiles<'_>) -> Result<()> {
     let e = &socket.e;
-    if e.dst_port == 0 {
+    let to_address = e.r#type == RAW || [ICMP, ICMPV6].contains(&e.proto);
+    if e.dst_port == 0 && !(to_address && e.dst_addr.iter().any(|&word| word != 0)) {
         return Ok(());
     }
     let lie = || Error::lie("files.img", format!("socket {} has no address that it is connected to", e.ino));

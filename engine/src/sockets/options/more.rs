@@ -25,6 +25,9 @@ enum Of {
     /// IPv4, and IPv6 sockets that speak it.
     Inet,
     Inet6,
+    /// Both of these, if they can speak to many; a connection that was accepted has other things there.
+    Many,
+    Many6,
     Tcp,
     /// TCP that is not connected.
     Quiet,
@@ -86,21 +89,21 @@ const TABLE: &[Row] = &[
     (Of::Inet, SOL_IP, 24, "IP_BIND_ADDRESS_NO_PORT", 4, 0),
     (Of::Inet, SOL_IP, 25, "IP_RECVFRAGSIZE", 4, 0),
     (Of::Inet, SOL_IP, 26, "IP_RECVERR_RFC4884", 4, 0),
-    (Of::Inet, SOL_IP, 32, "IP_MULTICAST_IF", 4, 0),
-    (Of::Inet, SOL_IP, 33, "IP_MULTICAST_TTL", 4, 1),
-    (Of::Inet, SOL_IP, 34, "IP_MULTICAST_LOOP", 4, 1),
-    (Of::Inet, SOL_IP, 49, "IP_MULTICAST_ALL", 4, 1),
+    (Of::Many, SOL_IP, 32, "IP_MULTICAST_IF", 4, 0),
+    (Of::Many, SOL_IP, 33, "IP_MULTICAST_TTL", 4, 1),
+    (Of::Many, SOL_IP, 34, "IP_MULTICAST_LOOP", 4, 1),
+    (Of::Many, SOL_IP, 49, "IP_MULTICAST_ALL", 4, 1),
     (Of::Inet, SOL_IP, 50, "IP_UNICAST_IF", 4, 0),
     (Of::Inet, SOL_IP, 51, "IP_LOCAL_PORT_RANGE", 4, 0),
     (Of::Inet6, SOL_IP, 1, "IP_TOS", 4, 0),
     (Of::Inet6, SOL_IP, 2, "IP_TTL", 4, 64),
     (Of::Inet6, SOL_IPV6, 16, "IPV6_UNICAST_HOPS", 4, 64),
-    (Of::Inet6, SOL_IPV6, 17, "IPV6_MULTICAST_IF", 4, 0),
-    (Of::Inet6, SOL_IPV6, 18, "IPV6_MULTICAST_HOPS", 4, 1),
-    (Of::Inet6, SOL_IPV6, 19, "IPV6_MULTICAST_LOOP", 4, 1),
+    (Of::Many6, SOL_IPV6, 17, "IPV6_MULTICAST_IF", 4, 0),
+    (Of::Many6, SOL_IPV6, 18, "IPV6_MULTICAST_HOPS", 4, 1),
+    (Of::Many6, SOL_IPV6, 19, "IPV6_MULTICAST_LOOP", 4, 1),
     (Of::Inet6, SOL_IPV6, 23, "IPV6_MTU_DISCOVER", 4, 1),
     (Of::Inet6, SOL_IPV6, 25, "IPV6_RECVERR", 4, 0),
-    (Of::Inet6, SOL_IPV6, 29, "IPV6_MULTICAST_ALL", 4, 1),
+    (Of::Many6, SOL_IPV6, 29, "IPV6_MULTICAST_ALL", 4, 1),
     (Of::Inet6, SOL_IPV6, 31, "IPV6_RECVERR_RFC4884", 4, 0),
     (Of::Inet6, SOL_IPV6, 33, "IPV6_FLOWINFO_SEND", 4, 0),
     (Of::Inet6, SOL_IPV6, 51, "IPV6_RECVHOPLIMIT", 4, 0),
@@ -176,10 +179,12 @@ impl Kind {
             Of::Unix => self.family == libc::AF_UNIX,
             Of::Inet => inet,
             Of::Inet6 => self.family == libc::AF_INET6,
+            Of::Many => inet && self.kind != libc::SOCK_STREAM as u32,
+            Of::Many6 => self.has(Of::Many, fd) && self.family == libc::AF_INET6,
             Of::Tcp => is(libc::SOCK_STREAM, libc::IPPROTO_TCP as u32),
             Of::Quiet => {
                 self.has(Of::Tcp, fd)
-                    && matches!(super::super::tcp::Info::read(fd), Ok(i) if [7, 10].contains(&i.state))
+                    && matches!(super::super::tcp::Info::read(fd), Ok(i) if i.state == super::super::LISTEN)
             }
             Of::Udp => is(libc::SOCK_DGRAM, libc::IPPROTO_UDP as u32),
             Of::UdpLite => is(libc::SOCK_DGRAM, 136),
