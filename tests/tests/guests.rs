@@ -67,6 +67,7 @@ guests! {
     files_shared
     files_table
     inet_bound
+    inet_device
     inet_filters
     inet_listening
     inet_options
@@ -124,6 +125,7 @@ guests! {
     storm
     tcp_asked
     tcp_closed
+    tcp_echo
     tcp_states
     tcp_streams
     tcp_waiting

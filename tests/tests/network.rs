@@ -1,7 +1,8 @@
 //! Connections to somebody who is not dumped, and restores into a network that is not as it was.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddrV6, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::process::Command;
 use std::time::Duration;
 
@@ -48,7 +49,8 @@ fn a_client_outside_keeps_its_connection() {
         stream.set_read_timeout(Some(Duration::from_secs(120))).unwrap_or_else(|e| panic!("{e}"));
     }
     let sends = std::thread::spawn(move || {
-        let (mut sequence, mut sum, mut bytes) = (Sequence(88_172_645_463_325_252), 0xcbf2_9ce4_8422_2325, vec![0; 64 << 10]);
+        let (mut sequence, mut sum, mut bytes) =
+            (Sequence(88_172_645_463_325_252), 0xcbf2_9ce4_8422_2325, vec![0; 64 << 10]);
         let mut left = ALL;
         while left > 0 {
             let n = bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX));
@@ -108,7 +110,13 @@ fn a_client_outside_keeps_its_connection() {
 }
 
 /// Nothing of a restore is left: no process, no rule, and the images restore when the way is free.
-fn refused_then_restored(run: &mut Run, images: &std::path::Path, options: &[&str], words: &[&str], free: impl FnOnce()) {
+fn refused_then_restored(
+    run: &mut Run,
+    images: &std::path::Path,
+    options: &[&str],
+    words: &[&str],
+    free: impl FnOnce(),
+) {
     let engine = Engine::ours();
     let children = process::own_children();
     match engine.restore(images, options) {
@@ -142,12 +150,20 @@ fn a_port_in_use() {
     refused_then_restored(&mut run, &images, &[], &["the port of TCP socket", "7004", "is in use"], || drop(taken));
 }
 
+/// Takes a connection that the guest had; the packets that are sent for it meet the lock of the dump.
+fn taken(run: &Run) -> OwnedFd {
+    let text = std::fs::read_to_string(run.file("ends")).unwrap_or_default();
+    let ends: Vec<SocketAddrV6> = text.split_whitespace().filter_map(|end| end.parse().ok()).collect();
+    let [from, to] = ends[..] else { panic!("{text:?} are no two ends") };
+    process::connect_from(from, to).unwrap_or_else(|e| panic!("{text}: {e}"))
+}
+
 #[test]
 fn a_connection_that_somebody_has() {
     let (mut run, images) = dumped("tcp_states");
-    let listener = std::fs::read_to_string(run.file("address")).unwrap_or_default();
-    let taken = TcpListener::bind(listener.trim()).unwrap_or_else(|e| panic!("{listener}: {e}"));
-    refused_then_restored(&mut run, &images, &["--tcp-established"], &["the port of TCP socket", "is in use"], || drop(taken));
+    let taken = taken(&run);
+    let words = ["the connection from", "is somebody else's now"];
+    refused_then_restored(&mut run, &images, &["--tcp-established"], &words, || drop(taken));
 }
 
 #[test]
@@ -160,13 +176,16 @@ fn an_interface_that_is_gone() {
         let status = Command::new("ip").args(words.split_whitespace()).status();
         assert!(status.is_ok_and(|s| s.success()), "ip {words}");
     };
-    // the guest's network is that of this thread from here on
+    process::private_network();
+    ip("link add standstill0 type veth peer name standstill1");
     let mut run = Run::start("inet_device");
     let images = run.images("images");
     run.dump(&Engine::ours(), &images);
     ip("link del standstill0");
     let words = ["SO_BINDTODEVICE", "No such device"];
-    refused_then_restored(&mut run, &images, &[], &words, || ip("link add standstill0 type veth peer name standstill1"));
+    refused_then_restored(&mut run, &images, &[], &words, || {
+        ip("link add standstill0 type veth peer name standstill1")
+    });
 }
 
 /// After a dump and its restore, and after a restore that failed, there is no table of ours.
@@ -174,8 +193,7 @@ fn an_interface_that_is_gone() {
 fn no_rule_is_left() {
     let (mut run, images) = dumped("tcp_states");
     assert_eq!(rules(), 1, "connections are locked while nobody has them");
-    let listener = std::fs::read_to_string(run.file("address")).unwrap_or_default();
-    let taken = TcpListener::bind(listener.trim()).unwrap_or_else(|e| panic!("{listener}: {e}"));
+    let taken = taken(&run);
     let refused = Engine::ours().restore(&images, &["--tcp-established"]);
     assert!(refused.is_err());
     assert_eq!(rules(), 1, "a restore that failed leaves the lock of the dump, and no other");

@@ -30,7 +30,7 @@ pub struct Slot {
 
 /// The shared memory, while its plans are written and run.
 #[derive(Debug)]
-pub struct Arena {
+pub struct Arena<'r> {
     fd: OwnedFd,
     memory: Shared,
     base: u64,
@@ -39,18 +39,20 @@ pub struct Arena {
     len: usize,
     runs: Vec<(Slot, i32, Plan)>,
     expected: [u32; shared::STAGES],
+    robust: &'r RobustList,
 }
 
-impl Arena {
+impl<'r> Arena<'r> {
     /// Makes an arena of `len` bytes (sparse: only what is written costs memory) to lie at `base` in all tasks.
-    pub fn new(base: u64, len: usize, robust: &RobustList) -> Result<Arena> {
+    pub fn new(base: u64, len: usize, robust: &'r RobustList) -> Result<Arena<'r>> {
         let fd = spawn::memfd(c"standstill-arena", 0)?;
         rustix::fs::ftruncate(&fd, len as u64).call("ftruncate")?;
         let memory = Shared::map(fd.as_fd(), 0, len)?;
         let code = BLOB.len().next_multiple_of(PAGE as usize);
         memory.write(0, BLOB);
         robust.own(&memory, code + 128);
-        Ok(Arena { fd, memory, base, code, next: code + 192, len, runs: Vec::new(), expected: [0; shared::STAGES] })
+        let expected = [0; shared::STAGES];
+        Ok(Arena { fd, memory, base, code, next: code + 192, len, runs: Vec::new(), expected, robust })
     }
 
     /// Bytes that an arena for `threads` and `ops` operations with `data` bytes needs, generously.
@@ -278,8 +280,15 @@ impl Arena {
         text
     }
 
-    /// Ends the engine's ownership; before the arena is dropped.
-    pub fn release(&self, robust: &RobustList) {
-        robust.release(&self.memory, self.code + 128);
+    /// Ends the engine's ownership before its time: nobody minds our end any more.
+    pub fn release(&self) {
+        self.robust.release(&self.memory, self.code + 128);
+    }
+}
+
+impl Drop for Arena<'_> {
+    /// The list of this thread must not lead to memory that is gone.
+    fn drop(&mut self) {
+        self.release();
     }
 }

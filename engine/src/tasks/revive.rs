@@ -124,7 +124,7 @@ pub struct Script<'a> {
 
 impl Script<'_> {
     /// Writes all plans, but that of the root into `root` instead of the arena: it has a preamble to run first.
-    pub fn write(&self, arena: &mut Arena) -> Result<(Plan, Figures)> {
+    pub fn write(&self, arena: &mut Arena<'_>) -> Result<(Plan, Figures)> {
         let mut figures = Figures::default();
         let mut helpers = Helpers::new(self.jobs, self.tree.ids());
         let compared = self.compare()?;
@@ -226,7 +226,7 @@ impl Script<'_> {
     }
 
     /// A helper holds its place until everyone is in its group or session.
-    fn helper(&self, node: &Node, arena: &Arena) -> Result<Plan> {
+    fn helper(&self, node: &Node, arena: &Arena<'_>) -> Result<Plan> {
         let mut plan = Plan::new();
         self.join(node, &mut plan);
         for &c in &node.children {
@@ -281,7 +281,7 @@ impl Script<'_> {
         compared: Option<&Compared>,
         locks: Option<&[FileLockEntry]>,
         first_holder: &HashMap<u32, (usize, i32)>,
-        arena: &mut Arena,
+        arena: &mut Arena<'_>,
         helpers: &mut Helpers,
         figures: &mut Figures,
     ) -> Result<(Plan, Inherited)> {
@@ -432,7 +432,7 @@ impl Script<'_> {
         Ok(())
     }
 
-    fn clone_child(&self, maker: Option<&Alive>, c: usize, arena: &Arena, plan: &mut Plan) -> Result<()> {
+    fn clone_child(&self, maker: Option<&Alive>, c: usize, arena: &Arena<'_>, plan: &mut Plan) -> Result<()> {
         let child = &self.tree.nodes[c];
         let mut flags = 0u64;
         if let (Kind::Alive(a), Some(alive)) = (&child.kind, maker) {
@@ -457,7 +457,7 @@ impl Script<'_> {
         Ok(())
     }
 
-    fn clone_thread(&self, tid: i32, slot: Slot, arena: &Arena, plan: &mut Plan) {
+    fn clone_thread(&self, tid: i32, slot: Slot, arena: &Arena<'_>, plan: &mut Plan) {
         let flags = (libc::CLONE_VM
             | libc::CLONE_FS
             | libc::CLONE_FILES

@@ -254,6 +254,8 @@ pub(super) fn states() {
         let (mut a, mut b) = pair();
         did(a.write_all(b"there"));
         did(b.write_all(b"and back"));
+        let ends = format!("{} {}", did(a.local_addr()), did(a.peer_addr()));
+        did(std::fs::write("ends", ends));
         // the client has closed its half, with something on the way both ways
         let (mut half, mut other) = pair();
         did(half.write_all(b"last words"));
@@ -409,4 +411,45 @@ pub(super) fn waiting() {
     did(listener.set_nonblocking(false));
     did(listener.accept());
     check!(again.join().is_ok());
+}
+
+/// Sends back what a client sends, who may be outside of the tree; if nobody came, it is its own client in the end.
+pub(super) fn echo() {
+    let listener = did(TcpListener::bind("127.0.0.1:0"));
+    let address = did(listener.local_addr());
+    let talking = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let came = talking.clone();
+    let thread = std::thread::spawn(move || {
+        let (mut stream, _) = did(listener.accept());
+        came.store(true, std::sync::atomic::Ordering::SeqCst);
+        let mut bytes = vec![0; 100_000];
+        loop {
+            let n = did(stream.read(&mut bytes));
+            if n == 0 {
+                return did(stream.shutdown(std::net::Shutdown::Write));
+            }
+            did(stream.write_all(&bytes[..n]));
+        }
+    });
+    did(std::fs::write("port", address.port().to_string()));
+    ready();
+    if !talking.load(std::sync::atomic::Ordering::SeqCst) {
+        let mut client = did(TcpStream::connect(address));
+        did(client.write_all(b"echo"));
+        did(client.shutdown(std::net::Shutdown::Write));
+        let mut bytes = Vec::new();
+        did(client.read_to_end(&mut bytes));
+        check_eq!(bytes, b"echo");
+    }
+    check!(thread.join().is_ok());
+}
+
+/// A socket of an interface that may not be there one day: the one that a test has made, or else the loopback interface.
+pub(super) fn device() {
+    let fd = socket(libc::AF_INET, libc::SOCK_DGRAM, 0);
+    let made = c"standstill0";
+    let name = if unsafe { libc::if_nametoindex(made.as_ptr()) } == 0 { c"lo" } else { made };
+    set_bytes(fd, libc::SOL_SOCKET, libc::SO_BINDTODEVICE, name.to_bytes_with_nul());
+    ready();
+    check_eq!(get(fd, libc::SOL_SOCKET, libc::SO_BINDTODEVICE), name.to_bytes_with_nul());
 }

@@ -169,6 +169,7 @@ pub const ALL: &[Guest] = &[
     guest("inet_bound", inet_options::bound)
         .alone_in_network()
         .criu(Criu::DumpsOnly("CRIU 4.2 binds before it sets IP_FREEBIND")),
+    guest("inet_device", inet_options::device),
     guest("inet_filters", inet_options::filters).criu(Criu::Cannot("CRIU 4.2 does not lock filters")),
     guest("inet_options", inet_options::options).criu(Criu::Cannot("CRIU 4.2 keeps a few of these options")),
     guest("inet_raw", inet_options::raw)
@@ -235,6 +236,11 @@ pub const ALL: &[Guest] = &[
         .restore(&["--tcp-close"])
         .alone_in_network()
         .changes("connections are closed at the first restore"),
+    guest("tcp_echo", inet_options::echo)
+        .dump(CONNECTED)
+        .restore(&["--tcp-established"])
+        .alone_in_network()
+        .criu(Criu::RestoresOnly(EINTR)),
     guest("tcp_states", inet_options::states)
         .dump(CONNECTED)
         .restore(&["--tcp-established"])

@@ -175,7 +175,7 @@ impl Holder {
         })();
         // from here on the holder does not mind our end
         if made.is_ok() {
-            arena.release(&robust);
+            arena.release();
         }
         let mut end = Plan::new();
         end.op(Code::Exit, 0, &[0.into()], Expect::Any, [0; 2], "the end of the intermediate");
