@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use standstill_images::proto::{FdinfoEntry, InventoryEntry, SeccompEntry, TimensEntry};
 use standstill_images::{FolderStore, ImageKind, Images};
@@ -40,6 +40,9 @@ use opening::{open_files, open_late, send, Transfer};
 
 /// How long tasks may take for one stage.
 const STAGE_LIMIT: Duration = Duration::from_secs(600);
+
+/// How long killed threads may take to end.
+const REAP_LIMIT: Duration = Duration::from_secs(5);
 
 /// What a restore did.
 #[derive(Debug, Clone, Copy, Default)]
@@ -77,6 +80,8 @@ struct Nursery {
     root: i32,
     sibling: bool,
     pids: Vec<i32>,
+    /// Threads that we trace: their process is not over before we have seen their ends.
+    seized: Vec<i32>,
     finished: bool,
 }
 
@@ -92,6 +97,17 @@ impl Drop for Nursery {
             }
         }
         let _ = calls::kill(self.root, libc::SIGKILL);
+        let patience = Instant::now();
+        let others = self.seized.iter().copied().filter(|tid| !self.pids.contains(tid));
+        for tid in others.collect::<Vec<_>>() {
+            while let Ok(ended) = calls::wait_child(tid, libc::__WALL | libc::WNOHANG) {
+                match ended {
+                    Some((_, status)) if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) => break,
+                    _ if patience.elapsed() > REAP_LIMIT => break,
+                    _ => std::thread::sleep(Duration::from_micros(100)),
+                }
+            }
+        }
         if !self.sibling {
             while let Ok(Some((_, status))) = calls::wait_child(self.root, libc::__WALL) {
                 if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {
@@ -250,6 +266,7 @@ fn build<'r>(
         base,
         room: draft.room,
         files: draft.files.iter().map(|(&id, &i)| (id, base + i as i32)).collect(),
+        in_flight: draft.in_flight.iter().map(|&(id, i)| (id, base + i as i32)).collect(),
         late: late.iter().map(|(&id, fd)| (id, fd.as_raw_fd())).collect(),
         engine: base + engine as i32,
         numbers: Numbers {
@@ -290,7 +307,13 @@ fn build<'r>(
         crate::log::begin(node.pid);
         tracing::info!(pid = node.pid, "comes back, with {} threads", a.threads.len());
     }
-    let mut nursery = Nursery { root: 0, sibling, pids: tree.nodes.iter().map(|n| n.pid).collect(), finished: false };
+    let mut nursery = Nursery {
+        root: 0,
+        sibling,
+        pids: tree.nodes.iter().map(|n| n.pid).collect(),
+        seized: Vec::new(),
+        finished: false,
+    };
     // an empty plan first: when it is done, the task is out of its exec, whose end clone3 does not wait for
     arena.load(slots[0], root, Plan::new())?;
     let birth_of_root = spawn::Spawn {
@@ -332,6 +355,7 @@ fn build<'r>(
     for (_, _, a) in tree.alive() {
         for (tid, entry) in &a.threads {
             let (_, core) = core::parts(entry)?;
+            nursery.seized.push(*tid);
             held.seize(*tid, core.seccomp_mode.unwrap_or(0) != 0 || filters_come_by_sync(a))?;
         }
     }
@@ -546,7 +570,7 @@ fn free_address(tree: &Tree, len: u64) -> Result<u64> {
 }
 
 /// Who comes to which stage.
-fn expect(tree: &Tree, arena: &mut Arena) {
+fn expect(tree: &Tree, arena: &mut Arena<'_>) {
     let alive = tree.alive().count() as u32;
     let threads: u32 = tree.alive().map(|(_, _, a)| a.threads.len() as u32).sum();
     let helpers = tree.nodes.iter().filter(|n| matches!(n.kind, Kind::Helper)).count() as u32;
@@ -560,7 +584,7 @@ fn expect(tree: &Tree, arena: &mut Arena) {
 /// What the first task does before its own plan: takes the descriptors, empties its memory, parks the vdso, enters a time
 /// namespace in which the clocks go on from the dump.
 fn preamble(
-    arena: &Arena,
+    arena: &Arena<'_>,
     birth: &Birth,
     parked: Layout,
     base: i32,

@@ -8,4 +8,5 @@ fuzz_target!(|text: &[u8]| {
     let _ = net::parse_unix(text);
     let _ = net::parse_netlink(text);
     let _ = net::parse_packet(text);
+    let _ = net::parse_ping(text);
 });

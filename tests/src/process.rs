@@ -3,6 +3,8 @@
 use std::collections::HashSet;
 use std::fs;
 use std::io;
+use std::net::SocketAddrV6;
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::process::{Command, Stdio};
 use std::sync::Once;
 use std::time::{Duration, Instant};
@@ -35,6 +37,34 @@ pub fn private_network() {
         r
     };
     assert_eq!(r, 0, "SIOCSIFFLAGS: {}", io::Error::last_os_error());
+}
+
+/// Begins a connection from one address to another, and does not wait for it.
+pub fn connect_from(from: SocketAddrV6, to: SocketAddrV6) -> io::Result<OwnedFd> {
+    let raw = |at: SocketAddrV6| libc::sockaddr_in6 {
+        sin6_family: libc::AF_INET6 as u16,
+        sin6_port: at.port().to_be(),
+        sin6_flowinfo: 0,
+        sin6_addr: libc::in6_addr { s6_addr: at.ip().octets() },
+        sin6_scope_id: 0,
+    };
+    let (from, to, size) = (raw(from), raw(to), size_of::<libc::sockaddr_in6>() as u32);
+    // SAFETY: the addresses live over the calls; the new descriptor is nobody else's.
+    unsafe {
+        let fd = libc::socket(libc::AF_INET6, libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK, 0);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let fd = OwnedFd::from_raw_fd(fd);
+        let begun = libc::bind(fd.as_raw_fd(), (&raw const from).cast(), size) == 0
+            && (libc::connect(fd.as_raw_fd(), (&raw const to).cast(), size) == 0
+                || io::Error::last_os_error().raw_os_error() == Some(libc::EINPROGRESS));
+        if begun {
+            Ok(fd)
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
 }
 
 /// Whether there is a process of this id, be it a zombie.

@@ -70,7 +70,12 @@ guests! {
     files_path_only
     files_shared
     files_table
+    inet_bound
+    inet_device
+    inet_filters
     inet_listening
+    inet_options
+    inet_raw
     inet_udp
     inotify
     inotify_deleted
@@ -102,6 +107,9 @@ guests! {
     netlink
     packed_family
     packed_kinds
+    packet
+    packet_more
+    packet_rings
     personality
     personality_names
     pipes
@@ -128,7 +136,12 @@ guests! {
     sysv_huge
     sysv_pieces
     sysv_removed
+    tcp_asked
+    tcp_closed
+    tcp_echo
+    tcp_states
     tcp_streams
+    tcp_waiting
     threads
     threads_500
     timerfd
@@ -154,7 +167,11 @@ guests! {
     tty_data
     unix_dgram
     unix_listening
+    unix_names
+    unix_options
     unix_pairs
+    unix_rights
+    unix_waiting
     waits
     waits_alarm
     waits_sockets
@@ -163,12 +180,24 @@ guests! {
 refused! {
     refused_big_ghost
     refused_fanotify
+    refused_connected
+    refused_corked
+    refused_credentials
+    refused_ebpf_filter
+    refused_in_flight
     refused_io_uring
     refused_lease
     refused_lock
+    refused_lonely_ring
+    refused_mptcp
     refused_outside_pipe
     refused_perf
+    refused_sent_ring
     refused_traced
+    refused_unix_early
+    refused_unix_urgent
+    refused_vsock
+    refused_xdp
 }
 
 /// A guest without a test would test nothing.

@@ -11,6 +11,7 @@ use crate::error::{At, Error, Place, Result};
 use crate::files::{fsnotify, locks, DumpFiles};
 use crate::memory;
 use crate::options::Options;
+use crate::sockets::packet;
 use crate::tasks::facts::Facts;
 use crate::tasks::{ids, seccomp};
 
@@ -65,6 +66,7 @@ pub(super) fn dump_files(tasks: &mut [Task], files: &mut DumpFiles<'_>) -> Resul
         };
     }
     fsnotify::check(files)?;
+    packet::check_rings(files)?;
     Ok(all)
 }
 

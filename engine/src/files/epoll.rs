@@ -18,7 +18,7 @@
 //! Man pages: epoll(7), epoll_ctl(2), kcmp(2), ioctl_eventpoll(2).
 
 use std::collections::HashSet;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::epoll;
 use standstill_images::proto::{EventpollFileEntry, EventpollTfdEntry, FdTypes, FileEntry};
@@ -33,13 +33,13 @@ use crate::sys::calls;
 const HOW: u32 = (libc::EPOLLWAKEUP | libc::EPOLLONESHOT | libc::EPOLLET | libc::EPOLLEXCLUSIVE) as u32;
 
 /// Dumps one.
-pub fn dump(d: &Descriptor, id: u32, _cx: &mut DumpFiles<'_>) -> Result<FileEntry> {
+pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry> {
     refuse_busy_polling(d)?;
     let targets: &[EpollTarget] = match &d.info.detail {
         FdDetail::Epoll(targets) => targets,
         _ => &[],
     };
-    let numbers = resolve(d, targets)?;
+    let numbers = if d.in_flight() { resolve_in_flight(d, targets, &cx.tree)? } else { resolve(d, targets)? };
     let tfd = targets.iter().zip(numbers).map(|(target, tfd)| EventpollTfdEntry {
         id: 0,
         tfd: tfd.unsigned_abs(),
@@ -57,7 +57,7 @@ pub fn dump(d: &Descriptor, id: u32, _cx: &mut DumpFiles<'_>) -> Result<FileEntr
 fn resolve(d: &Descriptor, targets: &[EpollTarget]) -> Result<Vec<i32>> {
     let mut numbers: Vec<Option<i32>> = Vec::with_capacity(targets.len());
     for (i, target) in targets.iter().enumerate() {
-        numbers.push(is_target(d, target.tfd, targets, i)?.then_some(target.tfd));
+        numbers.push(is_target(d, d.pid, target.tfd, targets, i)?.then_some(target.tfd));
     }
     let mut taken: HashSet<i32> = numbers.iter().flatten().copied().collect();
     let mut open: Option<Vec<i32>> = None;
@@ -69,7 +69,7 @@ fn resolve(d: &Descriptor, targets: &[EpollTarget]) -> Result<Vec<i32>> {
             open = Some(open_numbers(d.pid)?);
         }
         for &fd in open.iter().flatten() {
-            if !taken.contains(&fd) && is_target(d, fd, targets, i)? {
+            if !taken.contains(&fd) && is_target(d, d.pid, fd, targets, i)? {
                 taken.insert(fd);
                 numbers[i] = Some(fd);
                 break;
@@ -87,13 +87,29 @@ fn resolve(d: &Descriptor, targets: &[EpollTarget]) -> Result<Vec<i32>> {
     Ok(numbers.into_iter().flatten().collect())
 }
 
-/// Is `fd` of the task what the epoll has as its `i`th target?
-fn is_target(d: &Descriptor, fd: i32, targets: &[EpollTarget], i: usize) -> Result<bool> {
+/// The same for an epoll that was sent away and not received yet: any task of the tree may have its targets, which must have
+/// the numbers still that they were added with.
+fn resolve_in_flight(d: &Descriptor, targets: &[EpollTarget], tree: &[i32]) -> Result<Vec<i32>> {
+    for (i, target) in targets.iter().enumerate() {
+        let mut found = false;
+        for &pid in tree {
+            found = found || is_target(d, pid, target.tfd, targets, i)?;
+        }
+        if !found {
+            let what = format!("an epoll in flight that waits for descriptor {}, which no task has now", target.tfd);
+            return Err(Error::refused(what, "let the program receive it before the dump"));
+        }
+    }
+    Ok(targets.iter().map(|target| target.tfd).collect())
+}
+
+/// Is `fd` of a task what the epoll has as its `i`th target?
+fn is_target(d: &Descriptor, pid: i32, fd: i32, targets: &[EpollTarget], i: usize) -> Result<bool> {
     let tfd = targets[i].tfd;
     let before = targets[..i].iter().filter(|t| t.tfd == tfd).count();
-    match calls::same_epoll_target(d.pid, fd, d.fd, tfd, u32::try_from(before).unwrap_or(u32::MAX)) {
-        // The number is closed.
-        Err(e) if e.errno() == libc::EBADF => Ok(false),
+    match calls::same_epoll_target((pid, fd), (d.pid, d.fd), tfd, u32::try_from(before).unwrap_or(u32::MAX)) {
+        // The number is closed, or the task is dead.
+        Err(e) if [libc::EBADF, libc::ESRCH].contains(&e.errno()) => Ok(false),
         other => other,
     }
 }
@@ -124,6 +140,25 @@ pub fn open(e: &EventpollFileEntry, _cx: &mut RestoreFiles<'_>) -> Result<OwnedF
     let fd = epoll::create(epoll::CreateFlags::CLOEXEC).call("epoll_create1")?;
     set_status_flags(fd.as_fd(), e.flags)?;
     Ok(fd)
+}
+
+/// Adds what an epoll in flight watches. No task has it; but a thread with descriptors of its own can have its targets at the
+/// numbers that count, and an epoll waits for files, not for numbers.
+pub fn in_flight(e: &EventpollFileEntry, fd: BorrowedFd<'_>, targets: &[BorrowedFd<'_>]) -> Result<()> {
+    let numbers = e.tfd.iter().map(|t| i32::try_from(t.tfd)).collect::<Result<Vec<_>, _>>();
+    let numbers = numbers.map_err(|_| Error::lie("files.img", "an epoll watches a descriptor past all numbers"))?;
+    let most = numbers.iter().copied().max().unwrap_or(0);
+    let add = || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FILES).call("unshare(CLONE_FILES)")?;
+        // out of the way of numbers that are about to be taken
+        let epoll = calls::dup_above(fd, most)?;
+        let files = targets.iter().map(|&t| calls::dup_above(t, most)).collect::<Result<Vec<_>>>()?;
+        for ((target, file), &number) in e.tfd.iter().zip(&files).zip(&numbers) {
+            calls::epoll_add_as(epoll.as_fd(), file.as_fd(), number, target.events, target.data)?;
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| scope.spawn(add).join().unwrap_or(Err(Error::Gone)))
 }
 
 /// Adds what it watches, by the task's own numbers.

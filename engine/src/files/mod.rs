@@ -86,6 +86,11 @@ impl Descriptor {
         Ok(Descriptor { pid, fd, copy, link, info, stat, flags, cloexec, fown })
     }
 
+    /// It is no task's, but was in a message that nobody received yet: the engine has it.
+    pub fn in_flight(&self) -> bool {
+        u32::try_from(self.pid) == Ok(std::process::id())
+    }
+
     /// A refusal of this descriptor, by kind.
     pub fn refused(&self, kind: &str, advice: &'static str) -> Error {
         Error::refused(format!("{kind} ({})", String::from_utf8_lossy(&self.link)), advice)
@@ -120,6 +125,8 @@ pub struct DumpFiles<'a> {
     pub lock: sockets::netlock::Lock,
     /// Internet sockets.
     pub inet: sockets::inet::Dumped,
+    /// Packet sockets.
+    pub packet: sockets::packet::Dumped,
     /// Terminals.
     pub ttys: tty::Dumped,
     /// Locks.
@@ -159,6 +166,7 @@ impl<'a> DumpFiles<'a> {
             unix: Default::default(),
             lock: sockets::netlock::Lock::new(opts.network_lock, ""),
             inet: Default::default(),
+            packet: Default::default(),
             ttys: Default::default(),
             locks: Default::default(),
             memory_is_tracked: false,
@@ -242,7 +250,7 @@ impl<'a> DumpFiles<'a> {
         let (id, kind) = match known {
             Some(known) => known,
             None => {
-                let id = self.new_id();
+                let id = sockets::packet::reserved(d, self).unwrap_or_else(|| self.new_id());
                 let entry = self.dump(d, id)?;
                 let kind = entry.r#type();
                 self.add(entry);
@@ -352,6 +360,7 @@ pub struct RestoreFiles<'a> {
     /// Removes them, should the engine die.
     pub guard: Option<&'a Guard<'a>>,
     opening: HashSet<u32>,
+    in_flight: HashSet<u32>,
 }
 
 impl<'a> RestoreFiles<'a> {
@@ -382,6 +391,7 @@ impl<'a> RestoreFiles<'a> {
             litter: Default::default(),
             guard: None,
             opening: HashSet::new(),
+            in_flight: HashSet::new(),
         };
         regular::read(&mut files)?;
         fifo::read(&mut files)?;
@@ -410,6 +420,37 @@ impl<'a> RestoreFiles<'a> {
             self.opened.entry(id).or_insert(fd);
         }
         self.opened.get(&id).map(AsFd::as_fd).ok_or(Error::Gone)
+    }
+
+    /// Files that are open and that no task has: they are in messages between sockets.
+    pub fn in_flight(&self, tables: &HashMap<u32, Vec<FdinfoEntry>>) -> Vec<u32> {
+        let had: HashSet<u32> = tables.values().flatten().map(|e| e.id).collect();
+        let sent = self.opened.keys().copied().filter(|id| !had.contains(id));
+        sent.filter(|id| self.entries.get(id).is_some_and(|e| !sockets::is_socket(e))).collect()
+    }
+
+    /// Has epolls in flight watch what they watched: files of the tasks, by number.
+    pub fn settle_in_flight(&mut self, sent: &[u32], tables: &HashMap<u32, Vec<FdinfoEntry>>) -> Result<()> {
+        for &id in sent {
+            let Some(e) = self.entry(id)?.epfd.clone() else { continue };
+            let mut targets = Vec::with_capacity(e.tfd.len());
+            for t in &e.tfd {
+                let of_number = || tables.values().flatten().filter(|f| f.fd == t.tfd).map(|f| f.id);
+                let same = |id: &u32| self.entries.get(id).and_then(sockets::inode) == t.inode;
+                let target = of_number().find(same).or_else(|| of_number().next());
+                targets.push(target.ok_or_else(|| {
+                    Error::lie("files.img", format!("epoll {id:#x} watches descriptor {}, which no task has", t.tfd))
+                })?);
+            }
+            for &target in &targets {
+                self.open(target)?;
+            }
+            let opened = |id: &u32| self.opened.get(id).map(AsFd::as_fd).ok_or(Error::Gone);
+            let files = targets.iter().map(opened).collect::<Result<Vec<_>>>()?;
+            epoll::in_flight(&e, opened(&id)?, &files).at(Place::File(id))?;
+            self.in_flight.insert(id);
+        }
+        Ok(())
     }
 
     /// True for files that can be opened only when the tasks exist: below /proc/PID, and pidfds.
@@ -455,9 +496,9 @@ impl<'a> RestoreFiles<'a> {
             FdTypes::Unixsk => sockets::unix::open(entry.usk.as_ref().ok_or_else(missing)?, self),
             FdTypes::Inetsk => sockets::inet::open(entry.isk.as_ref().ok_or_else(missing)?, self),
             FdTypes::Netlinksk => sockets::netlink::open(entry.nlsk.as_ref().ok_or_else(missing)?, self),
+            FdTypes::Packetsk => sockets::packet::open(entry.psk.as_ref().ok_or_else(missing)?, self),
             FdTypes::Ns => nsfile::open(entry.nsf.as_ref().ok_or_else(missing)?, self),
             kind @ (FdTypes::Und
-            | FdTypes::Packetsk
             | FdTypes::Tunf
             | FdTypes::Ext
             | FdTypes::Bpfmap
@@ -473,7 +514,7 @@ impl<'a> RestoreFiles<'a> {
     /// descriptors are in place.
     pub fn in_task(&self, id: u32, fd: i32, plan: &mut Plan) -> Result<()> {
         let entry = self.entry(id)?;
-        if let Some(e) = &entry.epfd {
+        if let Some(e) = entry.epfd.as_ref().filter(|_| !self.in_flight.contains(&id)) {
             epoll::in_task(e, fd, plan)?;
         }
         if let Some(e) = &entry.tfd {
@@ -522,6 +563,7 @@ fn owner_of(entry: &FileEntry) -> Option<&FownEntry> {
         .or(entry.usk.as_ref().map(|e| &e.fown))
         .or(entry.isk.as_ref().map(|e| &e.fown))
         .or(entry.nlsk.as_ref().map(|e| &e.fown))
+        .or(entry.psk.as_ref().map(|e| &e.fown))
 }
 
 /// F_SETSIG and F_SETOWN_EX, with the ids that the owner had when it was set (fcntl(2)).

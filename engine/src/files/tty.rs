@@ -457,7 +457,7 @@ pub fn in_task(e: &TtyFileEntry, fd: i32, cx: &RestoreFiles<'_>, plan: &mut Plan
     let info = info_of(e.tty_info_id, cx)?;
     let Some(root) = cx.ttys.root.as_ref().filter(|root| root.sid != root.pid) else { return Ok(()) };
     if is_inherited(&info, cx) {
-        let ours = rustix::process::getpgrp().as_raw_nonzero().get().unsigned_abs();
+        let ours = nix::unistd::getpgrp().as_raw().unsigned_abs();
         let group = plan.bytes(&if root.pgid == root.pid { root.pgid } else { ours }.to_ne_bytes());
         let args = [fd.into(), terminal::TIOCSPGRP.into(), group.into()];
         // ENOTTY: a terminal, but not the one of our session

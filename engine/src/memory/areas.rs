@@ -14,6 +14,7 @@ use super::{status, sysv};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{memfd, regular, DumpFiles};
 use crate::proc::maps::{VmFlags, Vma, VmaName};
+use crate::sockets::packet;
 use crate::tracee::AREA_NAME;
 
 const MADVICE: [(VmFlags, u32); 8] = [
@@ -118,8 +119,10 @@ fn entry(pid: i32, area: &Vma, files: &mut DumpFiles<'_>) -> Result<VmaEntry> {
             e.status = status::AIORING;
             return Ok(e);
         }
-        VmaName::Socket(_) => {
-            return Err(Error::refused("the ring of a packet socket", "close the socket before the dump"))
+        VmaName::Socket(ino) => {
+            e.status = status::REGULAR | status::SOCKET;
+            (e.shmid, e.pgoff, e.fdflags) = (packet::mapped(ino, files).into(), area.offset, Some(libc::O_RDWR as u32));
+            return Ok(e);
         }
         VmaName::AnonInode(name) => {
             return Err(Error::refused(

@@ -126,7 +126,6 @@ impl Memory {
                 Err(Error::refused(what, "this area cannot be restored yet")).at(Place::Area(e.start, e.end))
             };
             for (bit, what) in [
-                (status::SOCKET, "the ring of a packet socket"),
                 (status::SHSTK, "a shadow stack"),
                 (status::ANON_SHARED, "shared anonymous memory without a file"),
                 (status::UPROBES, "an area of uprobes"),
@@ -144,11 +143,7 @@ impl Memory {
                 return refuse("an area of unknown kind");
             }
             if e.status
-                & (status::ANON_PRIVATE
-                    | status::FILE_PRIVATE
-                    | status::FILE_SHARED
-                    | status::SYSVIPC
-                    | status::AIORING)
+                & (status::ANON_PRIVATE | status::FILE_PRIVATE | status::SYSVIPC | status::AIORING | OPENED_LAST)
                 == 0
             {
                 return lie(format!("area {:x}-{:x} is of no kind", e.start, e.end));
@@ -447,7 +442,7 @@ impl Memory {
 
     /// Makes the shared areas, and gives all areas their protection, advice and locks. After this, nothing is cloned.
     pub fn settle(&self, made: &Inherited, keep: (u64, u64), numbers: &Numbers, plan: &mut Plan) -> Result<()> {
-        for e in self.mm.vmas.iter().filter(|e| e.status & status::FILE_SHARED != 0 && e.status & status::GUARD == 0) {
+        for e in self.mm.vmas.iter().filter(|e| e.status & OPENED_LAST != 0 && e.status & status::GUARD == 0) {
             map(e, e.prot, numbers, plan).at(Place::Area(e.start, e.end))?;
         }
         for e in self.rings() {
@@ -564,10 +559,13 @@ const ALL_KNOWN: u32 = status::REGULAR
     | status::ANON_SHARED
     | status::SYSVIPC
     | status::AIORING
+    | status::SOCKET
     | status::GUARD;
+/// Areas without pages of the task's own, which are made when all tasks exist.
+const OPENED_LAST: u32 = status::FILE_SHARED | status::SOCKET;
 
 fn has_file(e: &VmaEntry) -> bool {
-    e.status & (status::FILE_PRIVATE | status::FILE_SHARED) != 0
+    e.status & (status::FILE_PRIVATE | OPENED_LAST) != 0
 }
 
 /// Id and open mode of the file behind an area.

@@ -1,4 +1,5 @@
-//! `/proc/net/unix`, `/proc/net/netlink`, `/proc/net/packet`: sockets where the kernel lacks the diag modules.
+//! `/proc/net/unix`, `/proc/net/netlink`, `/proc/net/packet`: sockets where the kernel lacks the diag modules;
+//! `/proc/net/icmp`: ping sockets, for which it has none.
 //!
 //! `sys/diag.rs` says more and says it exactly; these are the second choice. In `unix`, NUL bytes of an abstract name are
 //! printed as `@` and newlines are not escaped: [`parse_unix`] takes a line that is no socket for the rest of the name
@@ -148,9 +149,57 @@ pub fn parse_packet(text: &[u8]) -> Result<Vec<PacketSocket>, ParseError> {
         .collect()
 }
 
+/// A ping socket, which no diag module lists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PingSocket {
+    /// The address that it is connected to, as words in memory: one, or four of IPv6.
+    pub peer: Vec<u32>,
+    /// Inode.
+    pub inode: u64,
+}
+
+/// Reads `/proc/net/icmp` and `/proc/net/icmp6`.
+///
+/// # Errors
+/// At the first line that is no socket.
+pub fn parse_ping(text: &[u8]) -> Result<Vec<PingSocket>, ParseError> {
+    let mut lines = Lines::new("/proc/net/icmp", text);
+    let head = lines.next().filter(|(_, line)| line.trim_ascii_start().starts_with(b"sl "));
+    head.ok_or_else(|| lines.place().missing("the head line"))?;
+    lines
+        .map(|(at, line)| {
+            let mut words = Words::new(line);
+            at.word(&mut words, "sl")?;
+            at.word(&mut words, "local_address")?;
+            let peer = at.word(&mut words, "rem_address")?.split(|&b| b == b':').next().unwrap_or_default();
+            let peer: Vec<u32> =
+                peer.chunks(8).map(|word| at.uint(word, 16, "rem_address")).collect::<Result<_, _>>()?;
+            if ![1, 4].contains(&peer.len()) {
+                return Err(at.missing("rem_address"));
+            }
+            for name in ["st", "tx_queue:rx_queue", "tr:tm->when", "retrnsmt", "uid", "timeout"] {
+                at.word(&mut words, name)?;
+            }
+            Ok(PingSocket { peer, inode: at.next_uint(&mut words, 10, "inode")? })
+        })
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ping() {
+        let sockets = parse_ping(
+            b"   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode ref pointer drops\n\
+               7: 00000000:0007 0100007F:0000 07 00000000:00000000 00:00000000 00000000     0        0 4711 2 000000007f05b535 0\n",
+        );
+        assert_eq!(sockets, Ok(vec![PingSocket { peer: vec![0x0100_007f], inode: 4711 }]));
+        assert!(parse_ping(b"").is_err());
+        assert!(parse_ping(b" sl \n 7: 0:0 01:0 07\n").is_err());
+        assert!(parse_ping(b" sl \n 7: 0:0 0100007F0100007F:0 07 0:0 0:0 0 0 0 1\n").is_err());
+    }
 
     #[test]
     fn unix() {

@@ -38,6 +38,7 @@ pub(super) struct Draft {
     pub(super) room: i32,
     pub(super) files: HashMap<u32, usize>,
     pub(super) late_ids: Vec<u32>,
+    pub(super) in_flight: Vec<(u32, usize)>,
     pub(super) areas: HashMap<(u32, u32), usize>,
     pub(super) pages: HashMap<(u32, usize), usize>,
     pub(super) exes: HashMap<u32, usize>,
@@ -83,6 +84,13 @@ pub(super) fn open_files(
             draft.files.insert(id, at);
         }
     }
+    let sent = files.in_flight(&draft.tables);
+    files.settle_in_flight(&sent, &draft.tables)?;
+    for &id in &sent {
+        let fd = files.open(id)?;
+        let at = transfer.add_copy(fd)?;
+        draft.in_flight.push((id, at));
+    }
     for node in tree.nodes.iter().filter(|n| n.sid == n.pid) {
         if let Some(c) = tty::controlling(u32::try_from(node.pid).unwrap_or(0), files)? {
             draft.terminals.insert(node.pid, (transfer.add(c.terminal), c.foreground));
@@ -94,8 +102,11 @@ pub(super) fn open_files(
             if draft.areas.contains_key(&key) {
                 continue;
             }
-            let is_memfd = files.entry(id).task(node.pid)?.memfd.is_some();
-            let fd = if is_memfd {
+            let entry = files.entry(id).task(node.pid)?;
+            let (is_memfd, is_socket) = (entry.memfd.is_some(), entry.psk.is_some());
+            let fd = if is_socket {
+                files.open(id).and_then(|fd| fd.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)"))
+            } else if is_memfd {
                 memfd::for_mapping(files, id, mode)
             } else {
                 regular::opened_for_mapping(files, id, mode)

@@ -11,9 +11,9 @@
 //! of SO_REUSEPORT is set before a socket binds: it makes the group that shares a port.
 //!
 //! Not kept: datagrams that were not received (as with any restart of a host), connections that were not accepted
-//! (`--skip-in-flight` must be given), memberships in multicast groups, what the image has no field for (among others
-//! TCP_CONGESTION, TCP_USER_TIMEOUT, TCP_DEFER_ACCEPT, TCP_FASTOPEN, TCP_MD5SIG, IP_TRANSPARENT, IP_MTU_DISCOVER, the
-//! IPv6 traffic class and hop limits), BPF programs of a reuseport group. Refused: multipath TCP, kernel TLS, corked UDP.
+//! (`--skip-in-flight` must be given), memberships in multicast groups, which interface IP_MULTICAST_IF named by number,
+//! TCP_WINDOW_CLAMP, UDP_ENCAP, BPF programs of a reuseport group. Refused: multipath TCP, kernel TLS and other upper
+//! layers, TCP-MD5 keys, corked UDP.
 //!
 //! Man pages: ip(7), ipv6(7), tcp(7), udp(7), udplite(7), raw(7), icmp(7).
 
@@ -108,7 +108,7 @@ impl Dumped {
 fn called(e: &InetSkEntry) -> String {
     let protocol = match (e.r#type, e.proto) {
         (RAW, _) => "raw",
-        (_, TCP) => "TCP",
+        (_, TCP | IPPROTO_MPTCP) => "TCP",
         (_, UDP) => "UDP",
         (_, IPPROTO_UDPLITE) => "UDP-Lite",
         (_, ICMP | ICMPV6) => "ping",
@@ -116,7 +116,9 @@ fn called(e: &InetSkEntry) -> String {
     };
     let (from, to) = (address(&e.src_addr, e.src_port), address(&e.dst_addr, e.dst_port));
     match (from, to) {
-        (Some(from), Some(to)) if e.dst_port != 0 => format!("{protocol} socket {} ({from} to {to})", e.ino),
+        (Some(from), Some(to)) if e.dst_port != 0 || !to.ip().is_unspecified() => {
+            format!("{protocol} socket {} ({from} to {to})", e.ino)
+        }
         (Some(from), _) => format!("{protocol} socket {} ({from})", e.ino),
         _ => format!("{protocol} socket {}", e.ino),
     }
@@ -144,6 +146,27 @@ fn peer(fd: BorrowedFd<'_>, family: i32) -> Result<Option<SocketAddr>> {
     v6.copy_from_slice(&name[8..24]);
     let v4 = [name[4], name[5], name[6], name[7]];
     Ok(Some(SocketAddr::new(if is_v6 { v6.into() } else { v4.into() }, port)).filter(|at| at.port() != 0))
+}
+
+/// Raw and ping sockets may be connected to an address alone, and then do not say so themselves.
+fn connected_to_address(e: &mut InetSkEntry, listed: Option<&InetSocket>) -> Result<()> {
+    if e.dst_port != 0 {
+        return Ok(());
+    }
+    let family = i32::try_from(e.family).unwrap_or(0);
+    if e.r#type == RAW {
+        if let Some(socket) = listed {
+            e.dst_addr = words(family, Some(SocketAddr::new(socket.destination, 0))).0;
+        }
+    } else if [ICMP, ICMPV6].contains(&e.proto) {
+        let name = if family == libc::AF_INET6 { "icmp6" } else { "icmp" };
+        let path = std::path::PathBuf::from(format!("/proc/thread-self/net/{name}"));
+        let mut text = Vec::new();
+        crate::proc::read_proc(&path, &mut text).call("read").at(Place::Path(path))?;
+        let found = crate::proc::net::parse_ping(&text)?.into_iter().find(|s| s.inode == u64::from(e.ino));
+        e.dst_addr = found.map(|s| s.peer).filter(|peer| peer.len() == e.dst_addr.len()).unwrap_or(e.dst_addr.clone());
+    }
+    Ok(())
 }
 
 /// An address for an image, in the family of the socket.
@@ -204,6 +227,7 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
         }
         None => None,
     };
+    connected_to_address(&mut e, listed.as_ref())?;
     let shutdown = listed.as_ref().and_then(|s| s.shutdown).map(i32::from);
     e.shutdown = shutdown.filter(|&bits| bits != 0);
     if let Some(lost) = listed.as_ref().filter(|s| kind == DGRAM && s.rqueue != 0) {
@@ -276,6 +300,12 @@ fn tcp_state(
             if listed.is_none() {
                 e.shutdown = unconnected_shutdown(fd)?;
             }
+            if e.dst_port != 0 && info.state == CLOSE && !cx.opts.tcp_close && tcp::unread(fd)? != 0 {
+                // it is over, and the program has still something to read
+                e.standstill_error = has_error(fd)?.then_some(true);
+                cx.inet.connections.push((e.clone(), fd.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?));
+                return Ok(());
+            }
             // one that was reset still says where it was connected to, and is connected no more
             (e.dst_addr, e.dst_port) = words(i32::try_from(e.family).unwrap_or(0), None);
             Ok(())
@@ -305,7 +335,9 @@ fn tcp_state(
 pub fn finish(cx: &mut DumpFiles<'_>) -> Result<()> {
     for (e, fd) in std::mem::take(&mut cx.inet.connections) {
         let place = Place::Item("socket", e.ino.into());
-        cx.lock.add(ends(&e)?).at(place.clone())?;
+        if e.state != CLOSE {
+            cx.lock.add(ends(&e)?).at(place.clone())?;
+        }
         let repair = tcp::dump(fd.as_fd(), &e, cx.images, cx.guard)
             .at(Place::Step("TCP connection"))
             .map_err(|e| Error::In { place, source: Box::new(e) })?;
@@ -321,13 +353,22 @@ pub fn ends(e: &InetSkEntry) -> Result<netlock::Ends> {
         .ok_or_else(|| Error::lie("files.img", format!("socket {} has no addresses", e.ino)))
 }
 
-/// What was shut down on a TCP socket that is not connected: poll(2) tells.
+/// What poll(2) says now.
+fn polled(fd: BorrowedFd<'_>) -> Result<rustix::event::PollFlags> {
+    let mut poll = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::RDHUP)];
+    rustix::event::poll(&mut poll, Some(&rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 })).call("poll")?;
+    Ok(poll[0].revents())
+}
+
+/// What was shut down on a TCP socket that is not connected.
 fn unconnected_shutdown(fd: BorrowedFd<'_>) -> Result<Option<i32>> {
     use rustix::event::PollFlags;
-    let mut poll = [rustix::event::PollFd::new(&fd, PollFlags::HUP | PollFlags::RDHUP)];
-    rustix::event::poll(&mut poll, Some(&rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 })).call("poll")?;
-    let got = poll[0].revents();
-    Ok(got.contains(PollFlags::HUP | PollFlags::RDHUP).then_some(1))
+    Ok(polled(fd)?.contains(PollFlags::HUP | PollFlags::RDHUP).then_some(1))
+}
+
+/// Is there an error that the next call says (SO_ERROR, which asking would take away)?
+fn has_error(fd: BorrowedFd<'_>) -> Result<bool> {
+    Ok(polled(fd)?.contains(rustix::event::PollFlags::ERR))
 }
 
 /// Options of IP; those that are as in a new socket have no field.

@@ -3,7 +3,7 @@
 //! All sockets of a family that are in the images are made together, at the first that is asked for: which end of a
 //! connection is made first, and when a name or port is taken, depends on all of them.
 //!
-//! Man pages: socket(7), unix(7), ip(7), tcp(7), udp(7), raw(7).
+//! Man pages: socket(7), unix(7), ip(7), tcp(7), udp(7), raw(7), packet(7).
 
 use std::os::fd::AsFd;
 
@@ -18,6 +18,7 @@ pub mod inet;
 pub mod netlink;
 pub mod netlock;
 pub mod options;
+pub mod packet;
 pub mod queue;
 pub mod tcp;
 pub mod unix;
@@ -57,9 +58,7 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
         libc::AF_UNIX => unix::dump(d, id, cx),
         libc::AF_INET | libc::AF_INET6 => inet::dump(d, id, cx),
         libc::AF_NETLINK => netlink::dump(d, id, cx),
-        libc::AF_PACKET => {
-            Err(d.refused("a packet socket", "close it before the dump; this kind cannot be carried yet"))
-        }
+        libc::AF_PACKET => packet::dump(d, id, cx),
         libc::AF_VSOCK => Err(d.refused("a vsock socket", "close it before the dump")),
         libc::AF_ALG => Err(d.refused("a socket of the kernel's crypto", "close it before the dump")),
         libc::AF_BLUETOOTH => Err(d.refused("a bluetooth socket", "close it before the dump")),
@@ -69,6 +68,18 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
         other => Err(d.refused(&format!("a socket of family {other}"), "close it before the dump")),
     }
     .at(place)
+}
+
+/// Is it a socket?
+pub fn is_socket(e: &FileEntry) -> bool {
+    inode(e).is_some() || e.psk.is_some()
+}
+
+/// The inode that a socket had.
+pub fn inode(e: &FileEntry) -> Option<u64> {
+    let unix = e.usk.as_ref().map(|e| e.ino);
+    let ino = unix.or(e.isk.as_ref().map(|e| e.ino)).or(e.nlsk.as_ref().map(|e| e.ino));
+    ino.map(u64::from)
 }
 
 /// Puts what the kernel's list of sockets said into our words.

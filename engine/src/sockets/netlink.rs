@@ -8,8 +8,7 @@
 //! Their numbers are taken before tasks run; another socket may have one by then, as those the kernel gives are the
 //! pids of whoever asks first.
 //!
-//! Not kept: whether it is SOCK_RAW or SOCK_DGRAM, which is the same, and options of level SOL_NETLINK but for memberships (the
-//! image has no place for them). Refused: messages that were not received, and an answer that is not complete.
+//! Not kept: whether it is SOCK_RAW or SOCK_DGRAM, which is the same. Refused: messages that were not received, and an answer that is not complete.
 //!
 //! Man page: netlink(7).
 

@@ -8,8 +8,7 @@
 //! would add the engine's to what is sent to it. SO_REUSEADDR and SO_REUSEPORT of internet sockets depend on the other
 //! sockets of a port and are left to those.
 //!
-//! Not kept, as the image has no place for them: SO_PASSPIDFD, SO_PASSRIGHTS, SO_TIMESTAMP*, SO_RXQ_OVFL, SO_LOCK_FILTER,
-//! SO_BUSY_POLL, SO_INCOMING_CPU, SO_ZEROCOPY, SO_TXTIME, SO_MAX_PACING_RATE, SO_PEEK_OFF, SO_ERROR.
+//! What the entry has no place for is in a field of ours: [`more`]. Not kept: SO_INCOMING_CPU, SO_RESERVE_MEM, SO_ERROR.
 //!
 //! Man pages: socket(7), unix(7), tcp(7), bpf(2).
 
@@ -20,6 +19,8 @@ use standstill_images::proto::SkOptsEntry;
 use crate::error::{At, Error, Place, Result};
 use crate::guard::{Act, Guard, Held, List};
 use crate::sys::calls;
+
+mod more;
 
 /// An option, with the name that messages call it by.
 #[derive(Clone, Copy, Debug)]
@@ -194,6 +195,7 @@ pub fn dump(fd: BorrowedFd<'_>, credentials: bool) -> Result<SkOptsEntry> {
         so_oobinline: Some(OOBINLINE.get(fd)?),
         so_linger: Some(so_linger).filter(|_| lingers != 0),
         so_buf_lock: supported(BUF_LOCK.get(fd))?,
+        standstill_options: more::dump(fd)?,
     })
 }
 
@@ -230,7 +232,13 @@ pub fn restore(fd: BorrowedFd<'_>, e: &SkOptsEntry) -> Result<()> {
     set_timeout(SNDTIMEO, fd, e.so_snd_tmo_sec, e.so_snd_tmo_usec)?;
     set_timeout(RCVTIMEO, fd, e.so_rcv_tmo_sec, e.so_rcv_tmo_usec)?;
     bind_to_device(fd, e)?;
-    attach(fd, &e.so_filter)
+    attach(fd, &e.so_filter)?;
+    more::restore(fd, &e.standstill_options, false)
+}
+
+/// What a packet socket must have before it has rings.
+pub fn before_rings(fd: BorrowedFd<'_>, e: &SkOptsEntry) -> Result<()> {
+    more::restore(fd, &e.standstill_options, true)
 }
 
 /// SO_BINDTODEVICE, which a name or a port may depend on.

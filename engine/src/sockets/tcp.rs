@@ -14,6 +14,9 @@
 //! A connection that one side has closed: both sequence numbers count that side's FIN, the lengths do not. The peer's FIN, and
 //! its answer to ours, come as packets ([`fin`]); ours is sent when repair mode ends, if the peer had not answered it.
 //!
+//! A connection that is over, by a reset or by FINs of both, and has left something to read, is made as one that is
+//! established, and its peer's reset comes as a packet.
+//!
 //! Not kept: congestion state, round-trip times, urgent data; which side closed first, if both did.
 //!
 //! Man page: tcp(7). Header: linux/tcp.h.
@@ -29,7 +32,7 @@ use standstill_images::{ImageKind, Images};
 use super::options::Guarded;
 use super::options::{self, Opt};
 use super::queue::PeekOffset;
-use super::ESTABLISHED;
+use super::{CLOSE, ESTABLISHED};
 use crate::error::{Call, Error, Result};
 use crate::guard::Guard;
 use crate::sys::calls;
@@ -58,6 +61,7 @@ const REPAIR_OPTIONS: Opt = Opt::new(libc::SOL_TCP, libc::TCP_REPAIR_OPTIONS, "T
 const REPAIR_WINDOW: Opt = Opt::new(libc::SOL_TCP, 29, "TCP_REPAIR_WINDOW");
 const TIMESTAMP: Opt = Opt::new(libc::SOL_TCP, libc::TCP_TIMESTAMP, "TCP_TIMESTAMP");
 const MAXSEG: Opt = Opt::new(libc::SOL_TCP, libc::TCP_MAXSEG, "TCP_MAXSEG");
+const ERROR: Opt = Opt::new(libc::SOL_SOCKET, libc::SO_ERROR, "SO_ERROR");
 const INFO: Opt = Opt::new(libc::SOL_TCP, libc::TCP_INFO, "TCP_INFO");
 
 const NO_QUEUE: u32 = 0;
@@ -122,6 +126,8 @@ pub struct Repair {
     unsent: Vec<u8>,
     /// Whether a FIN is, after that.
     closes: bool,
+    /// It is over: what its peer said at last, from whom to whom, and whether the program has yet to hear of it.
+    over: Option<(fin::Packet, SocketAddr, SocketAddr, bool)>,
 }
 
 /// We have closed.
@@ -138,7 +144,7 @@ impl Repair {
     fn begin(fd: BorrowedFd<'_>, e: &InetSkEntry, resumes: bool) -> Result<Repair> {
         let fd = fd.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?;
         REPAIR.set(fd.as_fd(), 1)?;
-        Ok(Repair { fd, opts: e.opts.clone(), resumes, unsent: Vec::new(), closes: false })
+        Ok(Repair { fd, opts: e.opts.clone(), resumes, unsent: Vec::new(), closes: false, over: None })
     }
 
     /// Turns repair mode on for a new socket, before it is bound: it may share its port with what listens there.
@@ -149,6 +155,14 @@ impl Repair {
     /// Lets the connection go on.
     pub fn end(mut self) -> Result<()> {
         self.resumes = false;
+        if let Some((packet, own, peer, error)) = self.over {
+            // its last packet comes before repair mode ends, so that it never speaks to anybody
+            fin::receive(&self.fd, &own, &peer, packet, &[CLOSE])?;
+            if !error {
+                ERROR.get(self.fd.as_fd())?;
+            }
+            return self.off();
+        }
         self.off()?;
         let mut rest = self.unsent.as_slice();
         if !rest.is_empty() {
@@ -213,15 +227,15 @@ pub fn dump(fd: BorrowedFd<'_>, e: &InetSkEntry, images: &Images, guard: Option<
         });
     }
     let mut entry = TcpStreamEntry {
-        inq_len: length(fd, SIOCINQ, "ioctl(SIOCINQ)")?,
+        inq_len: unread(fd)?,
         outq_len: length(fd, SIOCOUTQ, "ioctl(SIOCOUTQ)")?,
         unsq_len: Some(length(fd, SIOCOUTQNSD, "ioctl(SIOCOUTQNSD)")?),
         opt_mask: info.options,
         mss_clamp: MAXSEG.get(fd)?,
         ..TcpStreamEntry::default()
     };
-    if e.state == SYN_SENT {
-        // the SYN itself counts as a byte
+    if e.state == SYN_SENT || e.state == CLOSE {
+        // the SYN itself counts as a byte; what a connection that is over would have sent goes nowhere
         (entry.outq_len, entry.unsq_len) = (0, Some(0));
     } else if closed(e.state) {
         // and so does a FIN
@@ -247,6 +261,11 @@ pub fn dump(fd: BorrowedFd<'_>, e: &InetSkEntry, images: &Images, guard: Option<
     image.write_with_payload(&entry, &(received.as_slice(), sent.as_slice()))?;
     image.finish()?;
     Ok(repair)
+}
+
+/// Bytes that were received and not read.
+pub fn unread(fd: BorrowedFd<'_>) -> Result<u32> {
+    length(fd, SIOCINQ, "ioctl(SIOCINQ)")
 }
 
 fn length(fd: BorrowedFd<'_>, request: u64, call: &'static str) -> Result<u32> {
@@ -291,7 +310,7 @@ pub fn restore(
     let mut reader = image.reader()?;
     let lie = |what: &str| Error::lie("tcp-stream", format!("TCP connection {} {what}", e.ino));
     let (entry, (received, sent)) = reader.next_with_payload::<TcpStreamEntry>()?.ok_or_else(|| lie("has no entry"))?;
-    if ![ESTABLISHED, SYN_SENT, CLOSE_WAIT].contains(&e.state) && !closed(e.state) {
+    if ![ESTABLISHED, SYN_SENT, CLOSE_WAIT, CLOSE].contains(&e.state) && !closed(e.state) {
         return Err(lie(&format!("is in state {}", e.state)));
     }
     let unsent =
@@ -318,7 +337,12 @@ pub fn restore(
             Err(e) => Err(e).call("connect"),
         };
     }
-    rustix::net::connect(fd, peer).call("connect")?;
+    match rustix::net::connect(fd, peer) {
+        Err(Errno::ADDRNOTAVAIL | Errno::ADDRINUSE) => {
+            return Err(Error::Changed { what: format!("the connection from {own} to {peer} is somebody else's now") });
+        }
+        other => other.call("connect")?,
+    }
     let mut negotiated = vec![(TCPOPT_MAXSEG, entry.mss_clamp)];
     if entry.opt_mask & OPT_SACK != 0 {
         negotiated.push((TCPOPT_SACK_PERM, 0));
@@ -361,6 +385,11 @@ pub fn restore(
     if peer_closed(e.state) {
         let packet = fin::Packet { flags: fin::FIN | fin::ACK, ..packet };
         fin::receive(fd, own, peer, packet, &[CLOSE_WAIT])?;
+    }
+    if e.state == CLOSE {
+        repair.over =
+            Some((fin::Packet { flags: fin::RST | fin::ACK, ..packet }, *own, *peer, e.standstill_error == Some(true)));
+        return Ok(());
     }
     if e.shutdown.is_some_and(|bits| bits & 1 != 0) {
         rustix::net::shutdown(fd, Shutdown::Read).call("shutdown")?;

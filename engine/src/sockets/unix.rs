@@ -4,7 +4,7 @@
 //! opens the file that a socket is bound to, gone or not.
 //!
 //! Image: [`UnixSkEntry`] in `files.img`; `name` as in `sun_path` (a path ends with NUL, an abstract name begins with one),
-//! `name_dir` what a relative path is relative to, `peer` the inode of the other end. What is in flight: [`queue`]. A
+//! `name_dir` what a relative path is relative to, `standstill_moved` where the file is if it was moved since, `peer` the inode of the other end. What is in flight: [`queue`]. A
 //! socket that is connected and was not accepted yet has the listening one as its peer. A peer outside the tree is an entry
 //! of its own with [`EXTERN`] and a name, which is connected to at restore.
 //!
@@ -139,6 +139,7 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
         deleted: None,
         ns_id: Some(cx.net_ns),
         mnt_id: None,
+        standstill_moved: None,
     };
     if let UnixAddress::Path(path) = socket.address() {
         bound_file(d, &socket, path, &mut entry)?;
@@ -188,7 +189,7 @@ fn other_end(socket: &UnixSocket, cx: &DumpFiles<'_>) -> Result<u32> {
     }
 }
 
-/// The file that a socket is bound to: its owner, its mode, whether it is gone, and what its name is relative to.
+/// The file that a socket is bound to: its owner, its mode, whether it is gone or was moved, and what its name is relative to.
 fn bound_file(d: &Descriptor, socket: &UnixSocket, path: &[u8], entry: &mut UnixSkEntry) -> Result<()> {
     let (stat, link) = match calls::ioctl_value(d.copy.as_fd(), "ioctl(SIOCUNIXFILE)", SIOCUNIXFILE, 0) {
         Ok(fd) => {
@@ -219,9 +220,15 @@ fn bound_file(d: &Descriptor, socket: &UnixSocket, path: &[u8], entry: &mut Unix
         uid: stat.st_uid,
         gid: stat.st_gid,
     });
-    if !path.starts_with(b"/") {
-        let folder = link.strip_suffix(path).and_then(|folder| folder.strip_suffix(b"/"));
-        let folder = folder.map(<[u8]>::to_vec).or(here.map(|(_, folder)| folder));
+    let absolute = path.starts_with(b"/");
+    let mut folder = link.strip_suffix(path).and_then(|folder| folder.strip_suffix(b"/")).map(<[u8]>::to_vec);
+    if !deleted && stat.is_some() && here.is_none() && (absolute || folder.is_none()) && socket.vfs_ino.is_some() {
+        entry.standstill_moved = Some(link.to_vec());
+        // its name may have been relative to another one; this will do
+        folder = link.iter().rposition(|&b| b == b'/').map(|at| link[..at.max(1)].to_vec());
+    }
+    if !absolute {
+        let folder = folder.or(here.map(|(_, folder)| folder));
         entry.name_dir = Some(folder.ok_or_else(|| {
             Error::refused(format!("{}, whose folder is not known", called(socket)), "bind it to a full path")
         })?);

@@ -57,12 +57,13 @@ pub fn same_file(a: i32, fd_a: i32, b: i32, fd_b: i32) -> Result<bool> {
     Ok(answer("kcmp(KCMP_FILE)", unsafe { libc::syscall(libc::SYS_kcmp, a, b, Kcmp::File as i32, fd_a, fd_b) })? == 0)
 }
 
-/// kcmp(2): is `fd` of `pid` the open file that epoll `epoll_fd` of the same task watches as number `target`, as the
-/// `nth` one of that number?
-pub fn same_epoll_target(pid: i32, fd: i32, epoll_fd: i32, target: i32, nth: u32) -> Result<bool> {
-    let slot = [epoll_fd as u32, target as u32, nth];
+/// kcmp(2): is the first (a task and its number) the open file that an epoll (likewise) watches as number `target`, as the `nth`
+/// one of that number?
+pub fn same_epoll_target(file: (i32, i32), epoll: (i32, i32), target: i32, nth: u32) -> Result<bool> {
+    let slot = [epoll.1 as u32, target as u32, nth];
     // SAFETY: `slot` is the struct kcmp_epoll_slot that the call reads.
-    Ok(answer("kcmp(KCMP_EPOLL_TFD)", unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, 7, fd, slot.as_ptr()) })? == 0)
+    let same = unsafe { libc::syscall(libc::SYS_kcmp, file.0, epoll.0, 7, file.1, slot.as_ptr()) };
+    Ok(answer("kcmp(KCMP_EPOLL_TFD)", same)? == 0)
 }
 
 /// Who gets SIGIO for an open file: F_GETOWN_EX, F_GETSIG, F_GETOWNER_UIDS (fcntl(2)).
@@ -131,6 +132,27 @@ pub fn setsockopt(fd: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> Re
     .map(drop)
 }
 
+/// bind(2) with an address as the kernel has it, for families that no crate knows.
+pub fn bind(fd: BorrowedFd<'_>, address: &[u8]) -> Result<()> {
+    let len = address.len() as libc::socklen_t;
+    // SAFETY: the kernel reads `len` bytes at the address, which are there.
+    if unsafe { libc::bind(fd.as_raw_fd(), address.as_ptr().cast(), len) } < 0 {
+        return Err(Error::last("bind"));
+    }
+    Ok(())
+}
+
+/// sendto(2) with such an address; does not wait.
+pub fn send_to(fd: BorrowedFd<'_>, bytes: &[u8], address: &[u8]) -> Result<()> {
+    let (at, len) = (bytes.as_ptr().cast(), address.len() as libc::socklen_t);
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: the kernel reads both ranges, which are there.
+    if unsafe { libc::sendto(fd.as_raw_fd(), at, bytes.len(), flags, address.as_ptr().cast(), len) } < 0 {
+        return Err(Error::last("sendto"));
+    }
+    Ok(())
+}
+
 /// A wait status, raw, of a child that changed its state; `None` if none did.
 pub fn wait_child(pid: i32, flags: i32) -> Result<Option<(i32, i32)>> {
     let mut status = 0;
@@ -172,6 +194,22 @@ pub fn dup_number(fd: i32) -> Result<OwnedFd> {
         let fd = answer("fcntl(F_DUPFD_CLOEXEC)", libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3).into())?;
         Ok(OwnedFd::from_raw_fd(fd as i32))
     }
+}
+
+/// Our own descriptor of an open file, with a number above `number`.
+pub fn dup_above(fd: BorrowedFd<'_>, number: i32) -> Result<OwnedFd> {
+    rustix::io::fcntl_dupfd_cloexec(fd, number.saturating_add(1)).call("fcntl(F_DUPFD_CLOEXEC)")
+}
+
+/// For a thread with a descriptor table of its own: has `epoll` watch a file by this number, whatever else that was.
+pub fn epoll_add_as(epoll: BorrowedFd<'_>, fd: BorrowedFd<'_>, number: i32, events: u32, data: u64) -> Result<()> {
+    let mut event = libc::epoll_event { events, u64: data };
+    // SAFETY: the number is of a table that nobody else has, where nothing owns it; `event` lives over the call.
+    unsafe {
+        answer("dup3", libc::dup3(fd.as_raw_fd(), number, libc::O_CLOEXEC).into())?;
+        answer("epoll_ctl", libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, number, &raw mut event).into())?;
+    }
+    Ok(())
 }
 
 /// Writes one zero byte to a descriptor that the caller gave us by number, and closes it.

@@ -80,10 +80,10 @@ impl Seized {
     }
 }
 
-/// Session and process group of the engine.
+/// Session and process group of the engine; 0 for those of another pid namespace.
 pub fn own_session_and_group() -> (i32, i32) {
-    let raw = |p: rustix::process::Pid| p.as_raw_nonzero().get();
-    (rustix::process::getsid(None).map_or(0, raw), raw(rustix::process::getpgrp()))
+    use nix::unistd::{getpgrp, getsid};
+    (getsid(None).map_or(0, nix::unistd::Pid::as_raw), getpgrp().as_raw())
 }
 
 /// An error once the first task is gone.
@@ -206,7 +206,5 @@ pub fn wait(pid: i32) -> Result<i32> {
 }
 
 fn group_of(pid: i32) -> i32 {
-    rustix::process::Pid::from_raw(pid)
-        .and_then(|p| rustix::process::getpgid(Some(p)).ok())
-        .map_or(0, |p| p.as_raw_nonzero().get())
+    nix::unistd::getpgid(Some(nix::unistd::Pid::from_raw(pid))).map_or(0, nix::unistd::Pid::as_raw)
 }

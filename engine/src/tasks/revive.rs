@@ -80,6 +80,8 @@ pub struct Table<'a> {
     pub room: i32,
     /// By file id.
     pub files: HashMap<u32, i32>,
+    /// Files that no task has, in messages between sockets: file id, number.
+    pub in_flight: Vec<(u32, i32)>,
     /// Files that are opened late: number in the engine, by id.
     pub late: HashMap<u32, i32>,
     /// A pidfd of the engine, to take late files with.
@@ -125,7 +127,7 @@ pub struct Script<'a> {
 
 impl Script<'_> {
     /// Writes all plans, but that of the root into `root` instead of the arena: it has a preamble to run first.
-    pub fn write(&self, arena: &mut Arena) -> Result<(Plan, Figures)> {
+    pub fn write(&self, arena: &mut Arena<'_>) -> Result<(Plan, Figures)> {
         let mut figures = Figures::default();
         let mut helpers = Helpers::new(self.jobs, self.tree.ids());
         let compared = self.compare()?;
@@ -227,7 +229,7 @@ impl Script<'_> {
     }
 
     /// A helper holds its place until everyone is in its group or session.
-    fn helper(&self, node: &Node, arena: &Arena) -> Result<Plan> {
+    fn helper(&self, node: &Node, arena: &Arena<'_>) -> Result<Plan> {
         let mut plan = Plan::new();
         self.join(node, &mut plan);
         for &c in &node.children {
@@ -282,7 +284,7 @@ impl Script<'_> {
         compared: Option<&Compared>,
         locks: Option<&[Held]>,
         first_holder: &HashMap<u32, (usize, i32)>,
-        arena: &mut Arena,
+        arena: &mut Arena<'_>,
         helpers: &mut Helpers,
         figures: &mut Figures,
     ) -> Result<(Plan, Inherited)> {
@@ -440,7 +442,7 @@ impl Script<'_> {
         Ok(())
     }
 
-    fn clone_child(&self, maker: Option<&Alive>, c: usize, arena: &Arena, plan: &mut Plan) -> Result<()> {
+    fn clone_child(&self, maker: Option<&Alive>, c: usize, arena: &Arena<'_>, plan: &mut Plan) -> Result<()> {
         let child = &self.tree.nodes[c];
         let mut flags = 0u64;
         if let (Kind::Alive(a), Some(alive)) = (&child.kind, maker) {
@@ -465,7 +467,7 @@ impl Script<'_> {
         Ok(())
     }
 
-    fn clone_thread(&self, tid: i32, slot: Slot, arena: &Arena, plan: &mut Plan) {
+    fn clone_thread(&self, tid: i32, slot: Slot, arena: &Arena<'_>, plan: &mut Plan) {
         let flags = (libc::CLONE_VM
             | libc::CLONE_FS
             | libc::CLONE_FILES
@@ -551,7 +553,9 @@ impl Script<'_> {
                 holder.push((e.id, fd));
             }
         }
-        for (id, fd) in holder {
+        // what is in flight is nobody's, and so it is the root's for now; epolls have their targets already
+        let sent = self.table.in_flight.iter().filter(|_| self.tree.nodes[i].pid == self.tree.root().pid);
+        for &(id, fd) in holder.iter().chain(sent) {
             self.table.restore.in_task(id, fd, plan)?;
         }
         Ok(())

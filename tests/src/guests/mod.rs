@@ -15,6 +15,7 @@ mod fanotify;
 mod fifo;
 mod files;
 mod inet;
+mod inet_options;
 mod inotify;
 mod lease;
 mod limits;
@@ -24,6 +25,7 @@ mod memfd;
 mod memory;
 mod netlink;
 mod packed;
+mod packet;
 mod personality;
 mod pipes;
 mod proc_self;
@@ -133,11 +135,15 @@ impl Guest {
 
 const FLAG: &str = "CRIU 4.2 restores folders without O_DIRECTORY";
 const EINTR: &str = "CRIU 4.2 ends waits with EINTR when it dumps";
+const NUMBERS: &str = "sequence numbers, and images that are called by inodes";
 const WRITES: &str = "it goes on writing";
 const BREAKS: &str = "CRIU 4.2 does not restore it on Linux 6.18";
 const HOST_IPC: &str = "CRIU 4.2 refuses System V memory of the host's IPC namespace";
 const PACKED: &str = "CRIU 4.2 knows no packed pages";
 const OTHER_USER: &str = "CRIU 4.2 dumps tasks of other users only with CAP_SYS_RESOURCE";
+
+/// Connections, kept.
+const CONNECTED: &[&str] = &["--tcp-established", "--network-lock", "nftables"];
 
 /// Locks on files, which CRIU leaves out without the option at restore.
 const fn locks(name: &'static str, run: fn()) -> Guest {
@@ -172,6 +178,15 @@ pub const ALL: &[Guest] = &[
     guest("files_shared", files::shared),
     guest("files_table", files::table),
     guest("inet_listening", inet::listening),
+    guest("inet_bound", inet_options::bound)
+        .alone_in_network()
+        .criu(Criu::DumpsOnly("CRIU 4.2 binds before it sets IP_FREEBIND")),
+    guest("inet_device", inet_options::device),
+    guest("inet_filters", inet_options::filters).criu(Criu::Cannot("CRIU 4.2 does not lock filters")),
+    guest("inet_options", inet_options::options).criu(Criu::Cannot("CRIU 4.2 keeps a few of these options")),
+    guest("inet_raw", inet_options::raw)
+        .alone_in_network()
+        .criu(Criu::Cannot("CRIU 4.2 does not connect raw and ping sockets")),
     guest("inet_udp", inet::udp),
     locks("lease", lease::in_force).criu(Criu::DumpsOnly(BREAKS)),
     locks("lease_breaking", lease::breaking).criu(Criu::Cannot("CRIU 4.2 fails at it on Linux 6.18")),
@@ -207,6 +222,9 @@ pub const ALL: &[Guest] = &[
     guest("netlink", netlink::netlink),
     guest("packed_family", packed::family).dump(&["--compress"]).criu(Criu::Cannot(PACKED)),
     guest("packed_kinds", packed::kinds).dump(&["--compress"]).criu(Criu::Cannot(PACKED)),
+    guest("packet", packet::packet).alone_in_network(),
+    guest("packet_more", packet::more).alone_in_network().criu(Criu::Cannot("CRIU 4.2 does not keep these options")),
+    guest("packet_rings", packet::rings).alone_in_network().criu(Criu::Cannot("CRIU 4.2 starts rings anew")),
     guest("personality", personality::personality).criu(Criu::DumpsOnly("CRIU 4.2 does not restore the persona")),
     guest("personality_names", personality::names),
     guest("pipes", pipes::pipes),
@@ -233,6 +251,26 @@ pub const ALL: &[Guest] = &[
     guest("sysv_huge", sysv::huge).criu(Criu::Cannot(HOST_IPC)),
     guest("sysv_pieces", sysv::pieces).criu(Criu::Cannot(HOST_IPC)),
     guest("sysv_removed", sysv::removed).criu(Criu::Cannot(HOST_IPC)),
+    guest("tcp_asked", inet_options::asked)
+        .dump(CONNECTED)
+        .restore(&["--tcp-established"])
+        .alone_in_network()
+        .changes(NUMBERS),
+    guest("tcp_closed", inet_options::closed)
+        .dump(&["--tcp-close"])
+        .restore(&["--tcp-close"])
+        .alone_in_network()
+        .changes("connections are closed at the first restore"),
+    guest("tcp_echo", inet_options::echo)
+        .dump(CONNECTED)
+        .restore(&["--tcp-established"])
+        .alone_in_network()
+        .criu(Criu::RestoresOnly(EINTR)),
+    guest("tcp_states", inet_options::states)
+        .dump(CONNECTED)
+        .restore(&["--tcp-established"])
+        .alone_in_network()
+        .changes(NUMBERS),
     guest("tcp_streams", tcp::streams)
         .dump(&["--tcp-established", "--network-lock", "nftables"])
         .restore(&["--tcp-established"])
@@ -240,6 +278,11 @@ pub const ALL: &[Guest] = &[
         .dumps(10)
         .alone_in_network()
         .criu(Criu::RestoresOnly(EINTR)),
+    guest("tcp_waiting", inet_options::waiting)
+        .dump(&["--tcp-established", "--skip-in-flight", "--network-lock", "skip"])
+        .restore(&["--tcp-established"])
+        .alone_in_network()
+        .changes(NUMBERS),
     guest("threads", threads::threads),
     guest("threads_500", threads::many),
     guest("timerfd", timerfd::timerfd),
@@ -273,7 +316,11 @@ pub const ALL: &[Guest] = &[
     guest("tty_data", tty::data).criu(Criu::Cannot("CRIU 4.2 lets lines run together")),
     guest("unix_dgram", unix::dgram),
     guest("unix_listening", unix::listening),
+    guest("unix_names", unix::names).criu(Criu::Cannot("CRIU 4.2 does not know names that were moved")),
+    guest("unix_options", unix::options).criu(Criu::Cannot("CRIU 4.2 keeps a few of these options")),
     guest("unix_pairs", unix::pairs),
+    guest("unix_rights", unix::rights).criu(Criu::DumpsOnly("CRIU 4.2 cannot arm a timer in flight")),
+    guest("unix_waiting", unix::waiting),
     guest("waits", waits::waits).changes("its threads end one by one").dumps(4).criu(Criu::RestoresOnly(EINTR)),
     guest("waits_alarm", waits::alarm)
         .changes("signals come and go")
@@ -285,12 +332,24 @@ pub const ALL: &[Guest] = &[
         .criu(Criu::RestoresOnly(EINTR)),
     guest("refused_big_ghost", refused::big_ghost).dump(&["--ghost-limit", "4096"]).refused(&["ghost-limit"]),
     guest("refused_fanotify", fanotify::deciding).refused(&["decides about accesses"]),
+    guest("refused_connected", refused::connected).refused(&["TCP socket", "--tcp-established"]),
+    guest("refused_corked", refused::corked).refused(&["UDP socket", "corked"]),
+    guest("refused_credentials", refused::credentials).refused(&["credentials in flight"]),
+    guest("refused_ebpf_filter", refused::ebpf_filter).refused(&["eBPF filter"]),
+    guest("refused_in_flight", refused::in_flight).refused(&["TCP socket", "--skip-in-flight"]).dump(CONNECTED),
     guest("refused_io_uring", refused::io_uring).refused(&["io_uring"]),
     guest("refused_lease", refused::lease).dump(&["--file-locks"]).refused(&["a lease on the deleted file"]),
     guest("refused_lock", refused::lock).refused(&["--file-locks"]),
+    guest("refused_lonely_ring", refused::lonely_ring).refused(&["ring of packet socket"]),
+    guest("refused_mptcp", refused::mptcp).refused(&["multipath TCP"]),
     guest("refused_outside_pipe", refused::outside_socket).refused(&["socket"]),
     guest("refused_perf", refused::perf).refused(&["perf_event"]),
+    guest("refused_sent_ring", refused::sent_ring).refused(&["packet socket", "ring for sending"]),
     guest("refused_traced", refused::traced).refused(&["traces"]),
+    guest("refused_unix_early", refused::unix_early).refused(&["unix socket", "before the connection was accepted"]),
+    guest("refused_unix_urgent", refused::unix_urgent).refused(&["urgent byte", "unix stream"]),
+    guest("refused_vsock", refused::vsock).refused(&["vsock"]),
+    guest("refused_xdp", refused::xdp).refused(&["XDP"]),
 ];
 
 /// Programs that one test starts by itself: they are no guests, since they check nothing.

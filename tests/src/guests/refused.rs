@@ -101,3 +101,142 @@ pub(super) fn traced() {
     shared.set(1, 1);
     check_eq!(wait(child), 0);
 }
+
+fn socket(family: i32, kind: i32, protocol: i32) -> i32 {
+    unsafe { sys(libc::socket(family, kind, protocol)) }
+}
+
+/// A socket to another virtual machine.
+pub(super) fn vsock() {
+    let fd = socket(libc::AF_VSOCK, libc::SOCK_STREAM, 0);
+    ready();
+    check!(unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0);
+}
+
+/// Frames past the network stack.
+pub(super) fn xdp() {
+    let fd = socket(libc::AF_XDP, libc::SOCK_RAW, 0);
+    ready();
+    check!(unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0);
+}
+
+/// Multipath TCP.
+pub(super) fn mptcp() {
+    let fd = socket(libc::AF_INET, libc::SOCK_STREAM, 262);
+    sys(unsafe { libc::listen(fd, 3) });
+    ready();
+    check!(unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0);
+}
+
+/// A datagram that is being put together.
+pub(super) fn corked() {
+    let to = did(std::net::UdpSocket::bind("127.0.0.1:0"));
+    let from = did(std::net::UdpSocket::bind("127.0.0.1:0"));
+    did(from.connect(did(to.local_addr())));
+    let cork = |on: i32| {
+        let r = unsafe { libc::setsockopt(from.as_raw_fd(), 17, 1, (&raw const on).cast(), 4) };
+        sys(r);
+    };
+    cork(1);
+    did(from.send(b"one, "));
+    ready();
+    did(from.send(b"two"));
+    cork(0);
+    let mut bytes = [0; 16];
+    check_eq!(did(to.recv(&mut bytes)), 8);
+    check_eq!(&bytes[..8], b"one, two");
+}
+
+/// A filter in eBPF, which nobody can read back.
+pub(super) fn ebpf_filter() {
+    // r0 = 0xffff; exit
+    let program: [u64; 2] = [0x0000_ffff_0000_00b7, 0x95];
+    let license = c"Dual MIT/GPL";
+    let mut attributes = [0u64; 16];
+    // BPF_PROG_TYPE_SOCKET_FILTER, two instructions
+    (attributes[0], attributes[1], attributes[2]) =
+        (1 | 2 << 32, program.as_ptr().addr() as u64, license.as_ptr().addr() as u64);
+    let bpf = unsafe { libc::syscall(libc::SYS_bpf, 5, attributes.as_ptr(), 128) };
+    let bpf = sys(bpf) as i32;
+    let fd = socket(libc::AF_INET, libc::SOCK_DGRAM, 0);
+    sys(unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, 50, (&raw const bpf).cast(), 4) });
+    unsafe { libc::close(bpf) };
+    ready();
+}
+
+/// Data that was sent before anybody accepted.
+pub(super) fn unix_early() {
+    let listener = did(std::os::unix::net::UnixListener::bind("early"));
+    let mut client = did(std::os::unix::net::UnixStream::connect("early"));
+    did(client.write_all(b"early"));
+    ready();
+    let mut bytes = [0; 5];
+    did(std::io::Read::read_exact(&mut did(listener.accept()).0, &mut bytes));
+    check_eq!(&bytes, b"early");
+}
+
+/// An urgent byte.
+pub(super) fn unix_urgent() {
+    let (a, b) = did(std::os::unix::net::UnixStream::pair());
+    let send = |text: &[u8], flags: i32| unsafe {
+        sys(libc::send(a.as_raw_fd(), text.as_ptr().cast(), text.len(), flags) as i64);
+    };
+    send(b"before", 0);
+    send(b"!", libc::MSG_OOB);
+    ready();
+    let mut byte = 0u8;
+    check_eq!(unsafe { libc::recv(b.as_raw_fd(), (&raw mut byte).cast(), 1, libc::MSG_OOB) }, 1);
+    check_eq!(byte, b'!');
+}
+
+/// Credentials in flight: those of the engine would take their place.
+pub(super) fn credentials() {
+    let (a, b) = did(std::os::unix::net::UnixDatagram::pair());
+    let on = 1i32;
+    sys(unsafe { libc::setsockopt(b.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PASSCRED, (&raw const on).cast(), 4) });
+    did(a.send(b"from me"));
+    ready();
+    check_eq!(did(b.recv(&mut [0; 16])), 7);
+}
+
+/// A connected TCP socket, without --tcp-established.
+pub(super) fn connected() {
+    let listener = did(std::net::TcpListener::bind("127.0.0.1:0"));
+    let mut client = did(std::net::TcpStream::connect(did(listener.local_addr())));
+    let mut server = did(listener.accept()).0;
+    ready();
+    did(client.write_all(b"still there"));
+    did(std::io::Read::read_exact(&mut server, &mut [0; 11]));
+}
+
+/// Connections that nobody has accepted, without --skip-in-flight.
+pub(super) fn in_flight() {
+    let listener = did(std::net::TcpListener::bind("127.0.0.1:0"));
+    let _client = did(std::net::TcpStream::connect(did(listener.local_addr())));
+    ready();
+    did(listener.accept());
+}
+
+/// A ring for sending that was used.
+pub(super) fn sent_ring() {
+    let fd = socket(libc::AF_PACKET, libc::SOCK_DGRAM, 0);
+    let words = [4096u32, 1, 1024, 4];
+    let r = unsafe { libc::setsockopt(fd, libc::SOL_PACKET, libc::PACKET_TX_RING, words.as_ptr().cast(), 16) };
+    sys(r);
+    let ring = map_file(0, 4096, RW, libc::MAP_SHARED, fd, 0).cast::<u32>();
+    unsafe { ring.add(2).write_volatile(77) };
+    ready();
+    check_eq!(unsafe { ring.add(2).read_volatile() }, 77);
+}
+
+/// The ring of a socket that is closed.
+pub(super) fn lonely_ring() {
+    let fd = socket(libc::AF_PACKET, libc::SOCK_DGRAM, 0);
+    let words = [4096u32, 1, 1024, 4];
+    let r = unsafe { libc::setsockopt(fd, libc::SOL_PACKET, libc::PACKET_RX_RING, words.as_ptr().cast(), 16) };
+    sys(r);
+    let ring = map_file(0, 4096, RW, libc::MAP_SHARED, fd, 0);
+    unsafe { libc::close(fd) };
+    ready();
+    check_eq!(unsafe { ring.read_volatile() }, 0);
+}

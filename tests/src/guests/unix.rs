@@ -150,3 +150,184 @@ pub(super) fn dgram() {
     write(late, b"fourth");
     check_eq!(read(receiver), Ok(b"fourth".to_vec()));
 }
+
+/// Names whose file is gone, or was moved, or is relative to a folder that was left since.
+pub(super) fn names() {
+    let kind = libc::SOCK_STREAM | libc::SOCK_NONBLOCK;
+    did(std::fs::create_dir("below"));
+    did(std::env::set_current_dir("below"));
+    let relative = bound(kind, "relative");
+    let moved = bound(kind, "moved");
+    let unlinked = bound(kind, "unlinked");
+    let replaced = bound(kind, "replaced");
+    for fd in [relative, moved, unlinked, replaced] {
+        unsafe { sys(libc::listen(fd, 3)) };
+    }
+    did(std::env::set_current_dir(".."));
+    let client = connected(kind, "below/unlinked");
+    let server = unsafe { sys(libc::accept(unlinked, std::ptr::null_mut(), std::ptr::null_mut())) };
+    did(std::fs::rename("below/moved", "below/elsewhere"));
+    did(std::fs::remove_file("below/unlinked"));
+    did(std::fs::remove_file("below/replaced"));
+    did(std::fs::write("below/replaced", "a file now"));
+    ready();
+    check_eq!([relative, moved, unlinked, replaced].map(name), ["relative", "moved", "unlinked", "replaced"]);
+    check!(!folder().join("below/unlinked").exists());
+    check_eq!(did(std::fs::read_to_string("below/replaced")), "a file now");
+    check!(!folder().join("below/moved").exists());
+    for (path, listener) in [("below/relative", relative), ("below/elsewhere", moved)] {
+        let client = connected(kind, path);
+        let server = unsafe { sys(libc::accept(listener, std::ptr::null_mut(), std::ptr::null_mut())) };
+        write(client, b"by its name");
+        check_eq!(read(server), Ok(b"by its name".to_vec()));
+    }
+    write(server, b"without one");
+    check_eq!(read(client), Ok(b"without one".to_vec()));
+}
+
+fn name(fd: i32) -> String {
+    let (mut a, mut size) = address("");
+    size = size.max(size_of_val(&a) as u32);
+    unsafe { sys(libc::getsockname(fd, (&raw mut a).cast(), &raw mut size)) };
+    let bytes = a.sun_path.iter().take(size as usize - 2).map(|&c| c as u8 as char).collect::<String>();
+    bytes.trim_end_matches('\0').to_owned()
+}
+
+/// Connections that were not accepted yet, in their order.
+pub(super) fn waiting() {
+    let kind = libc::SOCK_STREAM | libc::SOCK_NONBLOCK;
+    let listener = bound(kind, "door");
+    unsafe { sys(libc::listen(listener, 5)) };
+    let clients: Vec<i32> = (0..3).map(|_| connected(kind, "door")).collect();
+    ready();
+    for (n, client) in clients.into_iter().enumerate() {
+        let server = unsafe { sys(libc::accept(listener, std::ptr::null_mut(), std::ptr::null_mut())) };
+        write(client, &[n as u8; 3]);
+        check_eq!(read(server), Ok(vec![n as u8; 3]));
+        write(server, b"in");
+        check_eq!(read(client), Ok(b"in".to_vec()));
+    }
+    check_eq!(unsafe { libc::accept(listener, std::ptr::null_mut(), std::ptr::null_mut()) }, -1);
+}
+
+/// Sends descriptors with a text.
+fn send(fd: i32, text: &[u8], rights: &[i32]) {
+    let mut control = [0u64; 16];
+    let mut part = libc::iovec { iov_base: text.as_ptr().cast_mut().cast(), iov_len: text.len() };
+    unsafe {
+        let mut message: libc::msghdr = std::mem::zeroed();
+        (message.msg_iov, message.msg_iovlen) = (&raw mut part, 1);
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = libc::CMSG_SPACE(size_of_val(rights) as u32) as usize;
+        let head = libc::CMSG_FIRSTHDR(&raw const message);
+        ((*head).cmsg_level, (*head).cmsg_type) = (libc::SOL_SOCKET, libc::SCM_RIGHTS);
+        (*head).cmsg_len = libc::CMSG_LEN(size_of_val(rights) as u32) as usize;
+        std::ptr::copy_nonoverlapping(rights.as_ptr(), libc::CMSG_DATA(head).cast(), rights.len());
+        sys(libc::sendmsg(fd, &raw const message, 0) as i64);
+    }
+}
+
+/// Receives a text and descriptors.
+fn receive(fd: i32) -> (Vec<u8>, Vec<i32>) {
+    let (mut text, mut control) = ([0u8; 64], [0u64; 16]);
+    let mut part = libc::iovec { iov_base: text.as_mut_ptr().cast(), iov_len: text.len() };
+    unsafe {
+        let mut message: libc::msghdr = std::mem::zeroed();
+        (message.msg_iov, message.msg_iovlen) = (&raw mut part, 1);
+        (message.msg_control, message.msg_controllen) = (control.as_mut_ptr().cast(), size_of_val(&control));
+        let n = sys(libc::recvmsg(fd, &raw mut message, 0) as i64);
+        let head = libc::CMSG_FIRSTHDR(&raw const message);
+        let mut rights = Vec::new();
+        if !head.is_null() && (*head).cmsg_type == libc::SCM_RIGHTS {
+            let count = ((*head).cmsg_len - libc::CMSG_LEN(0) as usize) / 4;
+            rights = (0..count).map(|i| libc::CMSG_DATA(head).cast::<i32>().add(i).read_unaligned()).collect();
+        }
+        (text[..n as usize].to_vec(), rights)
+    }
+}
+
+/// Descriptors in flight: of files, of sockets that have descriptors in flight themselves, epolls, timers, in all kinds of queues.
+pub(super) fn rights() {
+    let nonblocking = libc::SOCK_NONBLOCK;
+    let outer = pair(libc::SOCK_STREAM | nonblocking);
+    let inner = pair(libc::SOCK_DGRAM | nonblocking);
+    let innermost = pair(libc::SOCK_SEQPACKET | nonblocking);
+    did(std::fs::write("sent", "what is in it"));
+    let open = |path: &str| unsafe {
+        let path = did(std::ffi::CString::new(path));
+        sys(libc::open(path.as_ptr(), libc::O_RDONLY))
+    };
+    let file = open("sent");
+    check_eq!(read_some(file, 5), b"what ");
+    send(innermost.0, b"a file", &[file, file]);
+    send(inner.0, b"a socket", &[innermost.1]);
+    write(inner.0, b"and a word");
+    // an epoll that waits for what a task has, and a timer that is over at once
+    let wakes = unsafe { sys(libc::eventfd(0, nonblocking)) };
+    let epoll = unsafe { sys(libc::epoll_create1(0)) };
+    let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: 0x1234_5678_9abc };
+    sys(unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, wakes, &raw mut event) });
+    let timer = unsafe { sys(libc::timerfd_create(libc::CLOCK_MONOTONIC, libc::TFD_NONBLOCK)) };
+    let soon = [0i64, 1_000_000, 0, 1_000_000];
+    sys(unsafe { libc::timerfd_settime(timer, 0, soon.as_ptr().cast(), std::ptr::null_mut()) });
+    send(outer.0, b"a socket, an epoll, a timer", &[inner.1, epoll, timer]);
+    write(outer.0, b"!");
+    for fd in [file, innermost.1, inner.1, epoll, timer] {
+        unsafe { libc::close(fd) };
+    }
+    ready();
+    let (text, fds) = receive(outer.1);
+    check_eq!((text.as_slice(), fds.len()), (&b"a socket, an epoll, a timer"[..], 3));
+    check_eq!(read(outer.1), Ok(b"!".to_vec()));
+    let (text, more) = receive(fds[0]);
+    check_eq!((text.as_slice(), more.len()), (&b"a socket"[..], 1));
+    check_eq!(read(fds[0]), Ok(b"and a word".to_vec()));
+    let (text, files) = receive(more[0]);
+    check_eq!((text.as_slice(), files.len()), (&b"a file"[..], 2));
+    // one open file: what one reads the other does not
+    check_eq!(read_some(files[0], 3), b"is ");
+    check_eq!(read_some(files[1], 5), b"in it");
+    let mut events = [libc::epoll_event { events: 0, u64: 0 }; 4];
+    check_eq!(unsafe { libc::epoll_wait(fds[1], events.as_mut_ptr(), 4, 0) }, 0);
+    write(wakes, &1u64.to_ne_bytes());
+    check_eq!(unsafe { libc::epoll_wait(fds[1], events.as_mut_ptr(), 4, 1000) }, 1);
+    check_eq!({ events[0].u64 }, 0x1234_5678_9abc);
+    sys(unsafe { libc::epoll_ctl(fds[1], libc::EPOLL_CTL_DEL, wakes, std::ptr::null_mut()) });
+    eventually("a timer that was in flight", || read(fds[2]).is_ok_and(|bytes| bytes.len() == 8));
+}
+
+fn read_some(fd: i32, n: usize) -> Vec<u8> {
+    let mut bytes = vec![0u8; n];
+    let got = unsafe { sys(libc::read(fd, bytes.as_mut_ptr().cast(), n) as i64) };
+    bytes.truncate(got as usize);
+    bytes
+}
+
+/// SO_PEEK_OFF, SO_PASSCRED, SO_PASSPIDFD, timestamps: as they were, and what they do.
+pub(super) fn options() {
+    let nonblocking = libc::SOCK_NONBLOCK;
+    let stream = pair(libc::SOCK_STREAM | nonblocking);
+    write(stream.0, b"0123456789");
+    set_option(stream.1, libc::SO_PEEK_OFF, 4);
+    let datagrams = pair(libc::SOCK_DGRAM | nonblocking);
+    set_option(datagrams.1, libc::SO_PASSCRED, 1);
+    set_option(datagrams.1, libc::SO_TIMESTAMP, 1);
+    let pidfds = pair(libc::SOCK_SEQPACKET | nonblocking);
+    const SO_PASSPIDFD: i32 = 76;
+    set_option(pidfds.0, SO_PASSPIDFD, 1);
+    let owned = pair(libc::SOCK_STREAM);
+    unsafe {
+        sys(libc::fcntl(owned.0, libc::F_SETOWN, libc::getpid()));
+        sys(libc::fcntl(owned.0, 10, libc::SIGUSR1));
+    }
+    ready();
+    check_eq!(option(stream.1, libc::SO_PEEK_OFF), 4);
+    let mut bytes = [0u8; 16];
+    check_eq!(unsafe { libc::recv(stream.1, bytes.as_mut_ptr().cast(), 3, libc::MSG_PEEK) }, 3);
+    check_eq!(&bytes[..3], b"456");
+    check_eq!(read(stream.1), Ok(b"0123456789".to_vec()));
+    check_eq!((option(datagrams.1, libc::SO_PASSCRED), option(datagrams.1, libc::SO_TIMESTAMP)), (1, 1));
+    check_eq!((option(datagrams.0, libc::SO_PASSCRED), option(pidfds.0, SO_PASSPIDFD)), (0, 1));
+    check_eq!(unsafe { libc::fcntl(owned.0, libc::F_GETOWN) }, unsafe { libc::getpid() });
+    check_eq!(unsafe { libc::fcntl(owned.0, 11) }, libc::SIGUSR1);
+}

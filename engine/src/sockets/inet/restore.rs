@@ -13,6 +13,7 @@ use super::super::{options, shutdown_how, CLOSE, LISTEN};
 use super::{address, called, is_connection, new, ICMP, ICMPV6, RAW, STREAM, TCP};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{set_status_flags, RestoreFiles};
+use crate::options::Persona;
 
 /// What a restore remembers.
 #[derive(Debug, Default)]
@@ -34,7 +35,7 @@ pub fn open(e: &InetSkEntry, cx: &mut RestoreFiles<'_>) -> Result<OwnedFd> {
 /// The ends of all connections that are made again.
 pub fn connections(cx: &RestoreFiles<'_>) -> Result<Vec<Ends>> {
     let sockets = cx.entries.values().filter_map(|entry| entry.isk.as_ref());
-    sockets.filter(|e| is_connection(e) && e.dst_port != 0).map(super::ends).collect()
+    sockets.filter(|e| is_connection(e) && e.state != CLOSE).map(super::ends).collect()
 }
 
 /// Lets all connections go on: after the network is open, before the first task runs.
@@ -92,7 +93,8 @@ fn bound(e: InetSkEntry, shared: bool, cx: &RestoreFiles<'_>) -> Result<Making> 
         if cx.opts.tcp_close {
             return Ok(making);
         }
-        if !cx.opts.tcp_established {
+        // one that is over disturbs nobody; CRIU asks all the same
+        if !cx.opts.tcp_established && (e.state != CLOSE || cx.opts.personality == Persona::Criu) {
             return Err(Error::refused(
                 called(e),
                 "Connected TCP socket in image: consider using --tcp-established or --tcp-close",
@@ -168,7 +170,8 @@ fn listens(socket: &mut Making, _cx: &RestoreFiles<'_>) -> Result<()> {
 
 fn connects(socket: &mut Making, cx: &RestoreFiles<'_>) -> Result<()> {
     let e = &socket.e;
-    if e.dst_port == 0 {
+    let to_address = e.r#type == RAW || [ICMP, ICMPV6].contains(&e.proto);
+    if e.dst_port == 0 && !(to_address && e.dst_addr.iter().any(|&word| word != 0)) {
         return Ok(());
     }
     let lie = || Error::lie("files.img", format!("socket {} has no address that it is connected to", e.ino));

@@ -1,4 +1,4 @@
-//! What the peer of a half-closed connection had sent last: its FIN, or that it has seen ours.
+//! What the peer of a connection that is half-closed, or over, had sent last: its FIN, that it has seen ours, a reset.
 //!
 //! There is no way to tell the kernel that these came, so they come: one packet, as the peer would send it, through a raw
 //! socket to ourselves. It has the mark that CRIU gives to such packets, for rules that keep all others away.
@@ -23,6 +23,8 @@ const SECONDS: u64 = 5;
 
 /// FIN of the TCP header.
 pub(super) const FIN: u8 = 1;
+/// RST of the TCP header.
+pub(super) const RST: u8 = 4;
 /// ACK of the TCP header.
 pub(super) const ACK: u8 = 16;
 

@@ -3,7 +3,7 @@
 //! A name is kept by the kernel as it was given, so a relative path must be bound from its own folder. The current folder of
 //! the process stays: a thread of its own leaves the shared one (CLONE_FS) and goes there.
 //!
-//! A path whose file was gone is bound all the same, and its file removed again; what stands there meanwhile is put aside.
+//! A file that was moved after it was bound is moved again. A path whose file was gone is bound all the same, and its file removed again; what stands there meanwhile is put aside.
 //!
 //! Man pages: unix(7), unshare(2).
 
@@ -73,6 +73,7 @@ pub(super) fn bind(fd: BorrowedFd<'_>, e: &UnixSkEntry, cx: &RestoreFiles<'_>) -
     if let Name::Path(path, folder) = Name::of(e)? {
         let full = folder.map_or_else(|| path.to_owned(), |folder| folder.join(path));
         let full = std::path::absolute(&full).call("getcwd").at(Place::Path(full))?;
+        let full = e.standstill_moved.as_deref().map_or(full, |to| PathBuf::from(OsStr::from_bytes(to)));
         if rustix::fs::lstat(&full).is_err_and(|e| e == Errno::NOENT) {
             cx.makes_name(full)?;
         }
@@ -89,6 +90,18 @@ pub(super) fn bind(fd: BorrowedFd<'_>, e: &UnixSkEntry, cx: &RestoreFiles<'_>) -
                 let _aside = Aside::of(path)?;
                 let node = bind_path(fd, path, e)?;
                 rustix::fs::unlink(path).call("unlink")?;
+                Ok(Some(node))
+            } else if let Some(to) = e.standstill_moved.as_deref().map(|to| Path::new(OsStr::from_bytes(to))) {
+                let _aside = Aside::of(path)?;
+                let node = bind_path(fd, path, e)?;
+                // the old socket is there still; anything else stays and is in the way
+                match rustix::fs::lstat(to) {
+                    Ok(s) if FileType::from_raw_mode(s.st_mode) != FileType::Socket => {
+                        rustix::fs::unlink(path).call("unlink")?;
+                        return Err(Errno::EXIST).call("rename").at(Place::Path(to.to_owned()));
+                    }
+                    _ => rustix::fs::rename(path, to).call("rename").at(Place::Path(to.to_owned()))?,
+                }
                 Ok(Some(node))
             } else {
                 // a socket that is there is the old one, or nobody's; anything else stays and is in the way
