@@ -17,10 +17,11 @@ use crate::tasks::{ids, seccomp};
 /// Descriptors, areas, exe, root and working folder, in CRIU's order of ids: areas first.
 pub(super) fn dump_files(tasks: &mut [Task], files: &mut DumpFiles<'_>) -> Result<Vec<(u32, Vec<FdinfoEntry>)>> {
     let mut all: Vec<(u32, Vec<FdinfoEntry>)> = Vec::new();
+    let mut known = memory::areas::Known::default();
     for task in tasks {
         let Kind::Alive(alive) = &mut task.kind else { continue };
         let (pid, facts) = (task.pid, &alive.facts);
-        let vmas = memory::areas::entries(pid, &facts.areas, files).task(pid)?;
+        let vmas = memory::areas::entries(pid, &facts.areas, &mut known, files).task(pid)?;
         if !all.iter().any(|(id, _)| *id == alive.ids.files_id) {
             let own = ns_pid(pid, Some(facts.status()))?;
             let mut entries = Vec::with_capacity(facts.descriptors.len());
