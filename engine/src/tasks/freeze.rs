@@ -11,6 +11,9 @@ use crate::proc::{self, simple, stat::Stat, status::TaskState};
 use crate::sys::ptrace;
 use crate::tracee::{Held, Stopped};
 
+/// So many threads are not asked for their children while they run.
+const MANY: usize = 16;
+
 /// A task that ended and that its parent has not waited for.
 #[derive(Debug, Clone)]
 pub struct Dead {
@@ -98,10 +101,16 @@ pub fn freeze(root: i32, limit: Duration) -> Result<Vec<Frozen>> {
         let mut seen = HashSet::from([root]);
         while let Some(pid) = queue.pop() {
             let tids = threads_of(pid);
+            let mut fresh = 0;
             for &tid in &tids {
-                news |= seize(pid, tid, &mut tree, &mut known, &mut buffer)?;
+                fresh += usize::from(seize(pid, tid, &mut tree, &mut known, &mut buffer)?);
             }
-            let children = children_of(pid, &tids, &mut buffer).task(pid)?;
+            news |= fresh > 0;
+            // each thread has children of its own: of many that may still make some, none is asked before they stand still
+            let children = match tree.get(&pid) {
+                Some(seized) if fresh > MANY => seized.children.clone(),
+                _ => children_of(pid, &tids, &mut buffer).task(pid)?,
+            };
             for &child in &children {
                 if seen.insert(child) {
                     tree.entry(child).or_insert_with(|| {
@@ -126,10 +135,8 @@ pub fn freeze(root: i32, limit: Duration) -> Result<Vec<Frozen>> {
         if began.elapsed() > limit {
             return Err(Error::Timeout { what: "the tree's coming to a standstill", seconds: limit.as_secs() });
         }
-        for seized in tree.values() {
-            for held in &seized.held {
-                ptrace::wait_quietly(held.tid(), limit.saturating_sub(began.elapsed()))?;
-            }
+        for held in tree.values_mut().flat_map(|seized| &mut seized.held) {
+            held.settle(limit.saturating_sub(began.elapsed()))?;
         }
     }
     let mut frozen = Vec::with_capacity(tree.len());
