@@ -170,13 +170,20 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     interrupt::check()?;
 
     // from here on tasks are changed, and put right again when `infected` is dropped
-    let mut asked = Vec::with_capacity(tasks.len());
     for (task, stopped) in tasks.iter().zip(threads) {
         let Kind::Alive(alive) = &task.kind else { continue };
         let other = if alive.vdso.is_some() { Vec::new() } else { code_ends(task.pid, &alive.facts.areas) };
         let codes: Vec<(u64, &[u8])> =
             alive.vdso.iter().chain(&other).map(|(at, bytes)| (*at, bytes.as_slice())).collect();
-        let mut host = Infected::infect(stopped, &codes, &robust)?;
+        infected.push(Infected::prepare(stopped, &codes, &robust)?);
+    }
+    Infected::enter(&mut infected)?;
+    let mut asked = Vec::with_capacity(tasks.len());
+    let alive = tasks.iter().filter_map(|t| match &t.kind {
+        Kind::Alive(alive) => Some((t, alive)),
+        Kind::Dead(_) => None,
+    });
+    for ((task, alive), host) in alive.zip(&mut infected) {
         let mut plans = Vec::with_capacity(host.threads().len());
         let mut in_task = None;
         let mut in_threads = Vec::new();
@@ -191,7 +198,6 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
             plans.push(plan);
         }
         host.start(plans).task(task.pid)?;
-        infected.push(host);
         asked.push((in_task.ok_or(Error::Gone)?, in_threads));
     }
     phases.mark("infecting");
@@ -205,6 +211,9 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
             }
         }
         files.ttys.read_queues(host)?;
+    }
+    infected.iter_mut().try_for_each(Infected::ask_to_halt)?;
+    for host in &mut infected {
         // after the timers were asked: one that is over by now has left a signal, and one of the two is in the images
         host.read_signals()?;
     }

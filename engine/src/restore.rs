@@ -366,12 +366,13 @@ fn build<'r>(
     phases.mark("settling");
 
     held.stop()?;
+    let mut arenas = Vec::new();
     for (_, node, a) in tree.alive() {
         set_registers(a).task(node.pid)?;
-        held.remove_executor(node.pid, arena.syscall_address()?, arena.leftovers(keeps_parked(a, birth)))
-            .task(node.pid)?;
-        set_leader(a).task(node.pid)?;
+        arenas.push((node.pid, arena.leftovers(keeps_parked(a, birth))));
     }
+    held.remove_executors(arena.syscall_address()?, &arenas)?;
+    tree.alive().try_for_each(|(_, node, a)| set_leader(a).task(node.pid))?;
     let connections = inet::connections(files)?;
     if let Some(guard) = files.guard {
         bind_by_guard(guard, &nursery.pids, !connections.is_empty())?;

@@ -173,9 +173,16 @@ fn check_at(message: &'static Message, bytes: &[u8], depth: usize) -> Result<(),
     let deeper = depth.checked_sub(1).ok_or(Malformed::Depth { limit: DEPTH })?;
     // One bit a field; no message has as many fields as bits (a test holds that).
     let mut seen = 0_u128;
+    // Fields mostly come in order, or again.
+    let mut last = 0;
     for item in Fields::new(message.name, bytes) {
         let item = item?;
-        let Some((place, field)) = message.field(item.number) else { continue };
+        let guess = [last, last + 1].into_iter().find_map(|place| {
+            let field = message.fields.get(place).filter(|field| field.number == item.number)?;
+            Some((place, field))
+        });
+        let Some((place, field)) = guess.or_else(|| message.field(item.number)) else { continue };
+        last = place;
         seen |= 1_u128.checked_shl(u32::try_from(place).unwrap_or(u32::MAX)).unwrap_or(0);
         item.scalars(message, field, |scalar| match (scalar, field.kind.message(), field.kind.values()) {
             (Scalar::Bytes(inner), Some(inner_type), _) => check_at(inner_type, inner, deeper),

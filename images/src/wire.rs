@@ -140,7 +140,13 @@ fn take<'a>(bytes: &mut &'a [u8], size: usize) -> Option<&'a [u8]> {
     Some(head)
 }
 
+#[inline]
 fn varint(bytes: &mut &[u8]) -> Option<u64> {
+    // Most are of one byte.
+    if let Some((&byte, rest)) = bytes.split_first().filter(|(byte, _)| **byte < 0x80) {
+        *bytes = rest;
+        return Some(byte.into());
+    }
     let mut value = 0_u64;
     for shift in (0..70).step_by(7) {
         let (byte, rest) = bytes.split_first()?;

@@ -23,11 +23,12 @@ pub(super) fn dump_files(tasks: &mut [Task], files: &mut DumpFiles<'_>) -> Resul
         memory::sysv::reserve(&alive.facts.areas, files);
         locks::note(&alive.facts.descriptors, files);
     }
+    let mut known = memory::areas::Known::default();
     for task in tasks {
         let Kind::Alive(alive) = &mut task.kind else { continue };
         let (pid, facts) = (task.pid, &alive.facts);
         memory::aio::wait_for_requests(&facts.areas, &facts.descriptors);
-        let vmas = memory::areas::entries(pid, &facts.areas, files).task(pid)?;
+        let vmas = memory::areas::entries(pid, &facts.areas, &mut known, files).task(pid)?;
         if !all.iter().any(|(id, _)| *id == alive.ids.files_id) {
             let own = ns_pid(pid, Some(facts.status()))?;
             let mut entries = Vec::with_capacity(facts.descriptors.len());

@@ -4,6 +4,7 @@
 //! /proc/PID/map_files, which leads to the mapped file even if its name is gone. What is not kept: mseal, memory policy,
 //! protection keys of areas, userfaultfd registrations (refused). Man pages: mmap(2), madvise(2), proc_pid_smaps(5).
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
@@ -28,15 +29,20 @@ const MADVICE: [(VmFlags, u32); 8] = [
     (VmFlags::WIPE_ON_FORK, 18),
 ];
 
+/// The ids of files behind areas, by what smaps says of the file: device, inode, path. An area of a file that was met before
+/// needs no look at the file.
+#[derive(Debug, Default)]
+pub struct Known(HashMap<(u32, u32, u64, Vec<u8>, bool), u32>);
+
 /// Turns the areas of a task into entries.
-pub fn entries(pid: i32, areas: &[Vma], files: &mut DumpFiles<'_>) -> Result<Vec<VmaEntry>> {
+pub fn entries(pid: i32, areas: &[Vma], known: &mut Known, files: &mut DumpFiles<'_>) -> Result<Vec<VmaEntry>> {
     let mut all: Vec<VmaEntry> = Vec::with_capacity(areas.len());
     for area in areas {
         // what an engine left that was killed while it was in the task; nobody runs there any more
         if area.name() == VmaName::NamedSharedAnonymous(AREA_NAME) {
             continue;
         }
-        let entry = entry(pid, area, files).at(Place::Area(area.start, area.end))?;
+        let entry = entry(pid, area, known, files).at(Place::Area(area.start, area.end))?;
         // [vvar] and [vvar_vclock] are one area in images
         if let Some(last) = all
             .last_mut()
@@ -50,7 +56,7 @@ pub fn entries(pid: i32, areas: &[Vma], files: &mut DumpFiles<'_>) -> Result<Vec
     Ok(all)
 }
 
-fn entry(pid: i32, area: &Vma, files: &mut DumpFiles<'_>) -> Result<VmaEntry> {
+fn entry(pid: i32, area: &Vma, known: &mut Known, files: &mut DumpFiles<'_>) -> Result<VmaEntry> {
     let flag = |f| area.vm_flags.contains(f);
     let mut e = VmaEntry {
         start: area.start,
@@ -108,7 +114,7 @@ fn entry(pid: i32, area: &Vma, files: &mut DumpFiles<'_>) -> Result<VmaEntry> {
         | VmaName::AnonymousHuge
         | VmaName::Memfd(_)
         | VmaName::File(_) => {
-            file_area(pid, area, files, &mut e)?;
+            file_area(pid, area, known, files, &mut e)?;
             return Ok(e);
         }
         VmaName::SysV(_) => {
@@ -152,7 +158,7 @@ fn entry(pid: i32, area: &Vma, files: &mut DumpFiles<'_>) -> Result<VmaEntry> {
 }
 
 /// An area with a file behind it, shared anonymous memory among them.
-fn file_area(pid: i32, area: &Vma, files: &mut DumpFiles<'_>, e: &mut VmaEntry) -> Result<()> {
+fn file_area(pid: i32, area: &Vma, known: &mut Known, files: &mut DumpFiles<'_>, e: &mut VmaEntry) -> Result<()> {
     let link = format!("/proc/{pid}/map_files/{:x}-{:x}", area.start, area.end);
     let seen = rustix::fs::lstat(&link).call("lstat(/proc/PID/map_files)")?;
     e.fdflags = Some(match seen.st_mode & 0o600 {
@@ -161,17 +167,27 @@ fn file_area(pid: i32, area: &Vma, files: &mut DumpFiles<'_>, e: &mut VmaEntry) 
         _ => libc::O_RDONLY as u32,
     });
     e.pgoff = area.offset;
+    e.status = status::REGULAR | if area.shared { status::FILE_SHARED } else { status::FILE_PRIVATE };
+    let device = area.vm_flags.contains(VmFlags::PFN_MAP) || area.vm_flags.contains(VmFlags::IO);
+    // smaps prints a newline as \012, and so does a name that has these four letters
+    let key = match (area.name(), &area.path) {
+        (VmaName::File(_), Some(path)) if !device && !path.iter().any(|c| b"\n\\".contains(c)) => {
+            Some((area.dev_major, area.dev_minor, area.inode, path.clone(), area.deleted))
+        }
+        _ => None,
+    };
+    if let Some(&id) = key.as_ref().and_then(|key| known.0.get(key)) {
+        e.shmid = u64::from(id);
+        return Ok(());
+    }
     let target = rustix::fs::readlink(&link, Vec::new()).call("readlink(/proc/PID/map_files)")?.into_bytes();
     let stat = rustix::fs::stat(&link).call("stat(/proc/PID/map_files)")?;
-    if matches!(area.name(), VmaName::File(_))
-        && (area.vm_flags.contains(VmFlags::PFN_MAP) || area.vm_flags.contains(VmFlags::IO))
-    {
+    if matches!(area.name(), VmaName::File(_)) && device {
         return Err(Error::refused(
             format!("memory of the device {}", String::from_utf8_lossy(&target)),
             "let the program unmap the device before the dump",
         ));
     }
-    e.status = status::REGULAR | if area.shared { status::FILE_SHARED } else { status::FILE_PRIVATE };
     let in_memory = target.starts_with(b"/memfd:")
         || matches!(area.name(), VmaName::SharedAnonymous | VmaName::NamedSharedAnonymous(_) | VmaName::AnonymousHuge);
     let kind = FileType::from_raw_mode(stat.st_mode);
@@ -186,7 +202,9 @@ fn file_area(pid: i32, area: &Vma, files: &mut DumpFiles<'_>, e: &mut VmaEntry) 
     } else {
         let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
         let file = rustix::fs::open(&link, flags, rustix::fs::Mode::empty()).call("open(/proc/PID/map_files)")?;
-        regular::mapped(files, file, &target, &stat)?
+        let id = regular::mapped(files, file, &target, &stat)?;
+        key.and_then(|key| known.0.insert(key, id));
+        id
     };
     e.shmid = u64::from(id);
     Ok(())

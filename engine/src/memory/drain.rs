@@ -20,8 +20,8 @@ use crate::sys::memory as remote;
 
 /// Bytes that one job copies.
 const PIECE: u64 = 4 << 20;
-/// Bytes that are copied at once.
-const BUFFER: usize = 512 << 10;
+/// Bytes that are copied at once: what is read is still in the processor's own cache when it is written.
+const BUFFER: usize = 128 << 10;
 
 /// Pages to copy, and where they go.
 #[derive(Debug)]
@@ -69,7 +69,13 @@ struct Area {
     /// It can be told what was written.
     marked: bool,
     of_file: bool,
+    /// Memory without a file, and much of it: a look at that alone is cheaper.
+    alone: bool,
 }
+
+/// Bytes, and areas, from which on they are much.
+const MUCH: u64 = 1 << 20;
+const MANY_AREAS: usize = 256;
 
 /// Finds the pages of `entries` that must be stored, and adds the pseudo entries of guard regions.
 /// `vdso` is what the vdso held before we touched it: a copy of it is stored whole.
@@ -91,6 +97,7 @@ pub fn plan(
     let mut guards = Vec::new();
     // areas between which nothing lies that is not to be looked at: one look serves them all
     let mut group: Vec<Area> = Vec::new();
+    let many = entries.len() >= MANY_AREAS;
     let look = |map: &mut Pagemap, group: &mut Vec<Area>, runs: &mut Vec<Run>, guards: &mut Vec<(u64, u64)>| {
         survey(map, group, marks, runs, guards)
     };
@@ -113,12 +120,15 @@ pub fn plan(
             continue;
         }
         let marked = marks.is_some_and(|m| m.cover(e.start, e.end));
-        let of_file = e.status & status::FILE_PRIVATE != 0 || huge;
+        // pages of huge memory that was only read are its file's, too
+        let of_file = huge || e.status & status::FILE_PRIVATE != 0;
+        let alone = !of_file && (run.bytes >= MUCH || many);
         let over_us = |a: &Area| a.run.address < ours.start && e.start >= ours.end;
-        if !map.sees_gaps() || group.last().is_some_and(|a| a.marked != marked || a.of_file != of_file || over_us(a)) {
+        let apart = |a: &Area| (a.marked, a.alone) != (marked, alone) || over_us(a);
+        if !map.sees_gaps() || group.last().is_some_and(apart) {
             look(&mut map, &mut group, &mut drain.runs, &mut guards)?;
         }
-        group.push(Area { run, marked, of_file });
+        group.push(Area { run, marked, of_file, alone });
     }
     look(&mut map, &mut group, &mut drain.runs, &mut guards)?;
     for (start, end) in guards {
@@ -144,7 +154,8 @@ fn survey(
     let marks = marks.filter(|_| first.marked);
     let protect = marks.map_or(Protect::No, TaskMarks::protect);
     let mut at = 0;
-    let found = map.survey(start, end, first.of_file, marks.map(|m| m.marks), protect, |found| {
+    let files = group.iter().any(|a| a.of_file);
+    let found = map.survey((start, end), files, marks.map(|m| m.marks), protect, |found| {
         let to = found.from + found.bytes;
         while group.get(at).is_some_and(|a| a.run.end() <= found.from) {
             at += 1;

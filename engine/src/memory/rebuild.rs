@@ -6,6 +6,7 @@
 //! page is its parent's is made anew: what the parent has there would be copied only to be overwritten.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::OnceLock;
 
 use standstill_images::pages::packed::PackedPages;
 use standstill_images::pages::PageChain;
@@ -48,6 +49,7 @@ pub struct Memory {
     chain: PageChain,
     content: Vec<Content>,
     vdso: Vec<u8>,
+    heads: OnceLock<Option<Heads>>,
 }
 
 impl std::fmt::Debug for Memory {
@@ -99,7 +101,7 @@ impl Memory {
             };
             content.push(Content { address: l.address, bytes: l.pages * PAGE, layer: l.layer, offset });
         }
-        let mut memory = Memory { mm, chain, content, vdso: Vec::new() };
+        let mut memory = Memory { mm, chain, content, vdso: Vec::new(), heads: OnceLock::new() };
         memory.validate()?;
         memory.vdso = memory.read_vdso()?;
         Ok(memory)
@@ -370,6 +372,24 @@ impl Memory {
         Ok(())
     }
 
+    /// The heads of its pages, if they can be had: all children of a task are compared with the same.
+    fn heads(&self) -> Option<&Heads> {
+        let read = || {
+            let pages = self.content.iter().map(|c| c.bytes / PAGE).sum::<u64>();
+            let mut heads = Heads::with_capacity(usize::try_from(pages).ok().filter(|_| pages <= MOST_HEADS)?);
+            for c in &self.content {
+                let source = self.chain.pages(c.layer)?;
+                for at in (0..c.bytes).step_by(PAGE as usize) {
+                    let mut head = [0; HEAD];
+                    source.read_exact_at(&mut head, c.offset + at).ok()?;
+                    heads.insert(c.address + at, head);
+                }
+            }
+            Some(heads)
+        };
+        self.heads.get_or_init(read).as_ref()
+    }
+
     /// Compares the areas that this task can have from its parent with the parent's.
     pub fn compare(&self, parent: &Memory) -> Result<Compared> {
         let mut compared = Compared::default();
@@ -404,35 +424,43 @@ impl Memory {
     ) -> Result<Difference> {
         let mut reads: Vec<Content> = Vec::new();
         let mut drops: Vec<(u64, u64)> = Vec::new();
-        let mut equal = Comparison::default();
-        let mut other = theirs.iter().flat_map(pages_of).peekable();
-        let mut own = content.iter().flat_map(pages_of).peekable();
+        let mut pages = Comparison::default();
+        let heads = parent.heads();
+        let (mut own, mut other) = (Cursor::new(content), Cursor::new(theirs));
         loop {
-            match (own.peek().copied(), other.peek().copied()) {
+            match (own.now, other.now) {
                 (None, None) => break,
                 (Some(o), t) if t.is_none_or(|t| o.address < t.address) => {
-                    push_page(&mut reads, o);
-                    own.next();
+                    let alone = t.map_or(o.bytes, |t| o.bytes.min(t.address - o.address));
+                    push_run(&mut reads, Content { bytes: alone, ..o });
+                    own.skip(alone);
                 }
                 (o, Some(t)) if o.is_none_or(|o| t.address < o.address) => {
+                    let alone = o.map_or(t.bytes, |o| t.bytes.min(o.address - t.address));
                     match drops.last_mut() {
-                        Some((start, bytes)) if *start + *bytes == t.address => *bytes += PAGE,
-                        _ => drops.push((t.address, PAGE)),
+                        Some((start, bytes)) if *start + *bytes == t.address => *bytes += alone,
+                        _ => drops.push((t.address, alone)),
                     }
-                    other.next();
+                    other.skip(alone);
                 }
                 (Some(o), Some(t)) => {
-                    figures.compared += 1;
                     let (Some(x), Some(y)) = (self.chain.pages(o.layer), parent.chain.pages(t.layer)) else {
                         return Err(Error::Gone);
                     };
-                    if equal.pages((x, o.offset), (y, t.offset)).call("read(pages)")? {
-                        figures.shared += 1;
-                    } else {
-                        push_page(&mut reads, o);
+                    let head = heads.and_then(|heads| heads.get(&t.address));
+                    let (both, said) =
+                        pages.next((x, o.offset), (y, t.offset), head, o.bytes.min(t.bytes)).call("read(pages)")?;
+                    for (at, equal) in (0..).step_by(PAGE as usize).zip(said) {
+                        figures.compared += 1;
+                        if equal {
+                            figures.shared += 1;
+                        } else {
+                            let (address, offset) = (o.address + at, o.offset + at);
+                            push_run(&mut reads, Content { address, bytes: PAGE, offset, ..o });
+                        }
                     }
-                    own.next();
-                    other.next();
+                    own.skip(both);
+                    other.skip(both);
                 }
                 (Some(_), None) | (None, Some(_)) => break,
             }
@@ -499,34 +527,78 @@ struct Difference {
     drops: Vec<(u64, u64)>,
 }
 
-/// Compares pages of images. Where the one before differed, the first bytes of the next are looked at first: most pages
-/// that differ do so there, and a page that is not read costs little.
+/// Bytes of images that are read and compared together: a call for each page would cost more than the bytes of the page.
+const TOGETHER: u64 = 64 << 10;
+/// Most pages that differ do so in their first bytes.
+const HEAD: usize = 64;
+/// Of more pages than these the heads are not kept.
+const MOST_HEADS: u64 = 1 << 16;
+
+/// The first bytes of each page of a task, by address.
+type Heads = HashMap<u64, [u8; HEAD]>;
+
+/// Compares pages of images. Where the one before differed, the first bytes of the next are looked at first: a page that is
+/// not read costs little. Where it did not, the next ones are read in one piece.
+#[derive(Default)]
 struct Comparison {
-    a: [u8; PAGE as usize],
-    b: [u8; PAGE as usize],
+    a: Vec<u8>,
+    b: Vec<u8>,
     differed: bool,
 }
 
-impl Default for Comparison {
-    fn default() -> Comparison {
-        Comparison { a: [0; PAGE as usize], b: [0; PAGE as usize], differed: false }
+impl Comparison {
+    /// Compares the next pages of two images, of which there are `bytes` bytes: how many bytes were compared, and whether each
+    /// page is the same. `head` is that of the first page of `y`.
+    fn next(
+        &mut self,
+        (x, at_x): (&dyn ReadAt, u64),
+        (y, at_y): (&dyn ReadAt, u64),
+        head: Option<&[u8; HEAD]>,
+        bytes: u64,
+    ) -> std::io::Result<(u64, Vec<bool>)> {
+        let mut bytes = bytes.min(TOGETHER);
+        if self.differed {
+            bytes = PAGE;
+            let (mut a, mut b) = ([0; HEAD], [0; HEAD]);
+            x.read_exact_at(&mut a, at_x)?;
+            match head {
+                Some(head) => b = *head,
+                None => y.read_exact_at(&mut b, at_y)?,
+            }
+            if a != b {
+                return Ok((PAGE, vec![false]));
+            }
+        }
+        for (room, source, at) in [(&mut self.a, x, at_x), (&mut self.b, y, at_y)] {
+            room.resize(usize::try_from(bytes).unwrap_or(0), 0);
+            source.read_exact_at(room, at)?;
+        }
+        let pages = |room| <[u8]>::chunks_exact(room, PAGE as usize);
+        let same: Vec<bool> = pages(&self.a).zip(pages(&self.b)).map(|(a, b)| a == b).collect();
+        self.differed = same.last() == Some(&false);
+        Ok((bytes, same))
     }
 }
 
-impl Comparison {
-    fn pages(&mut self, (x, at_x): (&dyn ReadAt, u64), (y, at_y): (&dyn ReadAt, u64)) -> std::io::Result<bool> {
-        const HEAD: usize = 64;
-        if self.differed {
-            x.read_exact_at(&mut self.a[..HEAD], at_x)?;
-            y.read_exact_at(&mut self.b[..HEAD], at_y)?;
-            if self.a[..HEAD] != self.b[..HEAD] {
-                return Ok(false);
-            }
+/// Goes through runs of pages.
+struct Cursor<'a> {
+    now: Option<Content>,
+    rest: std::slice::Iter<'a, Content>,
+}
+
+impl<'a> Cursor<'a> {
+    fn new(runs: &'a [Content]) -> Cursor<'a> {
+        let mut rest = runs.iter();
+        Cursor { now: rest.next().copied(), rest }
+    }
+
+    /// Goes on by so many bytes of the run that it stands in.
+    fn skip(&mut self, bytes: u64) {
+        let Some(run) = &mut self.now else { return };
+        (run.address, run.offset, run.bytes) = (run.address + bytes, run.offset + bytes, run.bytes - bytes);
+        if run.bytes == 0 {
+            self.now = self.rest.next().copied();
         }
-        x.read_exact_at(&mut self.a, at_x)?;
-        y.read_exact_at(&mut self.b, at_y)?;
-        self.differed = self.a != self.b;
-        Ok(!self.differed)
     }
 }
 
@@ -582,23 +654,12 @@ fn same_area(a: &VmaEntry, b: &VmaEntry) -> bool {
         && (!has_file(a) || a.shmid == b.shmid)
 }
 
-fn pages_of(run: &Content) -> impl Iterator<Item = Content> + '_ {
-    (0..run.bytes / PAGE).map(|i| Content {
-        address: run.address + i * PAGE,
-        bytes: PAGE,
-        layer: run.layer,
-        offset: run.offset + i * PAGE,
-    })
-}
-
-fn push_page(runs: &mut Vec<Content>, page: Content) {
+fn push_run(runs: &mut Vec<Content>, run: Content) {
     match runs.last_mut() {
-        Some(r)
-            if r.address + r.bytes == page.address && r.layer == page.layer && r.offset + r.bytes == page.offset =>
-        {
-            r.bytes += PAGE
+        Some(r) if r.address + r.bytes == run.address && r.layer == run.layer && r.offset + r.bytes == run.offset => {
+            r.bytes += run.bytes
         }
-        _ => runs.push(page),
+        _ => runs.push(run),
     }
 }
 

@@ -345,6 +345,21 @@ pub fn parse(text: &[u8]) -> Result<Vec<Vma>, ParseError> {
     Ok(areas)
 }
 
+/// How much of the beginning of a `smaps` is areas that are there to their last line, `VmFlags`: what can be parsed before the
+/// rest is read. Zero if there is none.
+#[must_use]
+pub fn whole_areas(text: &[u8]) -> usize {
+    const LAST: &[u8] = b"\nVmFlags:";
+    let mut end = text.len();
+    while let Some(at) = text[..end].windows(LAST.len()).rposition(|w| w == LAST) {
+        if let Some(line) = text[at + 1..].iter().position(|&b| b == b'\n') {
+            return at + 1 + line + 1;
+        }
+        end = at;
+    }
+    0
+}
+
 /// Like [`parse`], and hands each area over when it is complete.
 ///
 /// # Errors

@@ -132,3 +132,26 @@ fn many_areas() {
     println!("{} bytes in {took:?}", text.len());
     assert!(took < std::time::Duration::from_secs(5));
 }
+
+#[test]
+fn a_text_in_pieces_is_the_same() {
+    let area = |n: usize| {
+        format!(
+            "{:x}000-{:x}000 rw-p 00000000 00:00 0 \nSize: 4 kB\nKernelPageSize: 4 kB\nVmFlags: rd wr mr mw me ac \n",
+            n,
+            n + 1
+        )
+    };
+    let text: String = (16..40).map(|n| area(n * 2)).collect();
+    let whole = parse(text.as_bytes()).unwrap();
+    assert_eq!(whole.len(), 24);
+    for cut in 0..text.len() {
+        let cut = whole_areas(&text.as_bytes()[..cut]);
+        let mut both = parse(&text.as_bytes()[..cut]).unwrap();
+        both.extend(parse(&text.as_bytes()[cut..]).unwrap());
+        assert_eq!(both.len(), whole.len());
+        assert!(both.iter().zip(&whole).all(|(a, b)| (a.start, a.end, a.vm_flags) == (b.start, b.end, b.vm_flags)));
+    }
+    assert_eq!(whole_areas(b""), 0);
+    assert_eq!(whole_areas(b"\nVmFlags: rd"), 0);
+}

@@ -174,17 +174,36 @@ pub fn kill(pid: i32, signal: i32) -> Result<()> {
     answer("kill", unsafe { libc::kill(pid, signal) }.into()).map(drop)
 }
 
-/// Nice value, policy (with SCHED_RESET_ON_FORK) and real-time priority of a thread: getpriority(2), sched_getscheduler(2),
-/// sched_getparam(2).
+/// Nice value, policy (with SCHED_RESET_ON_FORK) and real-time priority of a thread: sched_getattr(2), getpriority(2).
 pub fn scheduling(tid: i32) -> Result<(i32, u32, u32)> {
-    let mut parameters = libc::sched_param { sched_priority: 0 };
-    // SAFETY: `parameters` lives across the call, all else are integers. The raw getpriority gives 20 - nice, never negative.
-    unsafe {
-        let policy = answer("sched_getscheduler", libc::syscall(libc::SYS_sched_getscheduler, tid))? as u32;
-        answer("sched_getparam", libc::syscall(libc::SYS_sched_getparam, tid, &raw mut parameters))?;
-        let nice = 20 - answer("getpriority", libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, tid))?;
-        Ok((nice as i32, policy, parameters.sched_priority as u32))
+    /// `struct sched_attr`, in its first version.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Attributes {
+        size: u32,
+        policy: u32,
+        flags: u64,
+        nice: i32,
+        priority: u32,
+        rest: [u64; 3],
     }
+    const SIZE: usize = 48;
+    const _: () = assert!(size_of::<Attributes>() == SIZE);
+    let mut a = Attributes::default();
+    // SAFETY: the kernel writes at most SIZE bytes, and `a` has as many.
+    let answered = unsafe { libc::syscall(libc::SYS_sched_getattr, tid, &raw mut a, SIZE, 0) };
+    answer("sched_getattr", answered)?;
+    let reset = if a.flags & libc::SCHED_FLAG_RESET_ON_FORK as u64 != 0 { libc::SCHED_RESET_ON_FORK as u32 } else { 0 };
+    // of a real-time thread, the nice value that it will have when it is none any more is not told there
+    let nice = match a.policy as i32 {
+        libc::SCHED_OTHER | libc::SCHED_BATCH => a.nice,
+        _ => {
+            // SAFETY: integers only. The raw getpriority gives 20 - nice, never negative.
+            let answered = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, tid) };
+            20 - answer("getpriority", answered)? as i32
+        }
+    };
+    Ok((nice, a.policy | reset, a.priority))
 }
 
 /// Our own descriptor of a number that the caller named: a duplicate, closed on exec.

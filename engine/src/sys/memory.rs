@@ -109,6 +109,15 @@ impl Shared {
         NonNull::new(p.cast()).map(|at| Shared { at, len }).ok_or(Error::Gone)
     }
 
+    /// Asks for all of its pages from `offset` on at once, which costs less than a fault for each (MADV_POPULATE_WRITE, kernel
+    /// 5.14). Where that does not work they come one by one.
+    pub fn populate(&self, offset: usize) {
+        const MADV_POPULATE_WRITE: libc::c_int = 23;
+        let from = offset.next_multiple_of(4096).min(self.len);
+        // SAFETY: the range is in the mapping; nothing in it changes.
+        unsafe { libc::madvise(self.at.as_ptr().add(from).cast(), self.len - from, MADV_POPULATE_WRITE) };
+    }
+
     /// Bytes mapped.
     pub fn len(&self) -> usize {
         self.len

@@ -272,16 +272,17 @@ fn child_signal() -> libc::sigset_t {
 
 /// Waits until `tid` is stopped.
 pub fn wait_stop(tid: i32, limit: Duration) -> Result<Stop> {
+    // where nobody waits for children, nobody is surprised by what `wait` would say of this one
+    let alone = is_alone();
     if let Some(stop) = stopped(tid)? {
-        reaped(tid);
+        let _ = alone || reaped(tid);
         return Ok(stop);
     }
-    let alone = is_alone();
     let began = Instant::now();
     let mut turns = 0u32;
     loop {
         if let Some(stop) = stopped(tid)? {
-            reaped(tid);
+            let _ = alone || reaped(tid);
             return Ok(stop);
         }
         if turns % 16 == 15 && (reaped(tid) || !exists(tid)) {
@@ -318,15 +319,15 @@ pub fn exists(tid: i32) -> bool {
     }
 }
 
-/// Waits until a seized task is stopped or gone, without looking at why; signals that come first are passed on.
-pub fn wait_quietly(tid: i32, limit: Duration) -> Result<()> {
+/// Waits until a seized task is stopped or gone (`None`); signals that come first are passed on.
+pub fn wait_quietly(tid: i32, limit: Duration) -> Result<Option<Stop>> {
     loop {
         match wait_stop(tid, limit) {
             Ok(Stop::Signal(signal)) => cont(tid, signal)?,
             Ok(Stop::Syscall) => cont(tid, 0)?,
-            Ok(Stop::Trap | Stop::Group(_)) => return Ok(()),
-            Err(Error::Gone) => return Ok(()),
-            Err(e) if e.errno() == libc::ESRCH => return Ok(()),
+            Ok(stop @ (Stop::Trap | Stop::Group(_))) => return Ok(Some(stop)),
+            Err(Error::Gone) => return Ok(None),
+            Err(e) if e.errno() == libc::ESRCH => return Ok(None),
             Err(e) => return Err(e),
         }
     }

@@ -1,5 +1,6 @@
 //! What /proc says of a stopped process: read from outside, in parallel, before anything is put into it.
 
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rayon::prelude::*;
@@ -79,10 +80,7 @@ impl Facts {
         };
         let areas = match areas {
             Some(areas) => areas,
-            None => {
-                file("smaps", &mut buf)?;
-                proc::maps::parse(&buf)?
-            }
+            None => self::areas(pid).at(Place::Path(format!("/proc/{pid}/smaps").into()))?,
         };
         file("limits", &mut buf)?;
         let limits = proc::limits::parse(&buf)?.to_vec();
@@ -123,6 +121,58 @@ impl Facts {
             loginuid,
         })
     }
+}
+
+/// Memory areas, from /proc/PID/smaps. Of many areas the text is long, and the kernel takes its time for each of them: what is
+/// there is parsed while the next part is made.
+fn areas(pid: i32) -> Result<Vec<Vma>> {
+    const LONG: usize = 1 << 20;
+    const PIECE: usize = 256 << 10;
+    let file = File::open(format!("/proc/{pid}/smaps")).call("open")?;
+    let mut text = Vec::with_capacity(64 << 10);
+    let more = read_more(&file, &mut text, LONG)?;
+    if !more {
+        return Ok(proc::maps::parse(&text)?);
+    }
+    std::thread::scope(|scope| {
+        let (pieces, to_parse) = std::sync::mpsc::sync_channel::<Vec<u8>>(4);
+        let parser = scope.spawn(move || -> Result<Vec<Vma>> {
+            let mut areas = Vec::new();
+            for piece in to_parse {
+                proc::maps::parse_each(&piece, |area| areas.push(area))?;
+            }
+            Ok(areas)
+        });
+        let mut more = more;
+        while more {
+            let rest = text.split_off(proc::maps::whole_areas(&text));
+            // a parser that found an error takes no more, and says so below
+            if pieces.send(std::mem::replace(&mut text, rest)).is_err() {
+                break;
+            }
+            text.reserve(PIECE + text.len());
+            more = read_more(&file, &mut text, PIECE)?;
+        }
+        let _ = pieces.send(text);
+        drop(pieces);
+        parser.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// Reads at least `bytes` more bytes; false at the end.
+fn read_more(file: &File, text: &mut Vec<u8>, bytes: usize) -> Result<bool> {
+    let enough = text.len() + bytes;
+    while text.len() < enough {
+        if text.capacity() - text.len() < 4096 {
+            text.reserve(text.capacity().clamp(16 << 10, 1 << 20));
+        }
+        match rustix::io::read(file, rustix::buffer::spare_capacity(text)) {
+            Ok(0) => return Ok(false),
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e).call("read"),
+        }
+    }
+    Ok(true)
 }
 
 /// What /proc/TID/status says of each thread: of many, read side by side.

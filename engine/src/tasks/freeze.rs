@@ -16,6 +16,9 @@ use crate::sys::calls::{self, Kcmp};
 use crate::sys::{memory, ptrace};
 use crate::tracee::{Held, Stopped};
 
+/// So many threads are not asked for their children while they run.
+const MANY: usize = 16;
+
 /// A task that ended and that its parent has not waited for.
 #[derive(Debug, Clone)]
 pub struct Dead {
@@ -107,10 +110,16 @@ pub fn freeze(root: i32, limit: Duration) -> Result<Vec<Frozen>> {
         let mut seen = HashSet::from([root]);
         while let Some(pid) = queue.pop() {
             let tids = threads_of(pid);
+            let mut fresh = 0;
             for &tid in &tids {
-                news |= seize(pid, tid, &mut tree, &mut known, &mut buffer)?;
+                fresh += usize::from(seize(pid, tid, &mut tree, &mut known, &mut buffer)?);
             }
-            let children = children_of(pid, &tids, &mut buffer).task(pid)?;
+            news |= fresh > 0;
+            // each thread has children of its own: of many that may still make some, none is asked before they stand still
+            let children = match tree.get(&pid) {
+                Some(seized) if fresh > MANY => seized.children.clone(),
+                _ => children_of(pid, &tids, &mut buffer).task(pid)?,
+            };
             for &child in &children {
                 if !tree.contains_key(&child) && is_awaited(pid, &tids, child, &mut buffer) {
                     news = true;
@@ -137,11 +146,9 @@ pub fn freeze(root: i32, limit: Duration) -> Result<Vec<Frozen>> {
         if began.elapsed() > limit {
             return Err(Error::Timeout { what: "the tree's coming to a standstill", seconds: limit.as_secs() });
         }
-        for seized in tree.values() {
-            for held in &seized.held {
-                let stopped = ptrace::wait_quietly(held.tid(), limit.saturating_sub(began.elapsed()));
-                stopped.map_err(|e| in_kernel(e, limit)).task(held.tid())?;
-            }
+        for held in tree.values_mut().flat_map(|seized| &mut seized.held) {
+            let settled = held.settle(limit.saturating_sub(began.elapsed()));
+            settled.map_err(|e| in_kernel(e, limit)).task(held.tid())?;
         }
     }
     let mut frozen = Vec::with_capacity(tree.len());

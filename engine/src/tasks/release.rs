@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use crate::error::{At, Call, Error, Result};
 use crate::sys::ptrace::Stop;
 use crate::sys::{calls, ptrace};
-use crate::tracee::{one_call, STOP_LIMIT};
+use crate::tracee::{await_entry, await_result, begin_call, STOP_LIMIT};
 
 /// Threads that were seized and must be let go; while they are here they end with us.
 #[derive(Debug, Default)]
@@ -42,22 +42,31 @@ impl Seized {
         Ok(())
     }
 
-    /// Unmaps the arena, in a process whose threads are all stopped and, but for the leader, out of it. `call` is the address
-    /// of a system call instruction.
-    pub fn remove_executor(&mut self, pid: i32, call: u64, arena: (u64, u64)) -> Result<()> {
-        let mut regs = ptrace::registers(pid)?;
-        regs.ip = call;
-        regs.ax = libc::SYS_munmap as u64;
-        regs.orig_ax = u64::MAX;
-        (regs.di, regs.si) = arena;
-        one_call(pid, &regs, "munmap")?;
-        // once more, on the way to user mode: from such a stop the kernel restarts a system call if there is one
-        ptrace::interrupt(pid)?;
-        ptrace::cont(pid, 0)?;
-        match ptrace::wait_stop(pid, STOP_LIMIT)? {
+    /// Unmaps the arena, in processes whose threads are all stopped and, but for the leader, out of it; side by side. `call` is
+    /// the address of a system call instruction; each process comes with address and length.
+    pub fn remove_executors(&mut self, call: u64, arenas: &[(i32, (u64, u64))]) -> Result<()> {
+        let each = |f: &dyn Fn(i32, (u64, u64)) -> Result<()>| {
+            arenas.iter().try_for_each(|&(pid, arena)| f(pid, arena).task(pid))
+        };
+        each(&|pid, arena| {
+            let mut regs = ptrace::registers(pid)?;
+            regs.ip = call;
+            regs.ax = libc::SYS_munmap as u64;
+            regs.orig_ax = u64::MAX;
+            (regs.di, regs.si) = arena;
+            begin_call(pid, &regs)
+        })?;
+        each(&|pid, _| await_entry(pid))?;
+        each(&|pid, _| {
+            await_result(pid, "munmap")?;
+            // once more, on the way to user mode: from such a stop the kernel restarts a system call if there is one
+            ptrace::interrupt(pid)?;
+            ptrace::cont(pid, 0)
+        })?;
+        each(&|pid, _| match ptrace::wait_stop(pid, STOP_LIMIT)? {
             Stop::Trap | Stop::Group(_) => Ok(()),
             Stop::Syscall | Stop::Signal(_) => Err(Error::Usage { what: "the executor did not leave".into() }),
-        }
+        })
     }
 
     /// Nobody is bound to us any more, but all are stopped. If we die meanwhile, the kernel ends some: one process or none,

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use standstill_restorer::arch::{self, Registers, STUB_SIZE};
 use standstill_restorer::plan::{Code, Control, Expect, Owner};
 
-use super::{one_call, Stopped, ALL_SIGNALS, STOP_LIMIT};
+use super::{await_entry, await_result, begin_call, Stopped, ALL_SIGNALS, STOP_LIMIT};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::guard::{Act, Guard, List};
 use crate::plan::{Arg, Plan};
@@ -31,7 +31,9 @@ const PAGE: usize = 4096;
 pub(super) const STACK: usize = 4096;
 /// Room for a plan in the group leader, and in every other thread.
 const LEADER_ROOM: usize = 128 << 10;
-const THREAD_ROOM: usize = 8 << 10;
+const THREAD_ROOM: usize = 2 << 10;
+/// For so many threads most of the area will be used, and its pages are asked for at once.
+const MANY_THREADS: usize = 16;
 /// How long a plan of questions may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
@@ -153,17 +155,25 @@ pub struct Infected<'a> {
     /// Trampoline in the vdso: address, and the bytes that were there (all zero).
     tail: u64,
     running: bool,
+    halting: bool,
     halted: bool,
     asked: Vec<Question>,
     cured: bool,
 }
 
 impl<'a> Infected<'a> {
-    /// Puts the executor into a stopped process; `threads` are all of its threads, the group leader first.
+    /// Puts the executor into a stopped process; see [`Infected::prepare`].
+    pub fn infect(threads: Vec<Stopped>, codes: &[(u64, &[u8])], robust: &'a RobustList) -> Result<Infected<'a>> {
+        let mut infected = Infected::prepare(threads, codes, robust)?;
+        Infected::enter(std::slice::from_mut(&mut infected))?;
+        Ok(infected)
+    }
+
+    /// Gets ready to put the executor into a stopped process; `threads` are all of its threads, the group leader first.
     ///
     /// `codes` are places where it has code, with what is there: `[vdso]` first, then others; the first that ends in enough
     /// zeros is used for the trampoline.
-    pub fn infect(threads: Vec<Stopped>, codes: &[(u64, &[u8])], robust: &'a RobustList) -> Result<Infected<'a>> {
+    pub fn prepare(threads: Vec<Stopped>, codes: &[(u64, &[u8])], robust: &'a RobustList) -> Result<Infected<'a>> {
         let Some(leader) = threads.first() else { return Err(Error::Gone) };
         let pid = leader.tid();
         let xsave = threads.iter().map(|t| t.xstate.len()).max().unwrap_or(0).max(4096);
@@ -178,7 +188,7 @@ impl<'a> Infected<'a> {
                 )
             })
             .task(pid)?;
-        let mut infected = Infected {
+        Ok(Infected {
             area: Area::of(threads.len(), xsave),
             threads,
             shared: None,
@@ -187,12 +197,11 @@ impl<'a> Infected<'a> {
             memory,
             tail,
             running: false,
+            halting: false,
             halted: false,
             asked: Vec::new(),
             cured: false,
-        };
-        infected.enter().task(pid)?;
-        Ok(infected)
+        })
     }
 
     /// The group leader's id.
@@ -218,19 +227,38 @@ impl<'a> Infected<'a> {
         plan.ask("name of the executor's area", libc::SYS_prctl, &args);
     }
 
-    fn enter(&mut self) -> Result<()> {
-        let leader = &self.threads[0];
-        let stub = arch::trampoline(self.tail, &leader.registers_for_healing(), leader.mask);
-        memory::write_at(&self.memory, self.tail, &stub)?;
-        let shared = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        let address = self.remote(libc::SYS_mmap, [0, self.area.len as u64, 5, shared as u64, u64::MAX, 0], "mmap")?;
-        self.area.address = address;
-        let (code, len) = (self.area.code as u64, self.area.len as u64);
-        self.remote(libc::SYS_mprotect, [address + code, len - code, 3, 0, 0, 0], "mprotect")?;
-        let pid = self.threads[0].tid();
+    /// Puts the executor into processes that were prepared, side by side. After an error each of them still is either as it
+    /// was or can be cured, which dropping it does.
+    pub fn enter(hosts: &mut [Infected<'_>]) -> Result<()> {
+        for host in &*hosts {
+            let leader = &host.threads[0];
+            let stub = arch::trampoline(host.tail, &leader.registers_for_healing(), leader.mask);
+            memory::write_at(&host.memory, host.tail, &stub).task(host.pid())?;
+        }
+        let shared = (libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE) as u64;
+        let mapped = remote(hosts, libc::SYS_mmap, |h| [0, h.area.len as u64, 5, shared, u64::MAX, 0], "mmap");
+        // all that there is, before the first error: what has an address is unmapped again
+        for (host, address) in hosts.iter_mut().zip(&mapped) {
+            host.area.address = *address.as_ref().unwrap_or(&0);
+        }
+        mapped.into_iter().try_for_each(|address| address.map(drop))?;
+        let data = |h: &Infected<'_>| {
+            let (at, code, len) = (h.area.address, h.area.code as u64, h.area.len as u64);
+            [at + code, len - code, 3, 0, 0, 0]
+        };
+        remote(hosts, libc::SYS_mprotect, data, "mprotect").into_iter().try_for_each(|done| done.map(drop))?;
+        hosts.iter_mut().try_for_each(|host| host.fill().task(host.pid()))
+    }
+
+    /// Fills the area, which is there now.
+    fn fill(&mut self) -> Result<()> {
+        let (pid, address, code) = (self.pid(), self.area.address, self.area.code as u64);
         let path = format!("/proc/{pid}/map_files/{address:x}-{:x}", address + code);
         let file = File::options().read(true).write(true).open(&path).call("open").at(Place::Path(path.into()))?;
         let shared = Shared::map(file.as_fd(), 0, self.area.len)?;
+        if self.threads.len() >= MANY_THREADS {
+            shared.populate(self.area.slot(1));
+        }
         shared.write(0, BLOB);
         self.robust.own(&shared, self.area.code);
         for (i, thread) in self.threads.iter().enumerate() {
@@ -260,16 +288,15 @@ impl<'a> Infected<'a> {
         Ok(())
     }
 
-    /// One system call of the stopped group leader, from the trampoline.
-    fn remote(&self, nr: i64, args: [u64; 6], call: &'static str) -> Result<u64> {
-        let leader = &self.threads[0];
-        let mut regs = leader.registers;
+    /// Registers with which the stopped group leader makes a system call, from the trampoline.
+    fn for_call(&self, nr: i64, args: [u64; 6]) -> Registers {
+        let mut regs = self.threads[0].registers;
         regs.ip = self.tail;
         regs.ax = nr as u64;
         regs.orig_ax = u64::MAX;
         regs.flags &= !0x100;
         [regs.di, regs.si, regs.dx, regs.r10, regs.r8, regs.r9] = args;
-        one_call(leader.tid(), &regs, call)
+        regs
     }
 
     fn shared(&self) -> Result<&Shared> {
@@ -476,13 +503,19 @@ impl<'a> Infected<'a> {
         Ok(())
     }
 
-    /// Stops all threads, if they run the executor.
-    fn halt(&mut self) -> Result<()> {
-        if !self.running || std::mem::replace(&mut self.halted, true) {
+    /// Asks all threads to stop, if they run the executor; who has several processes asks all before it waits for one.
+    pub fn ask_to_halt(&mut self) -> Result<()> {
+        if !self.running || std::mem::replace(&mut self.halting, true) {
             return Ok(());
         }
-        for thread in &self.threads {
-            ptrace::interrupt(thread.tid()).task(thread.tid())?;
+        self.threads.iter().try_for_each(|thread| ptrace::interrupt(thread.tid()).task(thread.tid()))
+    }
+
+    /// Stops all threads, if they run the executor.
+    fn halt(&mut self) -> Result<()> {
+        self.ask_to_halt()?;
+        if !self.running || std::mem::replace(&mut self.halted, true) {
+            return Ok(());
         }
         (0..self.threads.len()).try_for_each(|i| self.await_halt(i))
     }
@@ -540,7 +573,8 @@ impl<'a> Infected<'a> {
             let leader = &self.threads[0];
             let stub = arch::trampoline(self.tail, &leader.registers_for_healing(), leader.mask);
             memory::write_at(&self.memory, self.tail, &stub).task(pid)?;
-            self.remote(libc::SYS_munmap, [self.area.address, self.area.len as u64, 0, 0, 0, 0], "munmap").task(pid)?;
+            let args = [self.area.address, self.area.len as u64, 0, 0, 0, 0];
+            super::one_call(pid, &self.for_call(libc::SYS_munmap, args), "munmap").task(pid)?;
         }
         self.put_back(&self.threads[0])?;
         memory::write_at(&self.memory, self.tail, &[0; STUB_SIZE]).task(pid)?;
@@ -558,6 +592,22 @@ impl<'a> Infected<'a> {
         ptrace::set_signal_mask(tid, thread.mask).task(tid)?;
         ptrace::set_registers(tid, &thread.registers).task(tid)
     }
+}
+
+/// One system call in each of several processes, side by side: what came of it.
+fn remote(
+    hosts: &[Infected<'_>],
+    nr: i64,
+    args: impl Fn(&Infected<'_>) -> [u64; 6],
+    call: &'static str,
+) -> Vec<Result<u64>> {
+    // a step is made of all that are left, whatever becomes of others: nobody is left in the middle of a call
+    let begun: Vec<Result<()>> =
+        hosts.iter().map(|h| begin_call(h.pid(), &h.for_call(nr, args(h))).task(h.pid())).collect();
+    let entered: Vec<Result<()>> =
+        hosts.iter().zip(begun).map(|(h, before)| before.and_then(|()| await_entry(h.pid()).task(h.pid()))).collect();
+    let all = hosts.iter().zip(entered);
+    all.map(|(h, before)| before.and_then(|()| await_result(h.pid(), call).task(h.pid()))).collect()
 }
 
 impl Drop for Infected<'_> {

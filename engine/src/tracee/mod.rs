@@ -30,17 +30,25 @@ pub const ALL_SIGNALS: u64 = !0;
 /// One system call of a stopped task: `regs` hold its number and operands, and point to a system call instruction, behind
 /// which the task is stopped again. All of its signals are blocked then.
 pub(crate) fn one_call(tid: i32, regs: &Registers, call: &'static str) -> Result<u64> {
+    begin_call(tid, regs)?;
+    await_entry(tid)?;
+    await_result(tid, call)
+}
+
+/// The three steps of [`one_call`], for many tasks: each step is made of all before the next, so that they run side by side.
+pub(crate) fn begin_call(tid: i32, regs: &Registers) -> Result<()> {
     ptrace::set_registers(tid, regs)?;
     ptrace::set_signal_mask(tid, ALL_SIGNALS)?;
-    let mut stops = 0;
-    while stops < 2 {
-        ptrace::cont_to_syscall(tid)?;
-        match ptrace::wait_stop(tid, STOP_LIMIT)? {
-            Stop::Syscall => stops += 1,
-            // SIGSTOP cannot be blocked: DETACH of a task in a stopped group stops it again, so nothing is lost
-            Stop::Signal(_) | Stop::Group(_) | Stop::Trap => {}
-        }
-    }
+    ptrace::cont_to_syscall(tid)
+}
+
+pub(crate) fn await_entry(tid: i32) -> Result<()> {
+    await_syscall(tid)?;
+    ptrace::cont_to_syscall(tid)
+}
+
+pub(crate) fn await_result(tid: i32, call: &'static str) -> Result<u64> {
+    await_syscall(tid)?;
     let result = ptrace::registers(tid)?.ax;
     let error = result as i64;
     if (-4095..0).contains(&error) {
@@ -50,4 +58,14 @@ pub(crate) fn one_call(tid: i32, regs: &Registers, call: &'static str) -> Result
         });
     }
     Ok(result)
+}
+
+fn await_syscall(tid: i32) -> Result<()> {
+    loop {
+        match ptrace::wait_stop(tid, STOP_LIMIT)? {
+            Stop::Syscall => return Ok(()),
+            // SIGSTOP cannot be blocked: DETACH of a task in a stopped group stops it again, so nothing is lost
+            Stop::Signal(_) | Stop::Group(_) | Stop::Trap => ptrace::cont_to_syscall(tid)?,
+        }
+    }
 }

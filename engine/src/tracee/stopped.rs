@@ -112,13 +112,15 @@ const IO_PGETEVENTS: i64 = 333;
 pub struct Held {
     tid: i32,
     done: bool,
+    /// The stop, if it was seen already.
+    seen: Option<Stop>,
 }
 
 impl Held {
     /// Seizes a thread and asks it to stop. It does not end with its tracer.
     pub fn seize(tid: i32, options: usize) -> Result<Held> {
         ptrace::seize(tid, ptrace::SYSGOOD | options).task(tid)?;
-        let held = Held { tid, done: false };
+        let held = Held { tid, done: false, seen: None };
         ptrace::interrupt(tid).task(tid)?;
         Ok(held)
     }
@@ -128,11 +130,20 @@ impl Held {
         self.tid
     }
 
+    /// Waits until it is stopped or gone, without looking at why.
+    pub fn settle(&mut self, limit: Duration) -> Result<()> {
+        if self.seen.is_none() {
+            self.seen = ptrace::wait_quietly(self.tid, limit)?;
+        }
+        Ok(())
+    }
+
     /// Waits for the stop; signals that come first are passed on.
     pub fn wait(mut self, limit: Duration) -> Result<Stopped> {
         let tid = self.tid;
+        let mut stop = self.seen;
         let group_stop = loop {
-            match ptrace::wait_stop(tid, limit).task(tid)? {
+            match stop.take().map_or_else(|| ptrace::wait_stop(tid, limit), Ok).task(tid)? {
                 Stop::Trap => break None,
                 Stop::Group(signal) => break Some(signal),
                 Stop::Signal(signal) => ptrace::cont(tid, signal).task(tid)?,
