@@ -116,7 +116,17 @@ impl Run {
 
     /// Kills the guest, of which `images` are.
     pub fn kill(&mut self, images: &Path) {
+        // whoever is stopped makes no children
+        let mut before = 0;
         self.look();
+        while self.tree.len() != before {
+            before = self.tree.len();
+            for &pid in &self.tree {
+                process::signal(pid, libc::SIGSTOP);
+            }
+            std::thread::sleep(Duration::from_millis(2));
+            self.look();
+        }
         for &pid in &self.tree {
             process::signal(pid, libc::SIGKILL);
         }
