@@ -256,6 +256,7 @@ pub fn segment(key: i32) -> Option<i32> {
 
 /// Makes System V shared memory with this key, and stays attached to it: its id, and where it is.
 pub fn make_segment(key: i32, size: usize) -> (i32, *mut u8) {
+    // SAFETY: a new mapping at a place of the kernel's choice touches nothing that exists.
     unsafe {
         let id = libc::shmget(key, size, libc::IPC_CREAT | libc::IPC_EXCL | 0o600);
         assert!(id >= 0, "shmget: {}", io::Error::last_os_error());
@@ -265,5 +266,6 @@ pub fn make_segment(key: i32, size: usize) -> (i32, *mut u8) {
 
 /// Removes System V shared memory.
 pub fn remove_segment(id: i32) {
+    // SAFETY: no memory of ours is touched.
     unsafe { libc::shmctl(id, libc::IPC_RMID, std::ptr::null_mut()) };
 }

@@ -79,7 +79,7 @@ fn tmux() {
     eventually("the editor's file", || fs::read_to_string(&file).is_ok_and(|t| t == "from before\nfrom after\n"));
     tmux.keys(0, &["clear; echo $X; jobs; stty size", "Enter"]);
     tmux.shows(0, "remembered");
-    tmux.shows(0, "22 91");
+    tmux.shows(0, "23 91");
     let screen = tmux.screen(0);
     assert!(screen.contains("Running") && screen.contains("Stopped"), "{screen}");
     tmux.keys(0, &["clear; fg %2", "Enter"]);
