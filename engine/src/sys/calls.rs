@@ -4,7 +4,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use standstill_images::proto::FownEntry;
 
-use crate::error::{Error, Result};
+use crate::error::{Call, Error, Result};
 
 fn answer(call: &'static str, r: libc::c_long) -> Result<i64> {
     if r < 0 {
@@ -195,12 +195,18 @@ pub fn signalfd(mask: u64, flags: i32) -> Result<OwnedFd> {
     }
 }
 
-/// The other end of a terminal pair, by its master (TIOCGPTPEER of ioctl_tty(2)).
+/// The other end of a terminal pair, by its master (TIOCGPTPEER of ioctl_tty(2)); closed on exec.
+///
+/// That is said of the descriptor afterwards: the kernel would keep O_CLOEXEC among the flags of the open file, and
+/// /proc/PID/fdinfo would show it for every descriptor of it.
 pub fn open_pty_peer(master: BorrowedFd<'_>, flags: u32) -> Result<OwnedFd> {
     const TIOCGPTPEER: u64 = 0x5441;
-    let fd = ioctl_value(master, "ioctl(TIOCGPTPEER)", TIOCGPTPEER, flags.into())?;
+    let flags = u64::from(flags & !(libc::O_CLOEXEC as u32));
+    let fd = ioctl_value(master, "ioctl(TIOCGPTPEER)", TIOCGPTPEER, flags)?;
     // SAFETY: the new descriptor is ours alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC).call("fcntl(F_SETFD)")?;
+    Ok(fd)
 }
 
 /// open_by_handle_at(2) with O_PATH: the file of a handle, on the file system that `mount` is on.

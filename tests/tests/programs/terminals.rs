@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use standstill_tests::engine::Engine;
 use standstill_tests::process;
-use standstill_tests::program::{eventually, folder, program, Program};
+use standstill_tests::program::{eventually, folder, program, Program, LIMIT};
 
 struct Tmux {
     path: PathBuf,
@@ -30,7 +30,11 @@ impl Tmux {
         self.say(&["capture-pane", "-p", "-t", &format!("main:{window}")])
     }
     fn shows(&self, window: u32, text: &str) {
-        eventually(&format!("{text:?} in window {window}"), || self.screen(window).contains(text));
+        let began = std::time::Instant::now();
+        while !self.screen(window).contains(text) {
+            assert!(began.elapsed() < LIMIT, "no {text:?} in window {window}:\n{}", self.screen(window));
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 }
 
