@@ -78,6 +78,41 @@ impl Program {
         assert!(lacking.is_empty(), "processes {lacking:?} were not restored");
     }
 
+    /// Kills the engine at a moment by chance, in a dump that would leave the program running and in a restore, as often as
+    /// `STANDSTILL_PROGRAM_KILLS` says (1): the program goes on, or nothing of it is there and it can be restored.
+    pub fn survive(&mut self, options: &[&str], mut moves: impl FnMut(&Program)) {
+        let kills = std::env::var("STANDSTILL_PROGRAM_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
+        let engine = Engine::ours();
+        let images = self.folder.join("images");
+        fs::create_dir_all(&images).unwrap_or_else(|e| panic!("{e}"));
+        let pid = self.pid.to_string();
+        let (mut dumping, mut restoring) = (Duration::from_millis(60), Duration::from_millis(60));
+        for turn in 0..kills {
+            let mut dump = engine.command("dump", &images, &[&["-t", &pid, "-R"], options].concat());
+            killed(&mut dump, &mut dumping, turn);
+            moves(self);
+            self.dump(options);
+            let mut restore = engine.command("restore", &images, &[&["-d"], options].concat());
+            killed(&mut restore, &mut restoring, turn);
+            let began = Instant::now();
+            // all of it, or nothing
+            while process::exists(self.pid) && process::reap(self.pid).is_none() && began.elapsed() < LIMIT {
+                if began.elapsed() > Duration::from_millis(500) && process::alive(self.pid) {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            if !process::alive(self.pid) {
+                let _ = process::wait_gone(&self.tree, Duration::from_secs(5));
+                for &pid in &self.tree {
+                    process::reap_session(pid);
+                }
+                self.restore_restless(options);
+            }
+            moves(self);
+        }
+    }
+
     /// Dumps it `dumps` times while it works, the last time to death, and restores it. `moves` is asked in between; it sees
     /// to it that the program goes on.
     pub fn carry(&mut self, dumps: u32, options: &[&str], mut moves: impl FnMut()) {
@@ -140,6 +175,25 @@ impl Drop for Program {
         } else {
             let _ = fs::remove_dir_all(&self.folder);
         }
+    }
+}
+
+/// Starts the engine, and kills it after a part of the time that it took when it was not killed.
+fn killed(command: &mut Command, takes: &mut Duration, turn: u32) {
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let began = Instant::now();
+    let mut engine = command.spawn().unwrap_or_else(|e| panic!("{e}"));
+    // parts that lie apart from each other, and another first one each time
+    let part = (u64::from(turn) * 618 + u64::from(engine.id()) * 7919) % 1000;
+    std::thread::sleep(*takes * u32::try_from(part).unwrap_or(0) / 1000);
+    let ended = engine.try_wait().ok().flatten().is_some();
+    let _ = engine.kill();
+    let _ = engine.wait();
+    if ended {
+        *takes = began.elapsed();
+    } else {
+        // it may take longer than was thought
+        *takes = *takes * 11 / 10;
     }
 }
 

@@ -149,6 +149,7 @@ guests! {
     timers_posix
     track_exec
     track_file
+    track_flood
     track_forked
     track_given_back
     track_huge

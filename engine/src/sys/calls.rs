@@ -252,12 +252,14 @@ pub fn signalfd(mask: u64, flags: i32) -> Result<OwnedFd> {
     }
 }
 
-/// The other end of a terminal pair, by its master (TIOCGPTPEER of ioctl_tty(2)). The descriptor is closed on exec.
+/// The other end of a terminal pair, by its master (TIOCGPTPEER of ioctl_tty(2)); closed on exec.
+///
+/// That is said of the descriptor afterwards: the kernel would keep O_CLOEXEC among the flags of the open file, and
+/// /proc/PID/fdinfo would show it for every descriptor of it.
 pub fn open_pty_peer(master: BorrowedFd<'_>, flags: u32) -> Result<OwnedFd> {
     const TIOCGPTPEER: u64 = 0x5441;
-    // of O_CLOEXEC the kernel makes a flag of the open file, which stays there
-    let flags = flags & !(libc::O_CLOEXEC as u32);
-    let fd = ioctl_value(master, "ioctl(TIOCGPTPEER)", TIOCGPTPEER, flags.into())?;
+    let flags = u64::from(flags & !(libc::O_CLOEXEC as u32));
+    let fd = ioctl_value(master, "ioctl(TIOCGPTPEER)", TIOCGPTPEER, flags)?;
     // SAFETY: the new descriptor is ours alone.
     let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
     rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC).call("fcntl(F_SETFD)")?;

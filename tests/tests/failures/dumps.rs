@@ -89,7 +89,7 @@ pub(crate) fn large_and_deleted() -> Option<String> {
 
 pub(crate) fn traced() -> Option<String> {
     let program = counting("");
-    let Some(strace) = standstill_tests::program::program("strace") else { return None };
+    let strace = standstill_tests::program::program("strace")?;
     let pid = program.pid.to_string();
     let mut tracer = Command::new(strace).args(["-qq", "-e", "none", "-p", &pid]).spawn().ok()?;
     let traced = || {

@@ -1,7 +1,7 @@
 //! Images that are not what a dump wrote.
 
-use std::fs;
 use std::path::PathBuf;
+use std::{fs, io};
 
 use standstill_tests::program::Program;
 
@@ -17,9 +17,9 @@ fn dumped() -> Program {
 }
 
 /// Harms an image, and mends it.
-fn with_image(program: &Program, path: PathBuf, harm: impl FnOnce(&PathBuf)) -> Option<String> {
+fn with_image(program: &Program, path: PathBuf, harm: impl FnOnce(&PathBuf) -> io::Result<()>) -> Option<String> {
     let whole = fs::read(&path).ok()?;
-    harm(&path);
+    harm(&path).ok()?;
     let text = restore_fails(program, &[]);
     fs::write(&path, whole).ok()?;
     program.restore_restless(&[]);
@@ -30,7 +30,7 @@ fn with_image(program: &Program, path: PathBuf, harm: impl FnOnce(&PathBuf)) -> 
 pub(crate) fn no_inventory() -> Option<String> {
     let program = dumped();
     let path = images(&program).join("inventory.img");
-    with_image(&program, path, |p| fs::remove_file(p).unwrap())
+    with_image(&program, path, |p| fs::remove_file(p))
 }
 
 pub(crate) fn newer_version() -> Option<String> {
@@ -41,13 +41,14 @@ pub(crate) fn newer_version() -> Option<String> {
             text.replace("\"img_version\": 1", "\"img_version\": 99")
                 .replace("\"img_version\": 2", "\"img_version\": 99")
         });
+        Ok(())
     })
 }
 
 pub(crate) fn no_image() -> Option<String> {
     let program = dumped();
     let path = images(&program).join(format!("core-{}.img", program.pid));
-    with_image(&program, path, |p| fs::remove_file(p).unwrap())
+    with_image(&program, path, |p| fs::remove_file(p))
 }
 
 /// Each image in turn is cut, at its end and in its middle.
@@ -86,5 +87,5 @@ pub(crate) fn truncated() -> Option<String> {
 pub(crate) fn not_an_image() -> Option<String> {
     let program = dumped();
     let path = images(&program).join("pstree.img");
-    with_image(&program, path, |p| fs::write(p, "this is no image at all").unwrap())
+    with_image(&program, path, |p| fs::write(p, "this is no image at all"))
 }

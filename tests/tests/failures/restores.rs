@@ -1,8 +1,9 @@
 //! Restores that fail.
 
-use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::{fs, io};
 
 use standstill_tests::engine::Engine;
 use standstill_tests::process;
@@ -73,10 +74,10 @@ pub(crate) fn ids_end_before() -> Option<String> {
 }
 
 /// Changes what an image says, as JSON.
-pub(crate) fn edit(image: &std::path::Path, change: impl FnOnce(String) -> String) {
+pub(crate) fn edit(image: &Path, change: impl FnOnce(String) -> String) {
     let engine = Engine::ours();
     let json = image.with_extension("json");
-    let call = |verb: &str, from: &std::path::Path, to: &std::path::Path| {
+    let call = |verb: &str, from: &Path, to: &Path| {
         let done = Command::new(engine.path()).args(["image", verb, "-i"]).arg(from).arg("-o").arg(to).status();
         assert!(done.is_ok_and(|s| s.success()), "image {verb}");
     };
@@ -89,40 +90,35 @@ pub(crate) fn edit(image: &std::path::Path, change: impl FnOnce(String) -> Strin
     let _ = fs::remove_file(json);
 }
 
+type Change<'a> = &'a dyn Fn(&Path) -> io::Result<()>;
+
 /// Something happens to a file that it has open, and is undone.
-fn with_file(harm: impl FnOnce(&std::path::Path), cure: impl FnOnce(&std::path::Path)) -> Option<String> {
+fn with_file(harm: Change<'_>, cure: Change<'_>) -> Option<String> {
     let program = dumped("open(O, '>', 'data'); print O 'content'; close O; open(F, '<', 'data')", &[]);
     let path = program.folder.join("data");
-    harm(&path);
+    harm(&path).ok()?;
     let text = restore_fails(&program, &[]);
-    cure(&path);
+    cure(&path).ok()?;
     comes_back(&program, &[]);
     Some(text)
 }
 
 pub(crate) fn file_missing() -> Option<String> {
-    with_file(
-        |p| fs::rename(p, p.with_extension("kept")).unwrap(),
-        |p| fs::rename(p.with_extension("kept"), p).unwrap(),
-    )
+    let kept = |p: &Path| p.with_extension("kept");
+    with_file(&|p| fs::rename(p, kept(p)), &|p| fs::rename(kept(p), p))
 }
 
 pub(crate) fn file_grown() -> Option<String> {
-    with_file(
-        |p| fs::write(p, "more content").unwrap(),
-        |p| {
-            fs::write(p, "content").unwrap();
-        },
-    )
+    with_file(&|p| fs::write(p, "more content"), &|p| fs::write(p, "content"))
 }
 
 pub(crate) fn file_mode() -> Option<String> {
-    let set = |p: &std::path::Path, mode| fs::set_permissions(p, fs::Permissions::from_mode(mode)).unwrap();
-    with_file(|p| set(p, 0o600), |p| set(p, 0o644))
+    let set = |p: &Path, mode| fs::set_permissions(p, fs::Permissions::from_mode(mode));
+    with_file(&|p| set(p, 0o600), &|p| set(p, 0o644))
 }
 
 /// Its own copy of Perl, in a file of its own.
-fn own_copy() -> Option<(Program, std::path::PathBuf)> {
+fn own_copy() -> Option<(Program, PathBuf)> {
     let perl = program("perl")?;
     let at =
         std::env::temp_dir().join(format!("standstill-{}-perl-{:?}", std::process::id(), std::thread::current().id()));
@@ -162,7 +158,7 @@ pub(crate) fn other_program() -> Option<String> {
     Some(text)
 }
 
-fn replace(path: &std::path::Path, bytes: &[u8]) {
+fn replace(path: &Path, bytes: &[u8]) {
     fs::write(path, bytes).unwrap_or_else(|e| panic!("{e}"));
 }
 

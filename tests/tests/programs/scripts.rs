@@ -25,6 +25,7 @@ fn counts(name: &str, command: &mut Command, at: PathBuf, options: &[&str]) {
         program.carry(dumps, options, || {});
         program.moves(100);
     }
+    program.survive(options, |p| p.moves(20));
 }
 
 #[test]
@@ -134,11 +135,15 @@ fn postgres() {
     command.arg(&copy).arg(&programs).arg(&work).uid(uid).gid(gid).env("HOME", &work);
     let mut program = Program::start("postgres", at.clone(), &mut command);
     eventually("postgres", || work.join("ready").exists() && transactions() > 50);
-    for dumps in [DUMPS, 1] {
-        program.carry(dumps, &[], || {});
+    let moves = || {
         let before = transactions();
         eventually("transactions", || transactions() > before + 50);
+    };
+    for dumps in [DUMPS, 1] {
+        program.carry(dumps, &[], || {});
+        moves();
     }
+    program.survive(&[], |_| moves());
     assert!(
         !work.join("failed").exists(),
         "a client failed: {}",
