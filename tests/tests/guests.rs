@@ -54,6 +54,7 @@ guests! {
     cwd_deleted
     cwd_root
     cwd_shared
+    devices
     epoll
     eventfd
     eventfd_semaphore
@@ -63,6 +64,7 @@ guests! {
     files_append
     files_deleted
     files_dirs
+    files_holes
     files_many
     files_offsets
     files_owner
@@ -85,6 +87,7 @@ guests! {
     locks_waiting
     membarrier
     memfd
+    memfd_kinds
     memfd_sealed
     memory_advice
     memory_brk
@@ -103,6 +106,7 @@ guests! {
     packed_kinds
     personality
     personality_names
+    pidfd
     pipes
     pipes_full
     pipes_halves
@@ -163,10 +167,13 @@ refused! {
     refused_fanotify
     refused_io_uring
     refused_lease
+    refused_link
     refused_lock
     refused_outside_pipe
     refused_perf
+    refused_pidfd
     refused_traced
+    refused_userfaultfd
 }
 
 /// A guest without a test would test nothing.

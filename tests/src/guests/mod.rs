@@ -9,6 +9,7 @@ mod aio;
 mod clocks;
 mod creds;
 mod cwd;
+mod devices;
 mod epoll;
 mod eventfd;
 mod fanotify;
@@ -25,6 +26,7 @@ mod memory;
 mod netlink;
 mod packed;
 mod personality;
+mod pidfd;
 mod pipes;
 mod proc_self;
 mod refused;
@@ -155,6 +157,7 @@ pub const ALL: &[Guest] = &[
     guest("cwd_deleted", cwd::deleted),
     guest("cwd_root", cwd::root),
     guest("cwd_shared", cwd::shared).criu(Criu::Cannot("CRIU 4.2 refuses CLONE_FS between processes")),
+    guest("devices", devices::devices),
     guest("epoll", epoll::epoll),
     guest("eventfd", eventfd::eventfd).criu(Criu::DumpsOnly("CRIU 4.2 cuts counters to 32 bits")),
     guest("eventfd_semaphore", eventfd::semaphore).criu(Criu::Cannot("CRIU 4.2 loses EFD_SEMAPHORE")),
@@ -164,6 +167,7 @@ pub const ALL: &[Guest] = &[
     guest("files_append", files::append),
     guest("files_deleted", files::deleted),
     guest("files_dirs", files::dirs).criu(Criu::DumpsOnly(FLAG)),
+    guest("files_holes", files::holes),
     guest("files_many", files::many),
     guest("files_offsets", files::offsets),
     guest("files_owner", files::owner),
@@ -190,6 +194,7 @@ pub const ALL: &[Guest] = &[
     locks("locks_waiting", locks::waiting),
     guest("membarrier", membarrier::registrations),
     guest("memfd", memfd::memfd),
+    guest("memfd_kinds", memfd::kinds),
     guest("memfd_sealed", memfd::sealed),
     guest("memory_advice", memory::advice),
     guest("memory_brk", memory::brk),
@@ -208,6 +213,7 @@ pub const ALL: &[Guest] = &[
     guest("packed_kinds", packed::kinds).dump(&["--compress"]).criu(Criu::Cannot(PACKED)),
     guest("personality", personality::personality).criu(Criu::DumpsOnly("CRIU 4.2 does not restore the persona")),
     guest("personality_names", personality::names),
+    guest("pidfd", pidfd::processes),
     guest("pipes", pipes::pipes),
     guest("pipes_full", pipes::full),
     guest("pipes_halves", pipes::halves),
@@ -280,10 +286,13 @@ pub const ALL: &[Guest] = &[
     guest("refused_fanotify", fanotify::deciding).refused(&["decides about accesses"]),
     guest("refused_io_uring", refused::io_uring).refused(&["io_uring"]),
     guest("refused_lease", refused::lease).dump(&["--file-locks"]).refused(&["a lease on the deleted file"]),
+    guest("refused_link", refused::link).dump(&["--link-remap"]).refused(&["a userfaultfd"]),
     guest("refused_lock", refused::lock).refused(&["--file-locks"]),
     guest("refused_outside_pipe", refused::outside_socket).refused(&["socket"]),
     guest("refused_perf", refused::perf).refused(&["perf_event"]),
+    guest("refused_pidfd", refused::pidfd).refused(&["a pidfd of process 1"]),
     guest("refused_traced", refused::traced).refused(&["traces"]),
+    guest("refused_userfaultfd", refused::userfaultfd).refused(&["a userfaultfd"]),
 ];
 
 /// The guest of this name.
