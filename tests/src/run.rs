@@ -22,8 +22,8 @@ static IDS: Mutex<()> = Mutex::new(());
 #[derive(Debug)]
 pub struct Run {
     guest: &'static Guest,
-    /// Held by guests with System V shared memory, of whose ids there is one set: one that a dumped guest is to get back
-    /// must not be given to another meanwhile.
+    /// Held by guests with System V shared memory or terminals, of whose numbers there is one set: one that a dumped guest
+    /// is to get back must not be given to another meanwhile.
     _ids: Option<MutexGuard<'static, ()>>,
     /// Its files, and the images of it.
     pub folder: PathBuf,
@@ -37,7 +37,10 @@ impl Run {
     /// Starts a guest, and waits until its state stands.
     pub fn start(name: &str) -> Run {
         process::adopt();
-        let ids = name.starts_with("sysv").then(|| IDS.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+        let ids = ["sysv", "tty"]
+            .iter()
+            .any(|kind| name.starts_with(kind))
+            .then(|| IDS.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
         let Some(guest) = guests::find(name) else { panic!("there is no guest {name}") };
         if guest.alone_in_network {
             process::private_network();

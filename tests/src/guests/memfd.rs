@@ -79,11 +79,14 @@ pub(super) fn kinds() {
     did(future.set_len(8192));
     let area = map_file(0, 8192, RW, libc::MAP_SHARED, future.as_raw_fd(), 0);
     unsafe { sys(libc::fcntl(future.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_FUTURE_WRITE)) };
+    let up = Shared::new();
     let child = fork(|| {
+        up.set(0, 1);
         eventually("the parent's word", || unsafe { area.read_volatile() } == 1);
         unsafe { area.add(4096).write_volatile(2) };
         0
     });
+    up.wait(0, 1);
     let modes = || [&exec, &noexec].map(|f| std::os::unix::fs::MetadataExt::mode(&did(f.metadata())));
     let before = modes();
     ready();

@@ -25,9 +25,14 @@ fn pid_of(fd: &OwnedFd) -> Option<i32> {
 /// Each leads to who it led to.
 pub(super) fn processes() {
     let own = open(unsafe { libc::getpid() });
-    let child = fork(|| loop {
-        unsafe { libc::pause() };
+    let up = Shared::new();
+    let child = fork(|| {
+        up.set(0, 1);
+        loop {
+            unsafe { libc::pause() };
+        }
     });
+    up.wait(0, 1);
     let (one, two) = (open(child), open(child));
     let copy = did(one.try_clone());
     let zombie = fork(|| 3);
