@@ -299,3 +299,29 @@ pub fn remove_segment(id: i32) {
     // SAFETY: no memory of ours is touched.
     unsafe { libc::shmctl(id, libc::IPC_RMID, std::ptr::null_mut()) };
 }
+
+/// Attaches System V shared memory.
+pub fn attach_segment(id: i32) -> usize {
+    // SAFETY: a new mapping at a place of the kernel's choice touches nothing that exists.
+    let at = unsafe { libc::shmat(id, std::ptr::null(), 0) };
+    assert!(at as isize != -1, "shmat: {}", io::Error::last_os_error());
+    at as usize
+}
+
+/// A byte of what was attached, after it was written if it is to be.
+pub fn byte_of_segment(at: usize, offset: usize, write: Option<u8>) -> u8 {
+    // SAFETY: the caller gives an offset within the segment that it attached.
+    unsafe {
+        let at = at as *mut u8;
+        if let Some(byte) = write {
+            at.add(offset).write_volatile(byte);
+        }
+        at.add(offset).read_volatile()
+    }
+}
+
+/// Detaches it again.
+pub fn detach_segment(at: usize) {
+    // SAFETY: what was attached, into which nobody keeps a reference.
+    unsafe { libc::shmdt(at as *const libc::c_void) };
+}

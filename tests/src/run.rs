@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::compare;
@@ -15,10 +16,15 @@ use crate::skip::skip;
 const LIMIT: Duration = Duration::from_secs(60);
 const CAP_SYS_RESOURCE: u32 = 24;
 
+static IDS: Mutex<()> = Mutex::new(());
+
 /// A guest that runs. When this goes away, so does the guest, and unless the test failed its folder too.
 #[derive(Debug)]
 pub struct Run {
     guest: &'static Guest,
+    /// Held by guests with System V shared memory or terminals, of whose numbers there is one set: one that a dumped guest
+    /// is to get back must not be given to another meanwhile.
+    _ids: Option<MutexGuard<'static, ()>>,
     /// Its files, and the images of it.
     pub folder: PathBuf,
     /// Its first process.
@@ -31,6 +37,10 @@ impl Run {
     /// Starts a guest, and waits until its state stands.
     pub fn start(name: &str) -> Run {
         process::adopt();
+        let ids = ["sysv", "tty"]
+            .iter()
+            .any(|kind| name.starts_with(kind))
+            .then(|| IDS.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
         let Some(guest) = guests::find(name) else { panic!("there is no guest {name}") };
         if guest.alone_in_network {
             process::private_network();
@@ -45,7 +55,7 @@ impl Run {
         #[allow(clippy::zombie_processes)]
         let child = command.spawn().unwrap_or_else(|e| panic!("starting the guest: {e}"));
         let pid = i32::try_from(child.id()).unwrap_or(0);
-        let mut run = Run { guest, folder, pid, tree: vec![pid] };
+        let mut run = Run { guest, _ids: ids, folder, pid, tree: vec![pid] };
         let began = Instant::now();
         while !run.file("ready").exists() {
             if let Ok(why) = std::fs::read_to_string(run.file("result")) {

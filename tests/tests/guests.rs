@@ -54,6 +54,7 @@ guests! {
     cwd_deleted
     cwd_root
     cwd_shared
+    devices
     epoll
     eventfd
     eventfd_semaphore
@@ -64,6 +65,7 @@ guests! {
     files_deleted
     files_dirs
     files_high
+    files_holes
     files_many
     files_offsets
     files_owner
@@ -91,6 +93,7 @@ guests! {
     locks_waiting
     membarrier
     memfd
+    memfd_kinds
     memfd_sealed
     memory_advice
     memory_brk
@@ -112,6 +115,7 @@ guests! {
     packet_rings
     personality
     personality_names
+    pidfd
     pipes
     pipes_full
     pipes_halves
@@ -188,6 +192,7 @@ refused! {
     refused_in_flight
     refused_io_uring
     refused_lease
+    refused_link
     refused_lock
     refused_lonely_ring
     refused_mptcp
@@ -199,6 +204,8 @@ refused! {
     refused_unix_urgent
     refused_vsock
     refused_xdp
+    refused_pidfd
+    refused_userfaultfd
 }
 
 /// A guest without a test would test nothing.

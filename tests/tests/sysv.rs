@@ -79,3 +79,28 @@ fn criu_refuses_the_hosts() {
     assert!(output.text.contains("doesn't live in IPC ns"), "{}", output.text);
     run.check(How::Running);
 }
+
+#[test]
+fn packed() {
+    for name in ["sysv", "sysv_removed", "sysv_huge", "sysv_pieces", "aio"] {
+        let mut run = Run::start(name);
+        let images = run.images("images");
+        run.dump_with(&Engine::ours(), &images, &["--compress"]);
+        run.restore(&Engine::ours(), &images);
+        run.check(How::Restored);
+    }
+}
+
+#[test]
+fn a_segment_that_others_use_keeps_what_they_wrote() {
+    let (mut run, images, _, id) = dumped();
+    let at = process::attach_segment(id);
+    // beyond what the guest looks at
+    let word = |write: Option<u8>| process::byte_of_segment(at, 6 << 20, write);
+    assert_eq!(word(Some(42)), 42);
+    run.restore(&Engine::ours(), &images);
+    assert_eq!(word(None), 42, "the segment is ours, too");
+    process::detach_segment(at);
+    process::remove_segment(id);
+    drop(run);
+}

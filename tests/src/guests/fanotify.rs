@@ -18,11 +18,18 @@ fn mark(fd: &OwnedFd, flags: u32, mask: u64, path: &str) {
 /// Masks of the events that wait.
 fn events(fd: &OwnedFd) -> Vec<u64> {
     let mut buffer = [0u64; 1024];
-    let n = unsafe { libc::read(fd.as_raw_fd(), buffer.as_mut_ptr().cast(), 8192) };
-    if n < 0 {
-        check_eq!(errno(), libc::EAGAIN);
-        return Vec::new();
-    }
+    let n = loop {
+        let n = unsafe { libc::read(fd.as_raw_fd(), buffer.as_mut_ptr().cast(), 8192) };
+        match errno() {
+            _ if n >= 0 => break n,
+            // a file of a process that is gone by now
+            libc::ESRCH | libc::ENOENT => {}
+            error => {
+                check_eq!(error, libc::EAGAIN);
+                return Vec::new();
+            }
+        }
+    };
     let (mut at, mut all) = (0, Vec::new());
     while at < n as usize / 8 {
         // length, version and offset; mask; descriptor and process

@@ -273,3 +273,27 @@ pub(super) fn high() {
     sys(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd, libc::SIGKILL, null, 0) });
     check_eq!(wait(child), libc::SIGKILL);
 }
+
+/// A deleted file with holes: at its beginning, in the middle, at its end; much longer than what is in it.
+pub(super) fn holes() {
+    let file = did(File::options().read(true).write(true).create_new(true).open("holes"));
+    did(file.set_len(6 << 30));
+    for at in [1 << 20, (1 << 20) + 8192, 3 << 30, (6 << 30) - 5000] {
+        did(file.write_all_at(b"something", at));
+    }
+    did(std::fs::remove_file("holes"));
+    let before = did(file.metadata());
+    ready();
+    let now = did(file.metadata());
+    check_eq!((now.len(), now.nlink()), (before.len(), 0));
+    check!(now.blocks() <= before.blocks() + 64);
+    let mut text = [0u8; 9];
+    for at in [1 << 20, (1 << 20) + 8192, 3 << 30, (6 << 30) - 5000] {
+        did(file.read_exact_at(&mut text, at));
+        check_eq!(&text, b"something");
+    }
+    for at in [0, (1 << 20) + 4096, 2 << 30, (6 << 30) - 9] {
+        did(file.read_exact_at(&mut text, at));
+        check_eq!(text, [0u8; 9]);
+    }
+}

@@ -62,9 +62,11 @@ pub(super) fn in_force() {
     lease(&inherited, libc::F_WRLCK);
     let shared = Shared::new();
     let child = fork(|| {
+        shared.set(1, 1);
         shared.wait(0, 1);
         i32::from(leased(&inherited) != libc::F_WRLCK)
     });
+    shared.wait(1, 1);
     ready();
     check_eq!(TOLD.load(Ordering::SeqCst), 0);
     check!(reads.iter().all(|file| leased(file) == libc::F_RDLCK));

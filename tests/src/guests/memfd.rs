@@ -56,3 +56,53 @@ pub(super) fn sealed() {
     check_eq!(unsafe { libc::fcntl(open.as_raw_fd(), libc::F_GET_SEALS) }, 0);
     did(open.write_all_at(b"x", 0));
 }
+
+/// Executable and not, of huge pages if there are some, mapped by two who write to each other, sealed for the future only.
+pub(super) fn kinds() {
+    const NOEXEC_SEAL: u32 = 8;
+    const EXEC: u32 = 16;
+    const F_SEAL_EXEC: i32 = 0x20;
+    let exec = new(c"exec", EXEC);
+    did(exec.write_all_at(&did(std::fs::read("/bin/true")), 0));
+    let noexec = new(c"noexec", NOEXEC_SEAL);
+    let huge = unsafe { libc::memfd_create(c"huge".as_ptr(), libc::MFD_HUGETLB) };
+    let huge = (huge >= 0).then(|| unsafe { File::from_raw_fd(huge) });
+    let huge_area = huge.as_ref().and_then(|file| {
+        did(file.set_len(4 << 20));
+        let area = unsafe { libc::mmap(std::ptr::null_mut(), 4 << 20, RW, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+        (area != libc::MAP_FAILED).then_some(area.cast::<u8>())
+    });
+    if let Some(area) = huge_area {
+        unsafe { area.add(3 << 20).write(9) };
+    }
+    let future = new(c"future", libc::MFD_ALLOW_SEALING);
+    did(future.set_len(8192));
+    let area = map_file(0, 8192, RW, libc::MAP_SHARED, future.as_raw_fd(), 0);
+    unsafe { sys(libc::fcntl(future.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_FUTURE_WRITE)) };
+    let up = Shared::new();
+    let child = fork(|| {
+        up.set(0, 1);
+        eventually("the parent's word", || unsafe { area.read_volatile() } == 1);
+        unsafe { area.add(4096).write_volatile(2) };
+        0
+    });
+    up.wait(0, 1);
+    let modes = || [&exec, &noexec].map(|f| std::os::unix::fs::MetadataExt::mode(&did(f.metadata())));
+    let before = modes();
+    ready();
+    check_eq!(modes(), before);
+    check!(unsafe { libc::fcntl(noexec.as_raw_fd(), libc::F_GET_SEALS) } & F_SEAL_EXEC != 0);
+    check!(future.write_at(b"x", 0).is_err());
+    unsafe { area.write_volatile(1) };
+    check_eq!(wait(child), 0);
+    check_eq!(unsafe { area.add(4096).read_volatile() }, 2);
+    if let Some(area) = huge_area {
+        check_eq!(unsafe { (area.read(), area.add(3 << 20).read()) }, (0, 9));
+    }
+    let run = fork(|| {
+        let arguments = [c"true".as_ptr(), std::ptr::null()];
+        unsafe { libc::fexecve(exec.as_raw_fd(), arguments.as_ptr(), [std::ptr::null()].as_ptr()) };
+        1
+    });
+    check_eq!(wait(run), 0);
+}

@@ -9,6 +9,7 @@ mod aio;
 mod clocks;
 mod creds;
 mod cwd;
+mod devices;
 mod epoll;
 mod eventfd;
 mod fanotify;
@@ -27,6 +28,7 @@ mod netlink;
 mod packed;
 mod packet;
 mod personality;
+mod pidfd;
 mod pipes;
 mod proc_self;
 mod refused;
@@ -161,6 +163,7 @@ pub const ALL: &[Guest] = &[
     guest("cwd_deleted", cwd::deleted),
     guest("cwd_root", cwd::root),
     guest("cwd_shared", cwd::shared).criu(Criu::Cannot("CRIU 4.2 refuses CLONE_FS between processes")),
+    guest("devices", devices::devices),
     guest("epoll", epoll::epoll),
     guest("eventfd", eventfd::eventfd).criu(Criu::DumpsOnly("CRIU 4.2 cuts counters to 32 bits")),
     guest("eventfd_semaphore", eventfd::semaphore).criu(Criu::Cannot("CRIU 4.2 loses EFD_SEMAPHORE")),
@@ -171,6 +174,7 @@ pub const ALL: &[Guest] = &[
     guest("files_deleted", files::deleted),
     guest("files_dirs", files::dirs).criu(Criu::DumpsOnly(FLAG)),
     guest("files_high", files::high).criu(Criu::DumpsOnly("CRIU 4.2 needs numbers of its own above all others")),
+    guest("files_holes", files::holes),
     guest("files_many", files::many),
     guest("files_offsets", files::offsets),
     guest("files_owner", files::owner),
@@ -206,6 +210,7 @@ pub const ALL: &[Guest] = &[
     locks("locks_waiting", locks::waiting),
     guest("membarrier", membarrier::registrations),
     guest("memfd", memfd::memfd),
+    guest("memfd_kinds", memfd::kinds),
     guest("memfd_sealed", memfd::sealed),
     guest("memory_advice", memory::advice),
     guest("memory_brk", memory::brk),
@@ -227,6 +232,7 @@ pub const ALL: &[Guest] = &[
     guest("packet_rings", packet::rings).alone_in_network().criu(Criu::Cannot("CRIU 4.2 starts rings anew")),
     guest("personality", personality::personality).criu(Criu::DumpsOnly("CRIU 4.2 does not restore the persona")),
     guest("personality_names", personality::names),
+    guest("pidfd", pidfd::processes),
     guest("pipes", pipes::pipes),
     guest("pipes_full", pipes::full),
     guest("pipes_halves", pipes::halves),
@@ -339,6 +345,7 @@ pub const ALL: &[Guest] = &[
     guest("refused_in_flight", refused::in_flight).refused(&["TCP socket", "--skip-in-flight"]).dump(CONNECTED),
     guest("refused_io_uring", refused::io_uring).refused(&["io_uring"]),
     guest("refused_lease", refused::lease).dump(&["--file-locks"]).refused(&["a lease on the deleted file"]),
+    guest("refused_link", refused::link).dump(&["--link-remap"]).refused(&["a userfaultfd"]),
     guest("refused_lock", refused::lock).refused(&["--file-locks"]),
     guest("refused_lonely_ring", refused::lonely_ring).refused(&["ring of packet socket"]),
     guest("refused_mptcp", refused::mptcp).refused(&["multipath TCP"]),
@@ -350,6 +357,8 @@ pub const ALL: &[Guest] = &[
     guest("refused_unix_urgent", refused::unix_urgent).refused(&["urgent byte", "unix stream"]),
     guest("refused_vsock", refused::vsock).refused(&["vsock"]),
     guest("refused_xdp", refused::xdp).refused(&["XDP"]),
+    guest("refused_pidfd", refused::pidfd).refused(&["a pidfd of process 1"]),
+    guest("refused_userfaultfd", refused::userfaultfd).refused(&["a userfaultfd"]),
 ];
 
 /// Programs that one test starts by itself: they are no guests, since they check nothing.

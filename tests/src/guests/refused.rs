@@ -240,3 +240,37 @@ pub(super) fn lonely_ring() {
     ready();
     check_eq!(unsafe { ring.read_volatile() }, 0);
 }
+
+/// Memory of the program that it serves itself.
+pub(super) fn userfaultfd() {
+    const USER_MODE_ONLY: i32 = 1;
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY) };
+    let _file = unsafe { File::from_raw_fd(sys(fd) as i32) };
+    ready();
+}
+
+/// A pidfd of a process that stays behind.
+pub(super) fn pidfd() {
+    let _file = unsafe { File::from_raw_fd(sys(libc::syscall(libc::SYS_pidfd_open, 1, 0)) as i32) };
+    ready();
+}
+
+/// A deleted file that has another name, and behind it something that is refused: no name is left of the dump.
+pub(super) fn link() {
+    did(std::fs::write("first", b"two names"));
+    let file = did(File::open("first"));
+    did(std::fs::hard_link("first", "second"));
+    did(std::fs::remove_file("first"));
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK | 1) };
+    let _refused = unsafe { File::from_raw_fd(sys(fd) as i32) };
+    let names = || {
+        let mut all: Vec<_> = did(std::fs::read_dir(".")).map(|e| did(e).file_name()).collect();
+        all.retain(|name| name != "ready" && name != "check" && name != "check.new");
+        all.sort();
+        all
+    };
+    let before = names();
+    ready();
+    check_eq!(names(), before);
+    check_eq!(did(std::io::read_to_string(file)), "two names");
+}

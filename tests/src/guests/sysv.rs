@@ -64,11 +64,14 @@ pub(super) fn shared() {
         put(at, 5 * MB, b"in the middle");
         put(at, size - 3, b"end");
     }
+    let up = Shared::new();
     let child = fork(|| {
+        up.set(0, 1);
         eventually("the parent's word", || unsafe { is(at, 0, b"to the child") });
         unsafe { put(at, 4096, b"to the parent") };
         0
     });
+    up.wait(0, 1);
     let before = facts(id);
     check_eq!(before.7, 4);
     ready();
