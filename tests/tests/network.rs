@@ -4,12 +4,20 @@ use std::io::{Read, Write};
 use std::net::{SocketAddrV6, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::process::Command;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use standstill_tests::engine::Engine;
 use standstill_tests::guests::support::How;
 use standstill_tests::process;
 use standstill_tests::run::Run;
+
+/// Who is left behind can be told only if nobody else starts processes.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn alone() -> std::sync::MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
 
 /// Bytes that go each way.
 const ALL: u64 = 100 << 20;
@@ -41,6 +49,7 @@ fn hash(mut hash: u64, bytes: &[u8]) -> u64 {
 /// times, with data on the way both ways. No byte is lost or comes twice.
 #[test]
 fn a_client_outside_keeps_its_connection() {
+    let _alone = alone();
     let mut run = Run::start("tcp_echo");
     let port: u16 = std::fs::read_to_string(run.file("port")).unwrap_or_default().parse().unwrap_or(0);
     let mut to = TcpStream::connect(("127.0.0.1", port)).unwrap_or_else(|e| panic!("{e}"));
@@ -145,6 +154,7 @@ fn dumped(name: &str) -> (Run, std::path::PathBuf) {
 
 #[test]
 fn a_port_in_use() {
+    let _alone = alone();
     let (mut run, images) = dumped("inet_bound");
     let taken = TcpListener::bind("127.0.0.1:7004").unwrap_or_else(|e| panic!("{e}"));
     refused_then_restored(&mut run, &images, &[], &["the port of TCP socket", "7004", "is in use"], || drop(taken));
@@ -160,6 +170,7 @@ fn taken(run: &Run) -> OwnedFd {
 
 #[test]
 fn a_connection_that_somebody_has() {
+    let _alone = alone();
     let (mut run, images) = dumped("tcp_states");
     let taken = taken(&run);
     let words = ["the connection from", "is somebody else's now"];
@@ -168,6 +179,7 @@ fn a_connection_that_somebody_has() {
 
 #[test]
 fn an_interface_that_is_gone() {
+    let _alone = alone();
     if !Command::new("ip").arg("-V").status().is_ok_and(|s| s.success()) {
         standstill_tests::skip::skip("an_interface_that_is_gone", "there is no ip(8)");
         return;
@@ -191,6 +203,11 @@ fn an_interface_that_is_gone() {
 /// After a dump and its restore, and after a restore that failed, there is no table of ours.
 #[test]
 fn no_rule_is_left() {
+    let _alone = alone();
+    if !Command::new("nft").arg("-v").status().is_ok_and(|s| s.success()) {
+        standstill_tests::skip::skip("no_rule_is_left", "there is no nft(8)");
+        return;
+    }
     let (mut run, images) = dumped("tcp_states");
     assert_eq!(rules(), 1, "connections are locked while nobody has them");
     let taken = taken(&run);

@@ -39,7 +39,8 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
         FdDetail::Epoll(targets) => targets,
         _ => &[],
     };
-    let numbers = if d.in_flight() { resolve_in_flight(d, targets, &cx.tree)? } else { resolve(d, targets)? };
+    let sent = d.in_flight() && !cx.tree.contains(&d.pid);
+    let numbers = if sent { resolve_in_flight(d, targets, &cx.tree)? } else { resolve(d, targets)? };
     let tfd = targets.iter().zip(numbers).map(|(target, tfd)| EventpollTfdEntry {
         id: 0,
         tfd: tfd.unsigned_abs(),

@@ -195,7 +195,7 @@ impl Kind {
     }
 
     /// A new one.
-    fn new(self) -> Result<std::os::fd::OwnedFd> {
+    fn socket(self) -> Result<std::os::fd::OwnedFd> {
         let family = AddressFamily::from_raw(u16::try_from(self.family).unwrap_or(0));
         let protocol = std::num::NonZeroU32::new(self.protocol).map(Protocol::from_raw);
         rustix::net::socket_with(family, SocketType::from_raw(self.kind), SocketFlags::CLOEXEC, protocol).call("socket")
@@ -250,7 +250,7 @@ pub(super) fn dump(fd: BorrowedFd<'_>) -> Result<Vec<SkOptionEntry>> {
         }
         // this host may have another usual value
         if new.is_none() {
-            new = Some(kind.new()?);
+            new = Some(kind.socket()?);
         }
         if new.as_ref().and_then(|new| read(row, new.as_fd())).as_ref() != Some(&value) {
             all.push(SkOptionEntry { level: row.1.unsigned_abs(), name: row.2.unsigned_abs(), value });
