@@ -201,7 +201,7 @@ fn look(tasks: &[Task], tracking: &Tracking) -> Result<Vec<Draining>> {
                 Ok(Some((drain, task.id, pages_id)))
             }
             // it has ended since it was let go
-            Err(_) if release::still_there(task.pid).is_err() => Ok(None),
+            Err(e) if e.errno() == libc::ESRCH || release::still_there(task.pid).is_err() => Ok(None),
             Err(e) => Err(e).task(task.pid),
         }
     };

@@ -272,17 +272,19 @@ impl Stopped {
             return Ok(());
         }
         // only what changed needs to be put back: a thread that was not infected differs by a wound-back wait at most
-        ptrace::set_registers(self.tid, &self.registers).task(self.tid)?;
-        ptrace::detach(self.tid, self.owed).task(self.tid)
+        let done = ptrace::set_registers(self.tid, &self.registers).and_then(|()| ptrace::detach(self.tid, self.owed));
+        match done {
+            // it was killed while it was stopped
+            Err(e) if e.errno() == libc::ESRCH => Ok(()),
+            other => other.task(self.tid),
+        }
     }
 }
 
 impl Drop for Stopped {
     fn drop(&mut self) {
         if let Err(e) = self.let_go() {
-            if !matches!(e.errno(), libc::ESRCH) {
-                tracing::error!("letting go: {e}");
-            }
+            tracing::error!("letting go: {e}");
         }
     }
 }
