@@ -123,6 +123,10 @@ const SNDBUF: Opt = Opt::socket(libc::SO_SNDBUF, "SO_SNDBUF");
 const RCVBUF: Opt = Opt::socket(libc::SO_RCVBUF, "SO_RCVBUF");
 const SNDBUFFORCE: Opt = Opt::socket(libc::SO_SNDBUFFORCE, "SO_SNDBUFFORCE");
 const RCVBUFFORCE: Opt = Opt::socket(libc::SO_RCVBUFFORCE, "SO_RCVBUFFORCE");
+/// How much memory is used, and may be, for what is received, and more words of which nothing is needed.
+const MEMINFO: Opt = Opt::socket(55, "SO_MEMINFO");
+const IP_OPTIONS: Opt = Opt::new(libc::SOL_IP, libc::IP_OPTIONS, "IP_OPTIONS");
+const IPV6_RTHDR: Opt = Opt::new(libc::SOL_IPV6, 57, "IPV6_RTHDR");
 const BUF_LOCK: Opt = Opt::socket(72, "SO_BUF_LOCK");
 const SNDTIMEO: Opt = Opt::socket(libc::SO_SNDTIMEO, "SO_SNDTIMEO");
 const RCVTIMEO: Opt = Opt::socket(libc::SO_RCVTIMEO, "SO_RCVTIMEO");
@@ -261,6 +265,36 @@ pub fn bound_device(fd: BorrowedFd<'_>) -> Result<Option<Vec<u8>>> {
 pub fn enlarge(fd: BorrowedFd<'_>) -> Result<()> {
     buffer(fd, SNDBUF, SNDBUFFORCE, LARGEST & !1)?;
     buffer(fd, RCVBUF, RCVBUFFORCE, LARGEST & !1)
+}
+
+/// Makes the receive buffer of a connection larger if what is in it leaves no room for what the peer was promised: the kernel
+/// would take the promise back, and each side could refuse the other's acknowledgements from then on. What was put into the
+/// queue by us may take more memory than what came as packets.
+pub fn keep_promise(fd: BorrowedFd<'_>, e: &SkOptsEntry, promised: u32) -> Result<()> {
+    let mut info = [0; 8];
+    MEMINFO.read(fd, &mut info)?;
+    let (used, size) = info.split_at(4);
+    let word = |b: &[u8]| b.try_into().map_or(0, u32::from_ne_bytes);
+    let (used, size) = (word(used), word(size));
+    if used.saturating_add(promised) <= size {
+        return Ok(());
+    }
+    let needed = promised.saturating_mul(2).saturating_add(used).min(LARGEST) & !1;
+    buffer(fd, RCVBUF, RCVBUFFORCE, needed)?;
+    if let Some(lock) = e.so_buf_lock {
+        supported(BUF_LOCK.bring(fd, lock))?;
+    }
+    Ok(())
+}
+
+/// Has a connection compute the size of its segments anew, for which the kernel had a default before it was told the peer's:
+/// an option of its packets, which is not there, is taken away. Of the options that do so, this needs no rights.
+pub fn compute_segment_size(fd: BorrowedFd<'_>, is_v4: bool) -> Result<()> {
+    let option = if is_v4 { IP_OPTIONS } else { IPV6_RTHDR };
+    if option.read(fd, &mut [0; 256])? == 0 {
+        option.write(fd, &[])?;
+    }
+    Ok(())
 }
 
 /// A size as the kernel says it, which is twice what it is told.

@@ -126,6 +126,8 @@ pub struct Repair {
     unsent: Vec<u8>,
     /// Whether a FIN is, after that.
     closes: bool,
+    /// How many bytes the peer may still send, by what it was told.
+    promised: u32,
     /// It is over: what its peer said at last, from whom to whom, and whether the program has yet to hear of it.
     over: Option<(fin::Packet, SocketAddr, SocketAddr, bool)>,
 }
@@ -144,7 +146,7 @@ impl Repair {
     fn begin(fd: BorrowedFd<'_>, e: &InetSkEntry, resumes: bool) -> Result<Repair> {
         let fd = fd.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?;
         REPAIR.set(fd.as_fd(), 1)?;
-        Ok(Repair { fd, opts: e.opts.clone(), resumes, unsent: Vec::new(), closes: false, over: None })
+        Ok(Repair { fd, opts: e.opts.clone(), resumes, unsent: Vec::new(), closes: false, promised: 0, over: None })
     }
 
     /// Turns repair mode on for a new socket, before it is bound: it may share its port with what listens there.
@@ -163,6 +165,7 @@ impl Repair {
             }
             return self.off();
         }
+        options::keep_promise(self.fd.as_fd(), &self.opts, self.promised)?;
         self.off()?;
         let mut rest = self.unsent.as_slice();
         if !rest.is_empty() {
@@ -180,7 +183,8 @@ impl Repair {
         if self.unsent.is_empty() {
             Ok(())
         } else {
-            options::restore(self.fd.as_fd(), &self.opts)
+            options::restore(self.fd.as_fd(), &self.opts)?;
+            options::keep_promise(self.fd.as_fd(), &self.opts, self.promised)
         }
     }
 
@@ -357,6 +361,11 @@ pub fn restore(
     let pairs: Vec<u8> =
         negotiated.iter().flat_map(|(code, value)| [code.to_ne_bytes(), value.to_ne_bytes()]).flatten().collect();
     REPAIR_OPTIONS.write(fd, &pairs)?;
+    let is_v4 = match own {
+        SocketAddr::V4(_) => true,
+        SocketAddr::V6(own) => own.ip().to_ipv4_mapped().is_some(),
+    };
+    options::compute_segment_size(fd, is_v4)?;
     if entry.opt_mask & OPT_TIMESTAMPS != 0 {
         TIMESTAMP.set(fd, entry.timestamp.ok_or_else(|| lie("lacks a timestamp"))?)?;
     }
@@ -369,6 +378,9 @@ pub fn restore(
         let (rcv, wup) = (rcv.wrapping_add(fin), wup.wrapping_sub(fin));
         let window: Vec<u8> = [wl1, snd, max, rcv, wup].iter().flat_map(|w| w.to_ne_bytes()).collect();
         REPAIR_WINDOW.write(fd, &window)?;
+        // what is left of the window, unless the peer sent more than that
+        let left = wup.wrapping_add(rcv).wrapping_sub(received_to);
+        repair.promised = if left > i32::MAX.cast_unsigned() { 0 } else { left };
     }
     REPAIR_QUEUE.set(fd, NO_QUEUE)?;
     let window =

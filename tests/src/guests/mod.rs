@@ -283,7 +283,7 @@ pub const ALL: &[Guest] = &[
         .changes("data goes on")
         .dumps(10)
         .alone_in_network()
-        .criu(Criu::RestoresOnly(EINTR)),
+        .criu(Criu::Cannot("CRIU 4.2 leaves connections with segments of 524 bytes")),
     guest("tcp_waiting", inet_options::waiting)
         .dump(&["--tcp-established", "--skip-in-flight", "--network-lock", "skip"])
         .restore(&["--tcp-established"])
