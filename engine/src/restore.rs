@@ -480,7 +480,8 @@ fn check_ids(inventory: &InventoryEntry, tree: &Tree) -> Result<()> {
     Ok(())
 }
 
-/// Limits above those of the one who restores can be had with a capability only. CRIU leaves them as they are.
+/// Limits above those of the one who restores can be had with a capability only. CRIU leaves them as they are. So do we with
+/// the two that the kernel computes from the memory of a machine, if nobody sets them: they differ from one to the next.
 fn check_limits(birth: &Birth, tree: &Tree) -> Result<()> {
     const CAP_SYS_RESOURCE: u64 = 1 << 24;
     if birth.status.cap_effective & CAP_SYS_RESOURCE != 0 {
@@ -489,7 +490,9 @@ fn check_limits(birth: &Birth, tree: &Tree) -> Result<()> {
     for (_, node, a) in tree.alive() {
         let Some((_, leader)) = a.threads.first() else { continue };
         let limits = leader.tc.as_ref().and_then(|tc| tc.rlimits.as_ref()).map_or(&[][..], |r| &r.rlimits);
-        let above = limits.iter().zip(&birth.limits).zip(proc::limits::NAMES).find(|((l, own), _)| l.max > own.maximum);
+        let of_machine = |name: &str| ["Max processes", "Max pending signals"].contains(&name);
+        let mut all = limits.iter().zip(&birth.limits).zip(proc::limits::NAMES);
+        let above = all.find(|((l, own), name)| l.max > own.maximum && !of_machine(name));
         if let Some(((limit, own), name)) = above {
             let number = |n: u64| if n == proc::limits::UNLIMITED { "unlimited".into() } else { n.to_string() };
             let what = format!(

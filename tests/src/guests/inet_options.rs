@@ -419,7 +419,10 @@ pub(super) fn echo() {
     let address = did(listener.local_addr());
     let talking = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
     let came = talking.clone();
+    let accepts = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let runs = accepts.clone();
     let thread = std::thread::spawn(move || {
+        runs.store(true, std::sync::atomic::Ordering::SeqCst);
         let (mut stream, _) = did(listener.accept());
         came.store(true, std::sync::atomic::Ordering::SeqCst);
         let mut bytes = vec![0; 100_000];
@@ -431,6 +434,7 @@ pub(super) fn echo() {
             did(stream.write_all(&bytes[..n]));
         }
     });
+    eventually("a thread that accepts", || accepts.load(std::sync::atomic::Ordering::SeqCst));
     did(std::fs::write("port", address.port().to_string()));
     ready();
     if !talking.load(std::sync::atomic::Ordering::SeqCst) {
