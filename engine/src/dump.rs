@@ -179,11 +179,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     }
     Infected::enter(&mut infected)?;
     let mut asked = Vec::with_capacity(tasks.len());
-    let alive = tasks.iter().filter_map(|t| match &t.kind {
-        Kind::Alive(alive) => Some((t, alive)),
-        Kind::Dead(_) => None,
-    });
-    for ((task, alive), host) in alive.zip(&mut infected) {
+    for ((task, alive), host) in living(&tasks).zip(&mut infected) {
         let mut plans = Vec::with_capacity(host.threads().len());
         let mut in_task = None;
         let mut in_threads = Vec::new();
@@ -220,10 +216,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     phases.mark("asking");
     interrupt::check()?;
 
-    let time_ns = tasks.iter().find_map(|t| match &t.kind {
-        Kind::Alive(a) => a.ids.time_ns_id,
-        Kind::Dead(_) => None,
-    });
+    let time_ns = living(&tasks).find_map(|(_, alive)| alive.ids.time_ns_id);
     let mut filters: Vec<SeccompFilter> = Vec::new();
     let mut written = Written::default();
     let mut planned = plan_memory(&mut tasks, &infected, &workers, tracking.as_mut())?.into_iter();
@@ -285,11 +278,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     phases.mark("metadata");
     let mut copies = Copies::new(opts, root, &robust);
     if ahead.is_some() && drains.iter().map(|d| d.0.pages).sum::<u64>() > snapshot::FEW {
-        let alive = tasks.iter().filter_map(|t| match &t.kind {
-            Kind::Alive(alive) => Some(alive),
-            Kind::Dead(_) => None,
-        });
-        for ((host, alive), (drain, ..)) in infected.iter_mut().zip(alive).zip(&mut drains) {
+        for ((host, (_, alive)), (drain, ..)) in infected.iter_mut().zip(living(&tasks)).zip(&mut drains) {
             copies.make(host, &alive.facts, drain);
         }
         phases.mark("copying");
@@ -325,7 +314,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     images.write_one(ImageKind::Seccomp, (), &SeccompEntry { seccomp_filters: filters })?;
     write_clocks(images, time_ns, &numbers, written.clocks)?;
     let scanned: u64 = drains.iter().map(|d| d.0.scanned).sum();
-    let in_parent: u64 = drains.iter().map(|d| d.0.in_parent).sum();
+    let mut in_parent: u64 = drains.iter().map(|d| d.0.in_parent).sum();
     let inventory = InventoryEntry {
         dump_uptime: tracking.as_ref().map(|_| track::uptime()),
         ..inventory(opts, numbers.root, netlock::number(files.lock.method()), &run)
@@ -351,9 +340,8 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
             finish::let_go(infected, state == FinalState::Stop)?;
         }
     }
-    let frozen = frozen_at.elapsed();
+    let mut frozen = frozen_at.elapsed();
     phases.mark("ending");
-    let mut frozen = frozen;
     if let Some(ahead) = &ahead {
         if !late.is_empty() {
             workers.each(&late, write)?;
@@ -370,7 +358,6 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
         tracking.keep(&run)?;
     }
     let (mut pages, shared_pages) = (pages.into_inner(), shared.into_inner());
-    let mut in_parent = in_parent;
     if let Some(mut ahead) = ahead {
         ahead.keep(images)?;
         (frozen, pages, in_parent) = (frozen + ahead.frozen, pages + ahead.pages, ahead.in_parent);
@@ -379,6 +366,14 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     crate::stats::write_dump(opts, &phases, &report, scanned, shared_scanned);
     phases.finish();
     Ok(report)
+}
+
+/// The processes that live, in order.
+fn living(tasks: &[Task]) -> impl Iterator<Item = (&Task, &Alive)> {
+    tasks.iter().filter_map(|task| match &task.kind {
+        Kind::Alive(alive) => Some((task, &**alive)),
+        Kind::Dead(_) => None,
+    })
 }
 
 /// From here on the images are a checkpoint.
@@ -458,8 +453,7 @@ fn give_ids(tasks: &mut [Task], numbers: &mut ids::Ids) -> Result<()> {
 
 /// A task that holds a GPU is refused, by name.
 fn refuse_gpus(tasks: &[Task]) -> Result<()> {
-    for task in tasks {
-        let Kind::Alive(alive) = &task.kind else { continue };
+    for (task, alive) in living(tasks) {
         crate::gpu::refuse(&alive.facts).task(task.pid)?;
     }
     Ok(())
@@ -467,8 +461,7 @@ fn refuse_gpus(tasks: &[Task]) -> Result<()> {
 
 /// A task that holds a lock that is not to be carried is refused, and one that decides about accesses.
 fn refuse_locks(opts: &Options, tasks: &[Task]) -> Result<()> {
-    for task in tasks {
-        let Kind::Alive(alive) = &task.kind else { continue };
+    for (task, alive) in living(tasks) {
         for d in &alive.facts.descriptors {
             locks::refuse(d, opts).and_then(|()| fanotify::refuse(d)).at(Place::Fd(d.fd)).task(task.pid)?;
         }
@@ -478,11 +471,8 @@ fn refuse_locks(opts: &Options, tasks: &[Task]) -> Result<()> {
 
 /// Whether some memory of the tree is under our watch.
 fn is_tracked(root: i32, tasks: &[Task]) -> Result<bool> {
-    let watched = |t: &Task| match &t.kind {
-        Kind::Alive(a) => a.facts.areas.iter().any(|a| a.vm_flags.contains(VmFlags::UFFD_WP)),
-        Kind::Dead(_) => false,
-    };
-    if tasks.iter().any(watched) {
+    let mut areas = living(tasks).flat_map(|(_, alive)| &alive.facts.areas);
+    if areas.any(|a| a.vm_flags.contains(VmFlags::UFFD_WP)) {
         track::is_ours(root)
     } else {
         Ok(false)

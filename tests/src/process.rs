@@ -180,6 +180,20 @@ pub struct Output {
     pub text: String,
 }
 
+/// Ends a tree that a test has started, and removes its folder unless the test failed. `known` are processes of it that may
+/// have another parent by now.
+pub fn clean_up(root: i32, known: &mut Vec<i32>, folder: &std::path::Path) {
+    known.extend(tree(root));
+    known.sort_unstable();
+    known.dedup();
+    end(known);
+    if std::thread::panicking() {
+        eprintln!("its files are kept in {}", folder.display());
+    } else {
+        let _ = std::fs::remove_dir_all(folder);
+    }
+}
+
 /// The program will lead a session of its own.
 pub fn in_own_session(command: &mut Command) -> &mut Command {
     use std::os::unix::process::CommandExt as _;

@@ -196,17 +196,7 @@ impl Run {
 
 impl Drop for Run {
     fn drop(&mut self) {
-        for pid in process::tree(self.pid) {
-            if !self.tree.contains(&pid) {
-                self.tree.push(pid);
-            }
-        }
-        process::end(&self.tree);
-        if std::thread::panicking() {
-            eprintln!("its files are kept in {}", self.folder.display());
-        } else {
-            let _ = std::fs::remove_dir_all(&self.folder);
-        }
+        process::clean_up(self.pid, &mut self.tree, &self.folder);
     }
 }
 

@@ -74,8 +74,10 @@ impl Ahead {
         if track::available().is_none() {
             return Ok(ahead);
         }
+        let mut last = Vec::new();
         for _ in 0..PASSES {
             let Pass { mut tracking, report, processes, .. } = ahead.pass(opts, root, counter)?;
+            last = processes;
             ahead.frozen += report.frozen;
             ahead.pages += report.pages;
             if ahead.folders.len() == 1 {
@@ -86,10 +88,10 @@ impl Ahead {
             ahead.tracking = Some(tracking);
             // half of what was copied is written again already: the next pass would gain too little
             if written.is_none_or(|written| written <= FEW || written > report.pages / 2) {
-                ahead.flags = flags.then(|| flags::Ahead::read(&processes));
                 break;
             }
         }
+        ahead.flags = flags.then(|| flags::Ahead::read(&last));
         Ok(ahead)
     }
 

@@ -70,7 +70,8 @@ fn threads_of(pid: i32) -> Vec<i32> {
     tids
 }
 
-fn children_of(pid: i32, tids: &[i32], buffer: &mut Vec<u8>) -> Result<Vec<i32>> {
+/// The children of these threads of a process.
+pub(crate) fn children_of(pid: i32, tids: &[i32], buffer: &mut Vec<u8>) -> Result<Vec<i32>> {
     let mut all = Vec::new();
     for tid in tids {
         if proc::read_proc(format!("/proc/{pid}/task/{tid}/children").as_ref(), buffer).is_ok() {

@@ -23,6 +23,7 @@ use crate::proc;
 use crate::sys::calls;
 use crate::sys::futex::{self, RobustList};
 use crate::sys::memory::{Shared, SharedWord};
+use crate::tasks::freeze;
 
 /// What a copy is called (/proc/PID/comm).
 pub const NAME: &[u8] = b"standstill-copy";
@@ -98,7 +99,8 @@ impl<'a> Infected<'a> {
         write_control(&memory, spare.control, &control);
 
         let parent = self.pid();
-        let before = children(parent);
+        let children = || freeze::children_of(parent, &[parent], &mut Vec::new());
+        let before = children()?;
         let mut fork = Plan::new();
         let stack = spare.stack_top - super::infected::STACK;
         // no flags, and no signal at its end
@@ -113,8 +115,8 @@ impl<'a> Infected<'a> {
             }
         };
         let pid_in_parent = i32::try_from(answers.result(made)).unwrap_or(-1);
-        let news = children(parent).into_iter().filter(|pid| !before.contains(pid));
-        let found = news.into_iter().find(|pid| innermost(*pid) == Some(pid_in_parent));
+        let found = children().unwrap_or_default().into_iter();
+        let found = found.filter(|pid| !before.contains(pid)).find(|pid| innermost(*pid) == Some(pid_in_parent));
         let opened = found.ok_or(Error::Gone).and_then(|pid| Ok((pid, calls::pidfd_open(pid, 0)?)));
         let (pid, pidfd) = match opened {
             Ok(opened) => opened,
@@ -177,14 +179,6 @@ impl Drop for Copied<'_> {
     fn drop(&mut self) {
         self.kill();
         self.robust.abandon(&self.memory, self.spare.owner);
-    }
-}
-
-fn children(pid: i32) -> Vec<i32> {
-    let mut buffer = Vec::new();
-    match proc::read_proc(format!("/proc/{pid}/task/{pid}/children").as_ref(), &mut buffer) {
-        Ok(()) => proc::simple::children(&buffer).unwrap_or_default(),
-        Err(_) => Vec::new(),
     }
 }
 
