@@ -9,6 +9,44 @@ use std::process::{Command, Stdio};
 use std::sync::Once;
 use std::time::{Duration, Instant};
 
+/// How long a test waits. Time in which the machine itself stood still, as a virtual one may, does not count: nobody could
+/// have done anything in it.
+#[derive(Debug)]
+pub struct Patience {
+    left: Duration,
+    looked: Instant,
+}
+
+impl Patience {
+    /// Who waits longer than a step between two looks did not run.
+    const STEP: Duration = Duration::from_millis(500);
+
+    /// From now on.
+    pub fn of(limit: Duration) -> Patience {
+        Patience { left: limit, looked: Instant::now() }
+    }
+
+    /// Whether it is at its end; to be asked often.
+    pub fn over(&mut self) -> bool {
+        let now = Instant::now();
+        self.left = self.left.saturating_sub((now - self.looked).min(Self::STEP));
+        self.looked = now;
+        self.left.is_zero()
+    }
+}
+
+/// Waits until something holds; whether it came to hold in time.
+pub fn within(limit: Duration, mut holds: impl FnMut() -> bool) -> bool {
+    let mut patience = Patience::of(limit);
+    while !holds() {
+        if patience.over() {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    true
+}
+
 /// From now on processes whose parent ends become our children, so that their ends can be seen, and their ids are free
 /// when we have seen them.
 pub fn adopt() {
@@ -136,7 +174,7 @@ pub fn reap(pid: i32) -> Option<i32> {
 /// # Errors
 /// Those that are still there.
 pub fn wait_gone(pids: &[i32], limit: Duration) -> Result<Option<i32>, Vec<i32>> {
-    let began = Instant::now();
+    let mut patience = Patience::of(limit);
     let mut first = None;
     loop {
         for (n, &pid) in pids.iter().enumerate() {
@@ -150,7 +188,7 @@ pub fn wait_gone(pids: &[i32], limit: Duration) -> Result<Option<i32>, Vec<i32>>
         if left.is_empty() {
             return Ok(first);
         }
-        if began.elapsed() > limit {
+        if patience.over() {
             return Err(left);
         }
         std::thread::sleep(Duration::from_millis(1));
@@ -217,20 +255,22 @@ pub fn run(command: &mut Command, limit: Duration) -> io::Result<Output> {
     let path = scratch("output");
     let file = fs::File::create(&path)?;
     let mut child = command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file).spawn()?;
-    let began = Instant::now();
+    let mut patience = Patience::of(limit);
+    let mut late = String::new();
     let code = loop {
         if let Some(status) = child.try_wait()? {
             use std::os::unix::process::ExitStatusExt as _;
             break status.code().or(status.signal().map(|s| 128 + s));
         }
-        if began.elapsed() > limit {
+        if patience.over() {
+            late = format!("\nnot in time; then it was doing:\n{}", describe(child.id().try_into().unwrap_or(0)));
             child.kill()?;
             child.wait()?;
             break None;
         }
         std::thread::sleep(Duration::from_micros(500));
     };
-    let text = String::from_utf8_lossy(&fs::read(&path)?).into_owned();
+    let text = String::from_utf8_lossy(&fs::read(&path)?).into_owned() + &late;
     fs::remove_file(&path)?;
     Ok(Output { code, text })
 }
@@ -264,6 +304,9 @@ pub fn describe(pid: i32) -> String {
             read("wchan").trim(),
             read("syscall").trim()
         ));
+        for line in read("stack").lines() {
+            text.push_str(&format!("      {line}\n"));
+        }
     }
     text
 }

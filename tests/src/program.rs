@@ -212,9 +212,5 @@ pub fn free_port() -> u16 {
 
 /// Waits until something holds.
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !holds() {
-        assert!(began.elapsed() < LIMIT, "{what}: not in time");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    assert!(process::within(LIMIT, &mut holds), "{what}: not in time");
 }

@@ -7,12 +7,13 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use prost::Message as _;
 use standstill_images::proto::{CriuOpts, CriuReq, CriuReqType, CriuResp};
 
 use crate::engine::Engine;
+use crate::process::{within, Patience};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -176,12 +177,12 @@ impl Client {
     pub fn finish(mut self) -> Option<i32> {
         drop(self.socket);
         let mut worker = self.worker.take()?;
-        let began = Instant::now();
+        let mut patience = Patience::of(LIMIT);
         loop {
             if let Some(status) = worker.try_wait().unwrap_or_else(|e| panic!("{e}")) {
                 return status.code();
             }
-            assert!(began.elapsed() < LIMIT, "swrk does not end");
+            assert!(!patience.over(), "swrk does not end");
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -224,11 +225,8 @@ impl Service {
         }
         let child = command.spawn().unwrap_or_else(|e| panic!("{}: {e}", engine.path.display()));
         let service = Service { socket, child };
-        let began = Instant::now();
-        while std::fs::read(&ready).unwrap_or_default() != [0] {
-            assert!(began.elapsed() < LIMIT, "the service does not come up");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        let up = within(LIMIT, || std::fs::read(&ready).unwrap_or_default() == [0]);
+        assert!(up, "the service does not come up");
         service
     }
 

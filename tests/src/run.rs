@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::compare;
 use crate::engine::{programs, Engine};
 use crate::guests::support::How;
 use crate::guests::{self, Criu, Guest};
-use crate::process;
+use crate::process::{self, Patience};
 use crate::skip::skip;
 
 /// How long a guest may take to get ready, and to check itself.
@@ -56,13 +56,13 @@ impl Run {
         let child = command.spawn().unwrap_or_else(|e| panic!("starting the guest: {e}"));
         let pid = i32::try_from(child.id()).unwrap_or(0);
         let mut run = Run { guest, _ids: ids, folder, pid, tree: vec![pid] };
-        let began = Instant::now();
+        let mut patience = Patience::of(LIMIT);
         while !run.file("ready").exists() {
             if let Ok(why) = std::fs::read_to_string(run.file("result")) {
                 panic!("{name} could not build its state: {why}");
             }
             assert!(process::alive(pid), "{name} ended before it was ready");
-            assert!(began.elapsed() < LIMIT, "{name} was not ready in time");
+            assert!(!patience.over(), "{name} was not ready in time");
             std::thread::sleep(Duration::from_millis(1));
         }
         run.look();
@@ -170,7 +170,7 @@ impl Run {
         let (new, check) = (self.file("check.new"), self.file("check"));
         let done = std::fs::write(&new, word).and_then(|()| std::fs::rename(&new, &check));
         done.unwrap_or_else(|e| panic!("{}: {e}", check.display()));
-        let began = Instant::now();
+        let mut patience = Patience::of(LIMIT);
         let mut ended = None;
         let result = loop {
             if let Ok(result) = std::fs::read_to_string(self.file("result")) {
@@ -180,7 +180,7 @@ impl Run {
                 panic!("{} ended with status {status:#x} and no result", self.guest.name);
             }
             ended = process::reap(self.pid);
-            if began.elapsed() > LIMIT {
+            if patience.over() {
                 let texts: Vec<String> = self.tree.iter().map(|p| process::describe(*p)).collect();
                 panic!("{} did not check itself in time:\n{}", self.guest.name, texts.concat());
             }

@@ -257,7 +257,7 @@ fn what_has_not_changed_is_not_taken_again() {
         return;
     }
     let mut chain = Chain::of("memory_private");
-    let before = process::describe(chain.run.pid).lines().count();
+    let before = process::threads(chain.run.pid).len();
     let descriptors = || {
         let all = fs::read_dir(format!("/proc/{}/fd", chain.run.pid)).into_iter().flatten().flatten();
         let links = all.filter_map(|e| fs::read_link(e.path()).ok());
@@ -273,7 +273,7 @@ fn what_has_not_changed_is_not_taken_again() {
         all.count()
     };
     assert_eq!(opened, open.len(), "the program has other descriptors than before");
-    assert_eq!(process::describe(chain.run.pid).lines().count(), before);
+    assert_eq!(process::threads(chain.run.pid).len(), before);
     let holder: Vec<i32> = holders().into_iter().filter(|p| !ours.contains(p)).collect();
     chain.add("pre-dump", &[]);
     let (written, parent) = pages(&chain.run.images("2"));
@@ -333,10 +333,16 @@ fn marks_of_another_pass() {
 #[test]
 fn flooded() {
     let mut chain = Chain::of("track_flood");
-    let before = process::describe(chain.run.pid).lines().count();
-    let log = chain.add("dump", &["-R", "--snapshot"]);
-    assert!(log.contains("phase copying"), "{log}");
-    assert_eq!(process::describe(chain.run.pid).lines().count(), before);
+    let before = process::threads(chain.run.pid).len();
+    // whether it outruns a pass is the scheduler's to say, once
+    let flooded = (0..50).any(|_| {
+        chain.last = None;
+        chain.count = 0;
+        let log = chain.add("dump", &["-R", "--snapshot"]);
+        assert_eq!(process::threads(chain.run.pid).len(), before);
+        log.contains("phase copying")
+    });
+    assert!(flooded, "it never had more than a few pages left at the freeze");
     assert!(process::children(chain.run.pid).is_empty());
     let images = chain.last.clone().unwrap_or_default();
     assert!(images.join("snapshot-1.pre").join("inventory.img").exists());

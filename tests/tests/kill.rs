@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use standstill_tests::engine::Engine;
 use standstill_tests::guests::support::How;
-use standstill_tests::process;
+use standstill_tests::process::{self, within};
 use standstill_tests::run::Run;
 use standstill_tests::skip::skip;
 
@@ -116,17 +116,6 @@ impl Watch {
         assert!(copies.is_empty(), "left with the guest: {copies:?}");
         self.run.check(How::Running);
     }
-}
-
-fn within(limit: Duration, mut holds: impl FnMut() -> bool) -> bool {
-    let began = Instant::now();
-    while !holds() {
-        if began.elapsed() > limit {
-            return false;
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    true
 }
 
 /// strace, if it is there and may trace; `inject` kills at a ptrace request.

@@ -341,12 +341,8 @@ fn a_service() {
     let _ = fs::remove_dir_all(folder);
 }
 
-fn wait_for(mut done: impl FnMut() -> bool) {
-    let began = std::time::Instant::now();
-    while !done() {
-        assert!(began.elapsed().as_secs() < 60, "not in time");
-        std::thread::sleep(std::time::Duration::from_millis(2));
-    }
+fn wait_for(done: impl FnMut() -> bool) {
+    assert!(process::within(std::time::Duration::from_secs(60), done), "not in time");
 }
 
 /// Another user gets from root's service what that user could do itself: not root's processes, nor files that it may not read.

@@ -30,11 +30,8 @@ impl Tmux {
         self.say(&["capture-pane", "-p", "-t", &format!("main:{window}")])
     }
     fn shows(&self, window: u32, text: &str) {
-        let began = std::time::Instant::now();
-        while !self.screen(window).contains(text) {
-            assert!(began.elapsed() < LIMIT, "no {text:?} in window {window}:\n{}", self.screen(window));
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        let shown = process::within(LIMIT, || self.screen(window).contains(text));
+        assert!(shown, "no {text:?} in window {window}:\n{}", self.screen(window));
     }
 }
 
