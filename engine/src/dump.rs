@@ -19,6 +19,7 @@ use crate::files::{fanotify, locks, memfd, DumpFiles};
 use crate::guard::{Choice, Guard};
 use crate::memory::track::{self, Tracking};
 use crate::memory::{self, dedup, drain, Writing};
+use crate::namespaces;
 use crate::options::{FinalState, Options, Persona};
 use crate::plan::Plan;
 use crate::proc::maps::VmFlags;
@@ -146,6 +147,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     check_session(opts, &tasks)?;
     let mut numbers = ids::Ids::new()?;
     give_ids(&mut tasks, &mut numbers)?;
+    let own = numbers.own();
     refuse_gpus(&tasks)?;
     refuse_locks(opts, &tasks)?;
     let run = run_id();
@@ -313,6 +315,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     images.write_entries(ImageKind::Pstree, (), written.pstree)?;
     images.write_one(ImageKind::Seccomp, (), &SeccompEntry { seccomp_filters: filters })?;
     write_clocks(images, time_ns, &numbers, written.clocks)?;
+    namespaces::dump(root, &own, images)?;
     let scanned: u64 = drains.iter().map(|d| d.0.scanned).sum();
     let mut in_parent: u64 = drains.iter().map(|d| d.0.in_parent).sum();
     let inventory = InventoryEntry {

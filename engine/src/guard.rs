@@ -229,7 +229,8 @@ impl Running {
             stack: BASE + (layout.stack + STACK) as u64,
         };
         let inherit = [fd.as_fd(), theirs.as_fd()];
-        let spawned = Spawn { pid: 0, load_at: BASE - (64 << 10), boot, inherit: &inherit, sibling: false };
+        let spawned =
+            Spawn { pid: 0, load_at: BASE - (64 << 10), boot, inherit: &inherit, sibling: false, namespaces: 0 };
         match spawn::spawn_kept(&spawned) {
             Ok(process) => Ok(Running { memory, layout, socket: ours, data: 0, _process: process }),
             Err(e) => {

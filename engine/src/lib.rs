@@ -43,6 +43,7 @@ pub mod gpu;
 pub mod guard;
 pub mod log;
 pub mod memory;
+pub mod namespaces;
 pub mod options;
 pub mod plan;
 pub mod pre_dump;

@@ -1,7 +1,7 @@
 //! The phases of a restore, in their order: each is a call.
 //!
-//! read and check all images → plan → open files → start the first task, which makes the others → stages → registers →
-//! remove executors → go. Any failure before "go" kills the half-made tree and takes away what was made outside it.
+//! read and check all images → start the first task, fill its namespaces → open files → plan → it makes the others → stages →
+//! registers → remove executors → go. Any failure before "go" kills the half-made tree and takes away what was made outside it.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -19,6 +19,7 @@ use crate::memory::rebuild::{unmap_all_but, Figures, Numbers};
 use crate::memory::sysv;
 use crate::memory::unpack::{Pipes, TaskEnds, Unpacker};
 use crate::memory::vdso::Layout;
+use crate::namespaces::{self, Own};
 use crate::options::{FinalState, Options};
 use crate::plan::arena::{Arena, Slot};
 use crate::plan::{Arg, Plan};
@@ -36,7 +37,7 @@ use crate::tasks::{core, registers, release};
 
 mod opening;
 
-use opening::{open_files, open_late, send, Transfer};
+use opening::{open_files, open_late, read_tables, send, Transfer};
 
 /// How long tasks may take for one stage.
 const STAGE_LIMIT: Duration = Duration::from_secs(600);
@@ -123,7 +124,7 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
     let inventory = read_inventory(opts, images)?;
     let job = opts.shell_job.then(release::own_session_and_group);
     let tree = Tree::read(images, job)?;
-    check_ids(&inventory, &tree)?;
+    let own = own_namespaces(&inventory, &tree)?;
     let birth = birth()?;
     if opts.personality == crate::options::Persona::Standstill {
         check_limits(&birth, &tree)?;
@@ -139,8 +140,20 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
     let robust = RobustList::new()?;
     let guard = Guard::new(&robust);
     files.guard = Some(&guard);
-    let result =
-        build(opts, stages, images, &inventory, &tree, &birth, &filters, clocks, &mut files, &robust, &mut phases);
+    let result = build(
+        opts,
+        stages,
+        images,
+        &inventory,
+        &own,
+        &tree,
+        &birth,
+        &filters,
+        clocks,
+        &mut files,
+        &robust,
+        &mut phases,
+    );
     // ghosts and links are taken away again, however it ended; and nobody's pipe may have another end with us
     let mut cleaned = files.clean(result.is_ok());
     if result.is_ok() {
@@ -210,6 +223,7 @@ fn build<'r>(
     stages: &Stages<'_>,
     images: &Images,
     inventory: &InventoryEntry,
+    own: &Own,
     tree: &Tree,
     birth: &Birth,
     filters: &SeccompEntry,
@@ -219,8 +233,71 @@ fn build<'r>(
     phases: &mut Phases,
 ) -> Result<Poised<'r>> {
     stages.reach(Stage::PreRestore, None)?;
+    let mut draft = read_tables(images, tree)?;
+    let count = tree.nodes.len() + tree.alive().map(|(_, _, a)| a.threads.len()).sum::<usize>();
+    let len = arena_size(tree, &draft.tables, files.locks.len(), count);
+    let start = free_address(tree, Arena::span(len))?;
+    let mut arena = Arena::new(Arena::base_in(start), len, robust)?;
+    let mut slots: Vec<Slot> = Vec::with_capacity(tree.nodes.len());
+    let mut threads = HashMap::new();
+    for node in &tree.nodes {
+        slots.push(arena.slot()?);
+        if let Kind::Alive(a) = &node.kind {
+            for (tid, _) in a.threads.iter().skip(1) {
+                threads.insert(*tid, arena.slot()?);
+            }
+        }
+    }
+
+    let (ours, theirs) = rustix::net::socketpair(
+        rustix::net::AddressFamily::UNIX,
+        rustix::net::SocketType::STREAM,
+        rustix::net::SocketFlags::CLOEXEC,
+        None,
+    )
+    .call("socketpair")?;
+    let sibling = opts.restore_sibling && opts.restore_detach;
+    let root = tree.root().pid;
+    for (_, node, a) in tree.alive() {
+        crate::log::begin(node.pid);
+        tracing::info!(pid = node.pid, "comes back, with {} threads", a.threads.len());
+    }
+    let mut nursery = Nursery {
+        root: 0,
+        sibling,
+        pids: tree.nodes.iter().map(|n| n.pid).collect(),
+        seized: Vec::new(),
+        finished: false,
+    };
+    // an empty plan first: when it is done, the task is out of its exec, whose end clone3 does not wait for
+    arena.load(slots[0], root, Plan::new())?;
+    let birth_of_root = spawn::Spawn {
+        pid: root,
+        load_at: arena.load_at(),
+        boot: arena.boot(slots[0]),
+        inherit: &[arena.fd(), theirs.as_fd()],
+        sibling,
+        namespaces: own.clone_flags(),
+    };
+    let pid = release::when_reaped(root, || spawn::spawn(&birth_of_root))
+        .map_err(|e| match e {
+            Error::Sys { call: "clone3", source } => Error::no_task(root, source),
+            e => e,
+        })
+        .task(root)?;
+    nursery.root = pid;
+    drop(theirs);
+    let alive = || release::still_there(pid);
+    arena.finish(slots[0], STAGE_LIMIT, alive).task(pid)?;
+    if own.kinds().next().is_some() {
+        stages.reach(Stage::SetupNamespaces, Some(pid))?;
+        namespaces::fill(pid, own, images)?;
+        stages.reach(Stage::PostSetupNamespaces, Some(pid))?;
+    }
+    phases.mark("birth");
+
     sysv::prepare(files)?;
-    let (mut transfer, mut draft) = open_files(opts, images, tree, files)?;
+    let mut transfer = open_files(opts, tree, files, &mut draft)?;
     for master in std::mem::take(&mut files.ttys.orphan_masters) {
         stages.orphan_master(master.as_fd())?;
     }
@@ -238,25 +315,11 @@ fn build<'r>(
     for id in draft.late_ids.drain(..) {
         late.insert(id, placeholder.try_clone().call("fcntl(F_DUPFD_CLOEXEC)")?.into());
     }
-    let own = calls::pidfd_open(i32::try_from(std::process::id()).unwrap_or(0), 0)?;
-    let engine = transfer.add(own);
+    let engine = calls::pidfd_open(i32::try_from(std::process::id()).unwrap_or(0), 0)?;
+    let engine = transfer.add(engine);
     let (unpacker, packed) = unpacker(tree, draft.base, &mut transfer)?;
     phases.mark("opening");
 
-    let count = tree.nodes.len() + tree.alive().map(|(_, _, a)| a.threads.len()).sum::<usize>();
-    let len = arena_size(tree, &draft.tables, files.locks.len(), count);
-    let start = free_address(tree, Arena::span(len))?;
-    let mut arena = Arena::new(Arena::base_in(start), len, robust)?;
-    let mut slots: Vec<Slot> = Vec::with_capacity(tree.nodes.len());
-    let mut threads = HashMap::new();
-    for node in &tree.nodes {
-        slots.push(arena.slot()?);
-        if let Kind::Alive(a) = &node.kind {
-            for (tid, _) in a.threads.iter().skip(1) {
-                threads.insert(*tid, arena.slot()?);
-            }
-        }
-    }
     let parked = birth.vdso.layout.moved(arena.parking());
     let base = draft.base;
     if transfer.list.len() >= usize::try_from(draft.room).unwrap_or(0) {
@@ -294,45 +357,6 @@ fn build<'r>(
     expect(tree, &mut arena);
     phases.mark("planning");
 
-    let (ours, theirs) = rustix::net::socketpair(
-        rustix::net::AddressFamily::UNIX,
-        rustix::net::SocketType::STREAM,
-        rustix::net::SocketFlags::CLOEXEC,
-        None,
-    )
-    .call("socketpair")?;
-    let sibling = opts.restore_sibling && opts.restore_detach;
-    let root = tree.root().pid;
-    for (_, node, a) in tree.alive() {
-        crate::log::begin(node.pid);
-        tracing::info!(pid = node.pid, "comes back, with {} threads", a.threads.len());
-    }
-    let mut nursery = Nursery {
-        root: 0,
-        sibling,
-        pids: tree.nodes.iter().map(|n| n.pid).collect(),
-        seized: Vec::new(),
-        finished: false,
-    };
-    // an empty plan first: when it is done, the task is out of its exec, whose end clone3 does not wait for
-    arena.load(slots[0], root, Plan::new())?;
-    let birth_of_root = spawn::Spawn {
-        pid: root,
-        load_at: arena.load_at(),
-        boot: arena.boot(slots[0]),
-        inherit: &[arena.fd(), theirs.as_fd()],
-        sibling,
-    };
-    let pid = release::when_reaped(root, || spawn::spawn(&birth_of_root))
-        .map_err(|e| match e {
-            Error::Sys { call: "clone3", source } => Error::no_task(root, source),
-            e => e,
-        })
-        .task(root)?;
-    nursery.root = pid;
-    drop(theirs);
-    let alive = || release::still_there(pid);
-    arena.finish(slots[0], STAGE_LIMIT, alive).task(pid)?;
     let preamble = preamble(&arena, birth, parked, base, transfer.list.len(), clocks.as_ref(), pid)?;
     arena.load(slots[0], pid, preamble)?;
     send(&ours, &transfer.list, &alive)?;
@@ -455,29 +479,28 @@ fn read_inventory(opts: &Options, images: &Images) -> Result<InventoryEntry> {
     Ok(inventory)
 }
 
-/// Namespaces other than those of the one who restores cannot be made yet; time is the exception.
-fn check_ids(inventory: &InventoryEntry, tree: &Tree) -> Result<()> {
-    let Some(root) = &inventory.root_ids else { return Err(Error::lie("inventory.img", "no ids")) };
+/// The namespaces that the tree is to have of its own.
+fn own_namespaces(inventory: &InventoryEntry, tree: &Tree) -> Result<Own> {
+    let Some(engine) = &inventory.root_ids else { return Err(Error::lie("inventory.img", "no ids")) };
+    let Some(of_root) = tree.alive().next().map(|(_, _, a)| a.ids) else { return Ok(Own::default()) };
+    let own = Own::of(&of_root, engine);
+    if let Some(kind) = own.kinds().find(|kind| !kind.is_carried()) {
+        return Err(Error::refused(
+            format!("another {} namespace than ours", kind.name()),
+            "such namespaces cannot be restored yet",
+        ))
+        .task(tree.root().pid);
+    }
     for (_, node, a) in tree.alive() {
-        let e = &a.ids;
-        let pairs = [
-            (e.pid_ns_id, root.pid_ns_id, "PID"),
-            (e.net_ns_id, root.net_ns_id, "network"),
-            (e.ipc_ns_id, root.ipc_ns_id, "IPC"),
-            (e.uts_ns_id, root.uts_ns_id, "UTS"),
-            (e.mnt_ns_id, root.mnt_ns_id, "mount"),
-            (e.user_ns_id, root.user_ns_id, "user"),
-            (e.cgroup_ns_id, root.cgroup_ns_id, "cgroup"),
-        ];
-        if let Some((.., name)) = pairs.iter().find(|(a, b, _)| a.is_some() && a != b) {
+        if let Some(kind) = namespaces::Kind::ALL.into_iter().find(|kind| kind.id(&a.ids) != kind.id(&of_root)) {
             return Err(Error::refused(
-                format!("another {name} namespace than ours"),
-                "namespaces cannot be restored yet",
+                format!("a nested {} namespace", kind.name()),
+                "all tasks of a tree must be in that of its root",
             ))
             .task(node.pid);
         }
     }
-    Ok(())
+    Ok(own)
 }
 
 /// Limits above those of the one who restores can be had with a capability only. CRIU leaves them as they are. So do we with

@@ -11,8 +11,8 @@
 //! says no ends the restore; `network-unlock`; `pre-resume` and `post-resume` around the moment at which tasks run, where a no
 //! is only logged. `pre-stream` belongs to images that are streamed, `status-ready` to servers.
 //!
-//! Not announced: `network-lock`, `network-unlock`, `setup-namespaces` and `post-setup-namespaces`, which belong to trees with
-//! namespaces of their own, and `pre-stream`; such trees and streams are refused.
+//! Not announced: `network-lock` and `network-unlock`, which belong to trees with networks of their own, and `pre-stream`;
+//! such trees and streams are refused.
 //!
 //! Man page: criu(8).
 

@@ -170,6 +170,7 @@ guests! {
     tty_consoles
     tty_controlling
     tty_data
+    uts_namespace
     unix_dgram
     unix_listening
     unix_names

@@ -460,14 +460,16 @@ pub fn fill(file: &OwnedFd, shmid: u32, size: u64, huge: bool, images: &Images) 
     let chain = PageChain::open(images, ImageKind::ShmemPagemap, shmid, PAGE)?;
     let end = size.next_multiple_of(PAGE);
     let lie = |what: String| Error::lie("pagemap-shmem", format!("{what} (shmid {shmid}, {size} bytes)"));
-    let huge = if huge {
+    let runs = chain.located()?;
+    // huge pages are reserved when they are mapped, and there may be none for a file that has none
+    let huge = if huge && !runs.is_empty() {
         Some(Shared::map(file.as_fd(), 0, usize::try_from(size).map_err(|_| lie("too large".into()))?)?)
     } else {
         None
     };
     // our own open file: the offset of `file` becomes the program's
     let target = File::from(reopen(file.as_fd(), libc::O_RDWR as u32)?);
-    for run in chain.located()? {
+    for run in runs {
         let len = run.pages * PAGE;
         if run.address + len > end {
             return Err(lie(format!("pages at {:#x} are out of place", run.address)));

@@ -49,14 +49,8 @@ pub(super) struct Draft {
     pub(super) own_root: Vec<u32>,
 }
 
-/// Opens what is open in the tasks, mapped, or their executable or folder.
-pub(super) fn open_files(
-    opts: &Options,
-    images: &Images,
-    tree: &Tree,
-    files: &mut RestoreFiles<'_>,
-) -> Result<(Transfer, Draft)> {
-    let mut transfer = Transfer::default();
+/// What the images say of the tasks' descriptor tables and folders.
+pub(super) fn read_tables(images: &Images, tree: &Tree) -> Result<Draft> {
     let mut draft = Draft::default();
     for (_, node, a) in tree.alive() {
         let id = a.ids.files_id;
@@ -67,6 +61,17 @@ pub(super) fn open_files(
         let fs: FsEntry = images.read_one(ImageKind::Fs, u32::try_from(node.pid).unwrap_or(0))?;
         draft.fs.insert(node.pid, fs);
     }
+    Ok(draft)
+}
+
+/// Opens what is open in the tasks, mapped, or their executable or folder.
+pub(super) fn open_files(
+    opts: &Options,
+    tree: &Tree,
+    files: &mut RestoreFiles<'_>,
+    draft: &mut Draft,
+) -> Result<Transfer> {
+    let mut transfer = Transfer::default();
     let of_tasks: usize = tree.alive().map(|(_, _, a)| a.memory.files().len() + a.memory.layers() + 8).sum();
     let open: usize = draft.tables.values().map(Vec::len).sum();
     let used = draft.tables.values().flatten().map(|e| e.fd).collect();
@@ -143,7 +148,7 @@ pub(super) fn open_files(
             }
         }
     }
-    Ok((transfer, draft))
+    Ok(transfer)
 }
 
 /// Numbers for what the tasks get from us: the first, and how many. None of them is one that a task is to have, and all

@@ -98,6 +98,8 @@ pub struct Spawn<'a> {
     pub inherit: &'a [BorrowedFd<'a>],
     /// Make it our sibling instead of our child.
     pub sibling: bool,
+    /// CLONE_NEW flags of namespaces that it is born into. With a new pid namespace, `pid` is its id in there.
+    pub namespaces: u64,
 }
 
 /// First number that [`Spawn::inherit`] gets in the child.
@@ -170,7 +172,7 @@ pub fn spawn(s: &Spawn<'_>) -> Result<i32> {
     let mut stack = vec![0u64; 4096];
     let tid = s.pid;
     let mut args = CloneArgs {
-        flags: (libc::CLONE_VM | libc::CLONE_VFORK) as u64 | CLONE_CLEAR_SIGHAND,
+        flags: (libc::CLONE_VM | libc::CLONE_VFORK) as u64 | CLONE_CLEAR_SIGHAND | s.namespaces,
         exit_signal: libc::SIGCHLD as u64,
         stack: stack.as_mut_ptr() as u64,
         stack_size: (stack.len() * 8) as u64,

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use standstill_images::proto::TaskKobjIdsEntry;
 
 use crate::error::{At, Call, Error, Result};
+use crate::namespaces::{Kind, Own};
 use crate::sys::calls::{self, Kcmp};
 
 /// Kinds in the order in which ids are given out.
@@ -19,6 +20,8 @@ pub struct Ids {
     namespaces: HashMap<Vec<u8>, u32>,
     /// The engine's own.
     pub root: TaskKobjIdsEntry,
+    /// Those of the tree's root, once they are known.
+    pub tree: Option<TaskKobjIdsEntry>,
     next_object: u32,
 }
 
@@ -34,7 +37,7 @@ impl Ids {
     /// Numbers the engine's own objects.
     pub fn new() -> Result<Ids> {
         let root = TaskKobjIdsEntry { vm_id: 1, files_id: 1, fs_id: 1, sighand_id: 1, ..Default::default() };
-        let mut ids = Ids { namespaces: HashMap::new(), root, next_object: 2 };
+        let mut ids = Ids { namespaces: HashMap::new(), root, tree: None, next_object: 2 };
         let own = i32::try_from(std::process::id()).unwrap_or(0);
         ids.root = ids.with_namespaces(own, root)?;
         Ok(ids)
@@ -59,6 +62,11 @@ impl Ids {
         Ok(e)
     }
 
+    /// The namespaces that the tree has of its own; none before its root has ids.
+    pub fn own(&self) -> Own {
+        self.tree.as_ref().map(|tree| Own::of(tree, &self.root)).unwrap_or_default()
+    }
+
     /// The ids of a task; `parent` has those of its parent in the tree.
     pub fn task(&mut self, pid: i32, parent: Option<(i32, &TaskKobjIdsEntry)>) -> Result<TaskKobjIdsEntry> {
         let own = self.next_object;
@@ -81,20 +89,18 @@ impl Ids {
             }
         }
         let e = self.with_namespaces(pid, e)?;
-        let r = &self.root;
-        let foreign = [
-            (e.pid_ns_id, r.pid_ns_id, "PID"),
-            (e.net_ns_id, r.net_ns_id, "network"),
-            (e.ipc_ns_id, r.ipc_ns_id, "IPC"),
-            (e.uts_ns_id, r.uts_ns_id, "UTS"),
-            (e.mnt_ns_id, r.mnt_ns_id, "mount"),
-            (e.user_ns_id, r.user_ns_id, "user"),
-            (e.cgroup_ns_id, r.cgroup_ns_id, "cgroup"),
-        ];
-        if let Some((.., name)) = foreign.iter().find(|(task, engine, _)| task != engine) {
+        let of_tree = *self.tree.get_or_insert(e);
+        if let Some(kind) = Own::of(&of_tree, &self.root).kinds().find(|kind| !kind.is_carried()) {
             return Err(Error::refused(
-                format!("another {name} namespace than ours"),
-                "namespaces cannot be carried yet; run standstill inside the namespace (nsenter) instead",
+                format!("another {} namespace than ours", kind.name()),
+                "such namespaces cannot be carried yet; run standstill inside it (nsenter) instead",
+            ))
+            .task(pid);
+        }
+        if let Some(kind) = Kind::ALL.into_iter().find(|kind| kind.id(&e) != kind.id(&of_tree)) {
+            return Err(Error::refused(
+                format!("a nested {} namespace", kind.name()),
+                "all tasks of a tree must be in that of its root",
             ))
             .task(pid);
         }

@@ -24,6 +24,7 @@ mod locks;
 mod membarrier;
 mod memfd;
 mod memory;
+mod namespaces;
 mod netlink;
 mod packed;
 mod packet;
@@ -320,6 +321,7 @@ pub const ALL: &[Guest] = &[
     guest("tty_controlling", tty::controlling)
         .criu(Criu::Cannot("CRIU 4.2 gives children of a session's leader no terminal")),
     guest("tty_data", tty::data).criu(Criu::Cannot("CRIU 4.2 lets lines run together")),
+    guest("uts_namespace", namespaces::uts_namespace),
     guest("unix_dgram", unix::dgram),
     guest("unix_listening", unix::listening),
     guest("unix_names", unix::names).criu(Criu::Cannot("CRIU 4.2 does not know names that were moved")),

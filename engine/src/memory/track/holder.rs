@@ -156,6 +156,7 @@ impl Holder {
             boot,
             inherit: &inherit,
             sibling: false,
+            namespaces: 0,
         })?;
         drop(inherit);
         let made = (|| {
