@@ -22,6 +22,8 @@ pub enum Place {
     Path(PathBuf),
     /// A file object of an image, by its id.
     File(u32),
+    /// A link of a network namespace.
+    Network(String),
     /// A part of the work, in words that need no more facts.
     Step(&'static str),
     /// A part of the work, with a number that tells which one (timer id, signal, namespace id …).
@@ -36,6 +38,7 @@ impl fmt::Display for Place {
             Place::Area(start, end) => write!(f, "area {start:x}-{end:x}"),
             Place::Path(path) => write!(f, "{}", path.display()),
             Place::File(id) => write!(f, "file {id:#x}"),
+            Place::Network(name) => write!(f, "network link {name}"),
             Place::Step(what) => f.write_str(what),
             Place::Item(what, n) => write!(f, "{what} {n}"),
         }

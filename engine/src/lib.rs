@@ -44,6 +44,7 @@ pub mod guard;
 pub mod log;
 pub mod memory;
 pub mod namespaces;
+pub mod network;
 pub mod options;
 pub mod plan;
 pub mod pre_dump;

@@ -261,7 +261,7 @@ fn rules((own, peer): Ends, how: &str) -> [String; 2] {
 }
 
 /// Where a program is that only root runs.
-fn find(program: &str) -> Option<std::path::PathBuf> {
+pub(crate) fn find(program: &str) -> Option<std::path::PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = std::env::split_paths(&path).chain(["/usr/sbin", "/sbin"].map(Into::into));
     folders.map(|folder| folder.join(program)).find(|path| path.is_file())

@@ -8,6 +8,7 @@ pub mod diag;
 pub mod futex;
 pub mod interrupt;
 pub mod memory;
+pub mod netlink;
 pub mod nftables;
 pub mod probe;
 pub mod ptrace;
