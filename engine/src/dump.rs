@@ -30,6 +30,7 @@ use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::interrupt;
 use crate::tasks::facts::Facts;
+use crate::tasks::pids::Inner;
 use crate::tasks::{core, finish, ids, leftovers, seccomp};
 use crate::tracee::{Answers, Infected, Stopped};
 
@@ -148,6 +149,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     let mut numbers = ids::Ids::new()?;
     give_ids(&mut tasks, &mut numbers)?;
     let own = numbers.own();
+    let pids = pids_of(&mut tasks, &own)?;
     refuse_gpus(&tasks)?;
     refuse_locks(opts, &tasks)?;
     let run = run_id();
@@ -163,6 +165,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     let mut infected = Vec::with_capacity(tasks.len());
     let mut files =
         DumpFiles::new(opts, images, heads.iter().map(|h| h.0).collect(), numbers.root.net_ns_id.unwrap_or(0));
+    files.pids = pids;
     files.ipc_ns = numbers.root.ipc_ns_id.unwrap_or(0);
     files.memory_is_tracked = tracked;
     files.guard = Some(&guard);
@@ -227,9 +230,12 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     for task in &mut tasks {
         match &mut task.kind {
             Kind::Dead(code) => {
-                let pid = ns_pid(task.pid, None)?;
-                images.write_one(ImageKind::Core, pid, &core::dead_entry(*code, &task.stat))?;
-                written.pstree.push(pstree_entry(&task.stat, task.pid, task.parent, &[], None));
+                images.write_one(
+                    ImageKind::Core,
+                    files.pids.unsigned(task.pid),
+                    &core::dead_entry(*code, &task.stat),
+                )?;
+                written.pstree.push(pstree_entry(&task.stat, task.pid, task.parent, &[], &files.pids));
             }
             Kind::Alive(alive) => {
                 let ((host, (in_task, in_threads)), answers) = live.next().ok_or(Error::Gone)?;
@@ -264,13 +270,8 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
                 images.write_one(ImageKind::Fs, pid, &alive.fs)?;
                 images.write_one(ImageKind::Ids, pid, &alive.ids)?;
                 drains.push((drain, pid, files.next_pages_id(), alive.vdso.take()));
-                written.pstree.push(pstree_entry(
-                    &task.stat,
-                    task.pid,
-                    task.parent,
-                    &alive.facts.threads,
-                    Some(&alive.facts),
-                ));
+                let entry = pstree_entry(&task.stat, task.pid, task.parent, &alive.facts.threads, &files.pids);
+                written.pstree.push(entry);
             }
         }
     }
@@ -452,6 +453,26 @@ fn give_ids(tasks: &mut [Task], numbers: &mut ids::Ids) -> Result<()> {
         alive.ids = numbers.task(task.pid, parent)?;
     }
     Ok(())
+}
+
+/// How the tree sees the ids of its processes; the owners of its descriptors are as it sees them from here on.
+fn pids_of(tasks: &mut [Task], own: &namespaces::Own) -> Result<Inner> {
+    if !own.has(namespaces::Kind::Pid) {
+        return Ok(Inner::default());
+    }
+    let pids = Inner::of(tasks.iter().map(|task| {
+        let facts = match &task.kind {
+            Kind::Alive(alive) => Some(&alive.facts),
+            Kind::Dead(_) => None,
+        };
+        (task.pid, &task.stat, facts)
+    }))?;
+    for task in tasks {
+        if let Kind::Alive(alive) = &mut task.kind {
+            alive.facts.descriptors.iter_mut().for_each(|d| pids.translate(&mut d.fown));
+        }
+    }
+    Ok(pids)
 }
 
 /// A task that holds a GPU is refused, by name.

@@ -31,6 +31,7 @@ use crate::stages::{Stage, Stages};
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::{calls, ptrace, spawn};
+use crate::tasks::pids::Hosts;
 use crate::tasks::revive::{Birth, Script, Table, Vdso, BEFORE_CREDS, FILLED, FORKED, POWERLESS, READY};
 use crate::tasks::tree::{Alive, Kind, Tree};
 use crate::tasks::{core, registers, release};
@@ -262,13 +263,7 @@ fn build<'r>(
         crate::log::begin(node.pid);
         tracing::info!(pid = node.pid, "comes back, with {} threads", a.threads.len());
     }
-    let mut nursery = Nursery {
-        root: 0,
-        sibling,
-        pids: tree.nodes.iter().map(|n| n.pid).collect(),
-        seized: Vec::new(),
-        finished: false,
-    };
+    let mut nursery = Nursery { root: 0, sibling, pids: Vec::new(), seized: Vec::new(), finished: false };
     // an empty plan first: when it is done, the task is out of its exec, whose end clone3 does not wait for
     arena.load(slots[0], root, Plan::new())?;
     let birth_of_root = spawn::Spawn {
@@ -286,6 +281,13 @@ fn build<'r>(
         })
         .task(root)?;
     nursery.root = pid;
+    nursery.pids = if own.has(namespaces::Kind::Pid) {
+        // a namespace ends with its init
+        files.hosts = Hosts::of_root(root, pid);
+        vec![pid]
+    } else {
+        tree.nodes.iter().map(|n| n.pid).collect()
+    };
     drop(theirs);
     let alive = || release::still_there(pid);
     arena.finish(slots[0], STAGE_LIMIT, alive).task(pid)?;
@@ -317,6 +319,13 @@ fn build<'r>(
     }
     let engine = calls::pidfd_open(i32::try_from(std::process::id()).unwrap_or(0), 0)?;
     let engine = transfer.add(engine);
+    // who opens it does not matter: it is of the namespace of whoever writes
+    let last_id = if own.has(namespaces::Kind::Pid) {
+        let file = File::options().write(true).open("/proc/sys/kernel/ns_last_pid").ok();
+        file.map(|file| transfer.add(file.into()))
+    } else {
+        None
+    };
     let (unpacker, packed) = unpacker(tree, draft.base, &mut transfer)?;
     phases.mark("opening");
 
@@ -357,14 +366,27 @@ fn build<'r>(
     expect(tree, &mut arena);
     phases.mark("planning");
 
-    let preamble = preamble(&arena, birth, parked, base, transfer.list.len(), clocks.as_ref(), pid)?;
+    let mut preamble = preamble(&arena, birth, parked, base, transfer.list.len(), clocks.as_ref(), pid)?;
+    if let Some(at) = last_id {
+        go_on_counting(base + at as i32, tree, &mut preamble);
+    }
     arena.load(slots[0], pid, preamble)?;
     send(&ours, &transfer.list, &alive)?;
     arena.finish(slots[0], STAGE_LIMIT, alive).task(pid)?;
     arena.load(slots[0], pid, root_plan)?;
     let memories = tree.alive().map(|(_, n, a)| (u32::try_from(n.pid).unwrap_or(0), &a.memory)).collect();
     phases.counter().start("forking", figures.pages * crate::memory::PAGE);
-    unpacker.serve(&figures.packed, &memories, phases.counter(), || arena.gather(FORKED, STAGE_LIMIT, alive))?;
+    let in_namespace = own.has(namespaces::Kind::Pid);
+    let host = |id: i32| {
+        if !in_namespace {
+            return Ok(id);
+        }
+        let mut hosts = Hosts::of_root(root, pid);
+        hosts.learn(pid)?;
+        hosts.id(id)
+    };
+    unpacker.serve(&figures.packed, &memories, host, phases.counter(), || arena.gather(FORKED, STAGE_LIMIT, alive))?;
+    files.hosts.learn(pid)?;
     phases.mark("forking");
     drop(transfer);
     open_late(files, &late)?;
@@ -375,12 +397,16 @@ fn build<'r>(
     arena.go(FILLED);
     arena.gather(BEFORE_CREDS, STAGE_LIMIT, alive)?;
     drop(late);
+    // threads, too
+    files.hosts.learn(pid)?;
+    let hosts = &files.hosts;
     let mut held = release::Seized::default();
     for (_, _, a) in tree.alive() {
         for (tid, entry) in &a.threads {
             let (_, core) = core::parts(entry)?;
-            nursery.seized.push(*tid);
-            held.seize(*tid, core.seccomp_mode.unwrap_or(0) != 0 || filters_come_by_sync(a))?;
+            let tid = hosts.id(*tid)?;
+            nursery.seized.push(tid);
+            held.seize(tid, core.seccomp_mode.unwrap_or(0) != 0 || filters_come_by_sync(a))?;
         }
     }
     arena.go(BEFORE_CREDS);
@@ -392,11 +418,13 @@ fn build<'r>(
     held.stop()?;
     let mut arenas = Vec::new();
     for (_, node, a) in tree.alive() {
-        set_registers(a).task(node.pid)?;
-        arenas.push((node.pid, arena.leftovers(keeps_parked(a, birth))));
+        set_registers(a, hosts).task(node.pid)?;
+        arenas.push((hosts.id(node.pid)?, arena.leftovers(keeps_parked(a, birth))));
     }
     held.remove_executors(arena.syscall_address()?, &arenas)?;
-    tree.alive().try_for_each(|(_, node, a)| set_leader(a).task(node.pid))?;
+    tree.alive().try_for_each(|(_, node, a)| set_leader(a, hosts).task(node.pid))?;
+    let stops = tree.alive().filter_map(|(_, n, a)| stop_signal(a, opts).map(|signal| Ok((hosts.id(n.pid)?, signal))));
+    let stops = stops.collect::<Result<_>>()?;
     let connections = inet::connections(files)?;
     if let Some(guard) = files.guard {
         bind_by_guard(guard, &nursery.pids, !connections.is_empty())?;
@@ -406,7 +434,6 @@ fn build<'r>(
     let lifted = Lifted::lift(inventory, connections, files.guard)?;
     inet::repair_ends(files)?;
     sysv::settle(files)?;
-    let stops = tree.alive().filter_map(|(_, n, a)| Some((n.pid, stop_signal(a, opts)?))).collect();
     phases.mark("registers");
     Ok(Poised { nursery, held, arena, stops, lifted, figures })
 }
@@ -655,6 +682,14 @@ fn preamble(
     Ok(plan)
 }
 
+/// In a new PID namespace ids are given out from the highest of the tree on, not from 1: nobody gets the id of someone whose
+/// end has been forgotten a moment ago (proc(5), ns_last_pid).
+fn go_on_counting(fd: i32, tree: &Tree, plan: &mut Plan) {
+    let highest = tree.ids().into_iter().max().unwrap_or(1).to_string();
+    let text = plan.bytes(highest.as_bytes());
+    plan.ask("the last id", libc::SYS_write, &[fd.into(), text.into(), highest.len().into()]);
+}
+
 /// A time namespace whose clocks go on from the image (time_namespaces(7)).
 fn time_namespace(clocks: &TimensEntry, plan: &mut Plan) -> Result<()> {
     const CLONE_NEWTIME: i32 = 0x80;
@@ -697,10 +732,11 @@ fn time_namespace(clocks: &TimensEntry, plan: &mut Plan) -> Result<()> {
 
 /// Sets everything by ptrace that a task cannot set for itself, and that is stopped; the leader's general registers come
 /// last.
-fn set_registers(a: &Alive) -> Result<()> {
+fn set_registers(a: &Alive, hosts: &Hosts) -> Result<()> {
     // what the image does not say of the state is the same in all threads, which have run nothing but the executor
-    let fresh = ptrace::xstate(a.threads[0].0)?;
+    let fresh = ptrace::xstate(hosts.id(a.threads[0].0)?)?;
     for (tid, entry) in &a.threads {
+        let tid = &hosts.id(*tid)?;
         let (info, core) = core::parts(entry)?;
         let state = registers::xstate_from_entry(&info.fpregs, fresh.clone()).task(*tid)?;
         ptrace::set_xstate(*tid, &state).task(*tid)?;
@@ -713,8 +749,9 @@ fn set_registers(a: &Alive) -> Result<()> {
 }
 
 /// The leader's mask and registers, once it is out of the executor.
-fn set_leader(a: &Alive) -> Result<()> {
+fn set_leader(a: &Alive, hosts: &Hosts) -> Result<()> {
     let (tid, entry) = &a.threads[0];
+    let tid = &hosts.id(*tid)?;
     let (info, core) = core::parts(entry)?;
     let mask = core.blk_sigset.or(entry.tc.as_ref().map(|t| t.blk_sigset)).unwrap_or(0);
     ptrace::set_signal_mask(*tid, mask)?;

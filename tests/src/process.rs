@@ -247,6 +247,44 @@ pub fn in_own_session(command: &mut Command) -> &mut Command {
     }
 }
 
+/// Starts a program as the init of a new PID namespace: its id with us. Whoever adopts ([`adopt`]) becomes its parent.
+///
+/// # Errors
+/// If it cannot be started.
+pub fn spawn_init(command: &mut Command) -> io::Result<i32> {
+    use std::io::Read as _;
+    use std::os::unix::process::CommandExt as _;
+    let (mut out, into) = io::pipe()?;
+    let report = into.as_raw_fd();
+    // SAFETY: between fork and exec only these system calls are made.
+    unsafe {
+        command.pre_exec(move || {
+            if libc::unshare(libc::CLONE_NEWPID) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            match libc::fork() {
+                -1 => return Err(io::Error::last_os_error()),
+                0 => {}
+                _ => libc::_exit(0),
+            }
+            // of the /proc that we see, so as the id that we know it by
+            let mut text = [0u8; 16];
+            let n = libc::readlink(c"/proc/self".as_ptr(), text.as_mut_ptr().cast(), text.len());
+            if n < 0 || libc::setsid() < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            libc::write(report, text.as_ptr().cast(), n as usize);
+            Ok(())
+        });
+    }
+    let mut between = command.spawn()?;
+    drop(into);
+    between.wait()?;
+    let mut text = String::new();
+    out.read_to_string(&mut text)?;
+    text.parse().map_err(|_| io::Error::other(format!("{text:?} is no process id")))
+}
+
 /// Runs a program. What it prints goes through a file, which nobody it leaves behind can keep us waiting with.
 ///
 /// # Errors

@@ -31,6 +31,8 @@ pub struct Run {
     pub pid: i32,
     /// All of its processes, as they were when it was last looked at.
     pub tree: Vec<i32>,
+    /// How many of them lived before the last dump.
+    lived: usize,
 }
 
 impl Run {
@@ -53,9 +55,13 @@ impl Run {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         // waited for where all that we adopt is
         #[allow(clippy::zombie_processes)]
-        let child = command.spawn().unwrap_or_else(|e| panic!("starting the guest: {e}"));
-        let pid = i32::try_from(child.id()).unwrap_or(0);
-        let mut run = Run { guest, _ids: ids, folder, pid, tree: vec![pid] };
+        let pid = if guest.init {
+            process::spawn_init(&mut command)
+        } else {
+            command.spawn().map(|child| i32::try_from(child.id()).unwrap_or(0))
+        };
+        let pid = pid.unwrap_or_else(|e| panic!("starting the guest: {e}"));
+        let mut run = Run { guest, _ids: ids, folder, pid, tree: vec![pid], lived: 1 };
         let mut patience = Patience::of(LIMIT);
         while !run.file("ready").exists() {
             if let Ok(why) = std::fs::read_to_string(run.file("result")) {
@@ -106,6 +112,7 @@ impl Run {
     /// Dumps the guest with more options, and it is dead then.
     pub fn dump_with(&mut self, engine: &Engine, images: &Path, more: &[&str]) {
         self.look();
+        self.lived = self.tree.iter().filter(|pid| process::alive(**pid)).count();
         let options = [self.guest.dump, more].concat();
         if let Err(e) = engine.dump(self.pid, images, &options) {
             panic!("{e}");
@@ -145,10 +152,26 @@ impl Run {
 
     /// Restores the guest.
     pub fn restore(&mut self, engine: &Engine, images: &Path) {
-        if let Err(e) = engine.restore(images, self.guest.restore) {
+        let pidfile = self.folder.join("pidfile");
+        let _ = std::fs::remove_file(&pidfile);
+        let mut options = self.guest.restore.to_vec();
+        let path = pidfile.to_string_lossy();
+        if self.guest.init {
+            options.extend(["--pidfile", &path]);
+        }
+        if let Err(e) = engine.restore(images, &options) {
             // what is half made must not be left behind
             let left: Vec<i32> = self.tree.iter().copied().filter(|&p| process::exists(p)).collect();
             panic!("{e}left behind: {left:?}");
+        }
+        if self.guest.init {
+            // what its ids are with us is new
+            let text = std::fs::read_to_string(&pidfile).unwrap_or_else(|e| panic!("{path}: {e}"));
+            self.pid = text.trim().parse().unwrap_or_else(|e| panic!("{path}: {e}"));
+            self.look();
+            let live = self.tree.iter().filter(|pid| process::alive(**pid)).count();
+            assert_eq!(live, self.lived, "so many processes live");
+            return;
         }
         if !process::alive(self.pid) && !self.file("result").exists() {
             let status = process::reap(self.pid);

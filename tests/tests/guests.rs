@@ -116,6 +116,7 @@ guests! {
     personality
     personality_names
     pidfd
+    pid_namespace
     pipes
     pipes_full
     pipes_halves

@@ -12,7 +12,7 @@ use crate::files::{fsnotify, locks, DumpFiles};
 use crate::memory;
 use crate::options::Options;
 use crate::sockets::packet;
-use crate::tasks::facts::Facts;
+use crate::tasks::pids::Inner;
 use crate::tasks::{ids, seccomp};
 
 /// Descriptors, areas, exe, root and working folder, in CRIU's order of ids: areas first.
@@ -93,20 +93,17 @@ pub(super) fn pstree_entry(
     pid: i32,
     parent: i32,
     threads: &[crate::tasks::facts::ThreadFacts],
-    facts: Option<&Facts>,
+    pids: &Inner,
 ) -> PstreeEntry {
-    let last =
-        |list: Option<&Vec<i32>>, other: i32| list.and_then(|l| l.last().copied()).unwrap_or(other).max(0) as u32;
-    let status = facts.map(Facts::status);
-    let mut tids: Vec<u32> = threads.iter().map(|t| last(Some(&t.status.ns_pid), t.status.pid)).collect();
+    let mut tids: Vec<u32> = threads.iter().map(|t| pids.unsigned(t.status.pid)).collect();
     if tids.is_empty() {
-        tids.push(pid as u32);
+        tids.push(pids.unsigned(pid));
     }
     PstreeEntry {
-        pid: last(status.map(|s| &s.ns_pid), pid),
-        ppid: parent.max(0) as u32,
-        pgid: last(status.map(|s| &s.ns_pgid), stat.pgrp),
-        sid: last(status.map(|s| &s.ns_sid), stat.session),
+        pid: pids.unsigned(pid),
+        ppid: if parent == 0 { 0 } else { pids.unsigned(parent) },
+        pgid: pids.unsigned(stat.pgrp),
+        sid: pids.unsigned(stat.session),
         threads: tids,
     }
 }

@@ -20,6 +20,7 @@ use crate::options::Options;
 use crate::plan::Plan;
 use crate::proc::fdinfo::{self, FdInfo};
 use crate::sys::calls;
+use crate::tasks::pids::{Hosts, Inner};
 
 mod devices;
 pub mod epoll;
@@ -111,6 +112,8 @@ pub struct DumpFiles<'a> {
     pub images: &'a Images,
     /// All tasks of the tree.
     pub tree: Vec<i32>,
+    /// How the tree sees their ids.
+    pub pids: Inner,
     /// Sockets, pipes … by what a kind must remember: each its own.
     pub pipes: pipe::Dumped,
     /// Regular files that others map or have open, ghosts, remaps.
@@ -159,6 +162,7 @@ impl<'a> DumpFiles<'a> {
             opts,
             images,
             tree,
+            pids: Inner::default(),
             pipes: Default::default(),
             regular: Default::default(),
             fifos: Default::default(),
@@ -331,6 +335,8 @@ pub struct RestoreFiles<'a> {
     pub opts: &'a Options,
     /// Where images come from.
     pub images: &'a Images,
+    /// Which ids the processes of the tree have with us.
+    pub hosts: Hosts,
     /// Entries of `files.img`, by id.
     pub entries: HashMap<u32, FileEntry>,
     /// Open files, by id, as far as they are open.
@@ -376,6 +382,7 @@ impl<'a> RestoreFiles<'a> {
         let mut files = RestoreFiles {
             opts,
             images,
+            hosts: Hosts::default(),
             entries,
             opened: BTreeMap::new(),
             pipes: Default::default(),

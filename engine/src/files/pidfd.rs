@@ -59,7 +59,7 @@ pub fn opens_late(e: &FileEntry) -> bool {
 /// Opens one. The process of a living one must be there, with the id it has in our pid namespace.
 pub fn open(e: &PidfdEntry, cx: &mut RestoreFiles<'_>) -> Result<OwnedFd> {
     if e.nspid != -1 {
-        return of(e.nspid, e);
+        return of(cx.hosts.id(e.nspid)?, e);
     }
     let same = |f: &&PidfdEntry| f.nspid == -1 && f.ino == e.ino && f.id != e.id;
     let others: Vec<&PidfdEntry> = cx.entries.values().filter_map(|e| e.pidfd.as_ref()).filter(same).collect();

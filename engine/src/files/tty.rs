@@ -314,6 +314,8 @@ pub fn finish(cx: &mut DumpFiles<'_>) -> Result<()> {
     if !data.is_empty() {
         cx.images.write_entries(ImageKind::TtyData, (), data)?;
     }
+    let inner = |id: u32| cx.pids.unsigned(i32::try_from(id).unwrap_or(0));
+    let infos = infos.into_iter().map(|info| TtyInfoEntry { sid: inner(info.sid), pgrp: inner(info.pgrp), ..info });
     Ok(cx.images.write_entries(ImageKind::TtyInfo, (), infos)?)
 }
 
@@ -411,7 +413,7 @@ pub fn open(e: &TtyFileEntry, cx: &mut RestoreFiles<'_>) -> Result<OwnedFd> {
         }
         TtyType::Ctty => {
             let &(pid, number) = cx.ttys.openers.get(&e.id).ok_or(Error::Gone)?;
-            let fd = calls::pidfd_getfd(calls::pidfd_open(pid, 0)?.as_fd(), number)?;
+            let fd = calls::pidfd_getfd(calls::pidfd_open(cx.hosts.id(pid)?, 0)?.as_fd(), number)?;
             set_status_flags(fd.as_fd(), e.flags)?;
             Ok(fd)
         }

@@ -88,11 +88,12 @@ impl Unpacker {
         Ok((Unpacker { requests: requests.into(), stop, answers }, TaskEnds { ask, waits }))
     }
 
-    /// Does what tasks ask for while `during` runs.
+    /// Does what tasks ask for while `during` runs; `host` says which id a task has with us.
     pub fn serve<T>(
         self,
         requests: &[Request],
         memories: &HashMap<u32, &Memory>,
+        host: impl Fn(i32) -> Result<i32> + Send,
         counter: &Counter,
         during: impl FnOnce() -> Result<T>,
     ) -> Result<T> {
@@ -115,7 +116,7 @@ impl Unpacker {
                     let request = requests.iter().find(|r| r.pid == pid).ok_or(Error::Gone)?;
                     let memory = memories.get(&pid).ok_or(Error::Gone)?;
                     let task = i32::try_from(pid).unwrap_or(0);
-                    fill(memory, task, &request.content, counter).task(task)?;
+                    fill(memory, host(task)?, &request.content, counter).task(task)?;
                     answers.remove(&pid).ok_or(Error::Gone)?.write_all(&[1]).call("write")?;
                 }
                 Ok(())

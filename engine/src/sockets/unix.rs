@@ -270,7 +270,8 @@ fn in_flight(
         for file in message.rights {
             // held for the rest of the dump, so it is told from all other files by our own number of it
             let pidfd = calls::pidfd_open(me, 0)?;
-            let d = Descriptor::read(me, pidfd.as_fd(), file.as_raw_fd(), &mut Vec::new())?;
+            let mut d = Descriptor::read(me, pidfd.as_fd(), file.as_raw_fd(), &mut Vec::new())?;
+            cx.pids.translate(&mut d.fown);
             let fdinfo = cx.descriptor(&d).at(Place::Step("a file in flight"))?;
             rights.push(fdinfo.id);
             cx.unix.in_flight.push(file);

@@ -24,7 +24,8 @@ pub fn decide(infected: &[Infected<'_>], guard: &Guard<'_>) -> Result<()> {
 /// Kills everyone, which was decided.
 pub fn kill(infected: Vec<Infected<'_>>) -> Result<()> {
     let mut ends = Vec::new();
-    for host in &infected {
+    // a namespace's init, the root, does not end before all others were waited for
+    for host in infected.iter().rev() {
         ends.extend(host.threads().iter().rev().map(Stopped::tid));
         match calls::kill(host.pid(), libc::SIGKILL) {
             // somebody else did

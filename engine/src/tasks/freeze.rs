@@ -59,7 +59,7 @@ fn read_stat(pid: i32, buffer: &mut Vec<u8>) -> Result<Option<Stat>> {
 }
 
 /// The threads of a process, in ascending order; empty when it is gone.
-fn threads_of(pid: i32) -> Vec<i32> {
+pub(super) fn threads_of(pid: i32) -> Vec<i32> {
     let mut tids: Vec<i32> = std::fs::read_dir(format!("/proc/{pid}/task"))
         .into_iter()
         .flatten()

@@ -8,6 +8,7 @@ pub mod flags;
 pub mod freeze;
 pub mod ids;
 pub mod leftovers;
+pub mod pids;
 pub mod registers;
 pub mod release;
 pub mod revive;

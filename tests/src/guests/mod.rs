@@ -82,6 +82,8 @@ pub struct Guest {
     pub restore: &'static [&'static str],
     /// What CRIU can do with it.
     pub criu: Criu,
+    /// It is the init of a PID namespace.
+    pub init: bool,
     /// It cannot be carried at all; the refusal names these.
     pub refused: &'static [&'static str],
     /// Two checkpoints of it differ in ways that no list can hold, for this reason.
@@ -104,6 +106,7 @@ const fn guest(name: &'static str, run: fn()) -> Guest {
         refused: &[],
         changes: None,
         alone_in_network: false,
+        init: false,
         dumps: 2,
         restless: false,
     }
@@ -127,6 +130,9 @@ impl Guest {
     }
     const fn alone_in_network(self) -> Guest {
         Guest { alone_in_network: true, ..self }
+    }
+    const fn init(self) -> Guest {
+        Guest { init: true, ..self }
     }
     const fn restless(self) -> Guest {
         Guest { restless: true, ..self }
@@ -234,6 +240,7 @@ pub const ALL: &[Guest] = &[
     guest("personality", personality::personality).criu(Criu::DumpsOnly("CRIU 4.2 does not restore the persona")),
     guest("personality_names", personality::names),
     guest("pidfd", pidfd::processes),
+    guest("pid_namespace", namespaces::pid_namespace).init(),
     guest("pipes", pipes::pipes),
     guest("pipes_full", pipes::full),
     guest("pipes_halves", pipes::halves),
