@@ -43,6 +43,7 @@ pub mod gpu;
 pub mod guard;
 pub mod log;
 pub mod memory;
+pub mod mounts;
 pub mod namespaces;
 pub mod network;
 pub mod options;

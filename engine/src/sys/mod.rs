@@ -8,6 +8,7 @@ pub mod diag;
 pub mod futex;
 pub mod interrupt;
 pub mod memory;
+pub mod mount;
 pub mod netlink;
 pub mod nftables;
 pub mod probe;
