@@ -5,6 +5,8 @@
 //! → kill, stop or let go.
 
 use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -14,18 +16,19 @@ use standstill_images::proto::{
 };
 use standstill_images::{ImageKind, Images};
 
-use crate::error::{At, Error, Place, Result};
+use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{fanotify, locks, memfd, DumpFiles};
 use crate::guard::{Choice, Guard};
 use crate::memory::track::{self, Tracking};
 use crate::memory::{self, dedup, drain, Writing};
 use crate::namespaces;
+use crate::network::{self, doors::Doors};
 use crate::options::{FinalState, Options, Persona};
 use crate::plan::Plan;
 use crate::proc::maps::VmFlags;
 use crate::progress::Verb;
 use crate::sockets::netlock::{self, Lock};
-use crate::stages::{Stage, Stages};
+use crate::stages::{NetworkLocked, Stage, Stages};
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::interrupt;
@@ -134,6 +137,8 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     interrupt::check()?;
     let frozen_at = Instant::now();
     tracing::info!("{} tasks stand still", frozen.len());
+    // it is told of the lock before there is one, and of its end when there is none any more
+    let locked = if network::is_ours(root)? { None } else { Some(NetworkLocked::reach(stages, root)?) };
     let more = opts.with_external(&stages.external_files()?).map_err(|e| Error::Usage { what: e.to_string() })?;
     let opts = &more;
 
@@ -170,6 +175,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     files.memory_is_tracked = tracked;
     files.guard = Some(&guard);
     files.lock = Lock::new(opts.network_lock, &run);
+    find_networks(&tasks, &numbers, own.id(namespaces::Kind::Net), &mut files)?;
     let fdinfos = dump_files(&mut tasks, &mut files)?;
     phases.mark("reading");
     interrupt::check()?;
@@ -307,6 +313,8 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     })?;
     phases.mark("memory");
     interrupt::check()?;
+    // before there is a lock, which is none of its
+    network::dump_all(images, opts, &files.networks)?;
     if files.changes_sockets() {
         files.prepare_lock(&guard)?;
         // from here on, tasks go on behind a dead engine when sockets are as they were
@@ -336,12 +344,16 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
             files.tasks_end();
             finish::kill(infected)?;
             files.inet.tasks_are_gone();
+            if let Some(locked) = locked {
+                locked.keep();
+            }
         }
         state @ (FinalState::Run | FinalState::Stop) => {
             files.tasks_go_on()?;
             infected.iter().try_for_each(Infected::unhold)?;
             guard.choose(Choice::Nothing);
             finish::let_go(infected, state == FinalState::Stop)?;
+            drop(locked);
         }
     }
     let mut frozen = frozen_at.elapsed();
@@ -473,6 +485,23 @@ fn pids_of(tasks: &mut [Task], own: &namespaces::Own) -> Result<Inner> {
         }
     }
     Ok(pids)
+}
+
+/// Finds the network namespaces of the tree. If its root has one of its own, that is what will be locked.
+fn find_networks(tasks: &[Task], numbers: &ids::Ids, own: Option<u32>, files: &mut DumpFiles<'_>) -> Result<()> {
+    let ours = numbers.root.net_ns_id.unwrap_or(0);
+    let mut found: Vec<(u32, OwnedFd)> = Vec::new();
+    for (task, alive) in living(tasks) {
+        let Some(id) = alive.ids.net_ns_id.filter(|id| *id != ours) else { continue };
+        if !found.iter().any(|(known, _)| *known == id) {
+            found.push((id, network::of_task(task.pid).task(task.pid)?));
+        }
+    }
+    files.networks = Rc::new(Doors::new(ours, found)?);
+    let Some(namespace) = own.and_then(|id| files.networks.get(id)) else { return Ok(()) };
+    files.lock.set_namespace(namespace.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?);
+    files.net_ns = own.unwrap_or(ours);
+    Ok(())
 }
 
 /// A task that holds a GPU is refused, by name.

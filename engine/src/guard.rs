@@ -79,6 +79,8 @@ pub enum Act<'a> {
     WriteAt(Held, u64, &'a [u8]),
     /// The guard becomes a shell that runs this script: to be registered before all else, as nothing is done after it.
     Script(Held),
+    /// The guard enters the network namespace of a descriptor: to be registered right behind a script that is to run there.
+    EnterNetwork(Held),
     /// unlink(2).
     Remove(&'a Path),
     /// unlinkat(2) of a name in a folder; true for a folder.
@@ -300,6 +302,7 @@ impl Running {
                 let envp = self.bytes(&words(&[path, 0]))?;
                 (libc::SYS_execve, [shell, argv, envp, 0, 0, 0])
             }
+            Act::EnterNetwork(Held(fd)) => (libc::SYS_setns, [fd, libc::CLONE_NEWNET as u64, 0, 0, 0, 0]),
             Act::Remove(path) => {
                 use std::os::unix::ffi::OsStrExt;
                 let at = self.bytes(&[path.as_os_str().as_bytes(), &[0]].concat())?;

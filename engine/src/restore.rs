@@ -20,6 +20,7 @@ use crate::memory::sysv;
 use crate::memory::unpack::{Pipes, TaskEnds, Unpacker};
 use crate::memory::vdso::Layout;
 use crate::namespaces::{self, Own};
+use crate::network;
 use crate::options::{FinalState, Options};
 use crate::plan::arena::{Arena, Slot};
 use crate::plan::{Arg, Plan};
@@ -36,8 +37,10 @@ use crate::tasks::revive::{Birth, Script, Table, Vdso, BEFORE_CREDS, FILLED, FOR
 use crate::tasks::tree::{Alive, Kind, Tree};
 use crate::tasks::{core, registers, release};
 
+mod network_of;
 mod opening;
 
+use network_of::{read_networks, Network};
 use opening::{open_files, open_late, read_tables, send, Transfer};
 
 /// How long tasks may take for one stage.
@@ -134,6 +137,7 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
     let clocks: Option<TimensEntry> = read_clocks(images, &inventory, &tree)?;
     phases.mark("reading");
 
+    let mut networks = read_networks(opts, images, &inventory, &tree)?;
     let mut files = RestoreFiles::read(opts, images)?;
     let ipc_ns = inventory.root_ids.as_ref().and_then(|r| r.ipc_ns_id).unwrap_or(0);
     sysv::read(ipc_ns, tree.alive().flat_map(|(_, _, a)| &a.memory.mm.vmas), &mut files)?;
@@ -147,6 +151,7 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
         images,
         &inventory,
         &own,
+        &mut networks,
         &tree,
         &birth,
         &filters,
@@ -225,6 +230,7 @@ fn build<'r>(
     images: &Images,
     inventory: &InventoryEntry,
     own: &Own,
+    networks: &mut Network,
     tree: &Tree,
     birth: &Birth,
     filters: &SeccompEntry,
@@ -272,9 +278,9 @@ fn build<'r>(
         boot: arena.boot(slots[0]),
         inherit: &[arena.fd(), theirs.as_fd()],
         sibling,
-        namespaces: own.clone_flags(),
+        namespaces: own.clone_flags() & !networks.outside_flags(),
     };
-    let pid = release::when_reaped(root, || spawn::spawn(&birth_of_root))
+    let pid = network::born_in(networks.outside(), || release::when_reaped(root, || spawn::spawn(&birth_of_root)))
         .map_err(|e| match e {
             Error::Sys { call: "clone3", source } => Error::no_task(root, source),
             e => e,
@@ -291,9 +297,10 @@ fn build<'r>(
     drop(theirs);
     let alive = || release::still_there(pid);
     arena.finish(slots[0], STAGE_LIMIT, alive).task(pid)?;
-    if own.kinds().next().is_some() {
+    if own.kinds().next().is_some() || networks.is_some() {
         stages.reach(Stage::SetupNamespaces, Some(pid))?;
         namespaces::fill(pid, own, images)?;
+        networks.fill(opts, pid, inventory, files)?;
         stages.reach(Stage::PostSetupNamespaces, Some(pid))?;
     }
     phases.mark("birth");
@@ -326,6 +333,7 @@ fn build<'r>(
     } else {
         None
     };
+    let doors = networks.doors_for_tasks(tree, &files.networks, &mut transfer)?;
     let (unpacker, packed) = unpacker(tree, draft.base, &mut transfer)?;
     phases.mark("opening");
 
@@ -349,6 +357,7 @@ fn build<'r>(
         },
         exes: draft.exes.iter().map(|(&id, &i)| (id, base + i as i32)).collect(),
         terminals: draft.terminals.iter().map(|(&pid, &(i, group))| (pid, (base + i as i32, group))).collect(),
+        networks: doors.into_iter().map(|(id, i)| (id, base + i as i32)).collect(),
         folders: draft.folders.iter().map(|(&id, &i)| (id, base + i as i32)).collect(),
         tables: draft.tables,
         fs: draft.fs,
@@ -431,7 +440,10 @@ fn build<'r>(
     }
     // connections are held off until here: who says no now breaks none
     stages.reach(Stage::PostRestore, Some(pid))?;
-    let lifted = Lifted::lift(inventory, connections, files.guard)?;
+    if networks.locked().is_some() {
+        stages.announce(Stage::NetworkUnlock, Some(pid));
+    }
+    let lifted = Lifted::lift(inventory, connections, files.guard, networks.locked())?;
     inet::repair_ends(files)?;
     sysv::settle(files)?;
     phases.mark("registers");
@@ -519,7 +531,9 @@ fn own_namespaces(inventory: &InventoryEntry, tree: &Tree) -> Result<Own> {
         .task(tree.root().pid);
     }
     for (_, node, a) in tree.alive() {
-        if let Some(kind) = namespaces::Kind::ALL.into_iter().find(|kind| kind.id(&a.ids) != kind.id(&of_root)) {
+        // each task may be in a network namespace of its own
+        let nested = |kind: &namespaces::Kind| *kind != namespaces::Kind::Net && kind.id(&a.ids) != kind.id(&of_root);
+        if let Some(kind) = namespaces::Kind::ALL.into_iter().find(nested) {
             return Err(Error::refused(
                 format!("a nested {} namespace", kind.name()),
                 "all tasks of a tree must be in that of its root",

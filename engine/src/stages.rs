@@ -173,6 +173,32 @@ impl<'a> Stages<'a> {
     }
 }
 
+/// Who keeps packets away from a network namespace was told to do so; dropped, it is told that they may come again.
+#[derive(Debug)]
+pub struct NetworkLocked<'a> {
+    stages: &'a Stages<'a>,
+    root: i32,
+}
+
+impl<'a> NetworkLocked<'a> {
+    /// Tells that the tree of `root` stands still.
+    pub fn reach(stages: &'a Stages<'a>, root: i32) -> Result<NetworkLocked<'a>> {
+        stages.reach(Stage::NetworkLock, Some(root))?;
+        Ok(NetworkLocked { stages, root })
+    }
+
+    /// The tree ends: a restore says when packets may come again.
+    pub fn keep(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for NetworkLocked<'_> {
+    fn drop(&mut self) {
+        self.stages.announce(Stage::NetworkUnlock, Some(self.root));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

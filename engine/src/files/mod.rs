@@ -10,12 +10,14 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::rc::Rc;
 
 use standstill_images::proto::{FdTypes, FdinfoEntry, FileEntry, FownEntry};
 use standstill_images::{ImageKind, Images};
 
 use crate::error::{At, Call, Error, Place, Result};
 use crate::guard::{Act, Guard, List};
+use crate::network::doors::{Doors, Inside};
 use crate::options::Options;
 use crate::plan::Plan;
 use crate::proc::fdinfo::{self, FdInfo};
@@ -142,8 +144,10 @@ pub struct DumpFiles<'a> {
     pub sysv: crate::memory::sysv::Dumped,
     /// Id of the IPC namespace that they are in.
     pub ipc_ns: u32,
-    /// Id of the network namespace that the sockets are in (as in the ids image).
+    /// Id of the network namespace that the last socket was in, at first that of the tree's root (as in the ids image).
     pub net_ns: u32,
+    /// Network namespaces: ours, and those of the tree.
+    pub networks: Rc<Doors>,
     /// Undoes what is changed outside of the engine, should that die.
     pub guard: Option<&'a Guard<'a>>,
     entries: Vec<FileEntry>,
@@ -178,6 +182,7 @@ impl<'a> DumpFiles<'a> {
             sysv: Default::default(),
             ipc_ns: 0,
             net_ns,
+            networks: Rc::new(Doors::ours(net_ns)),
             guard: None,
             entries: Vec::new(),
             next: 1,
@@ -219,12 +224,13 @@ impl<'a> DumpFiles<'a> {
 
     /// Will [`DumpFiles::finish`] change something about sockets for a while?
     pub fn changes_sockets(&self) -> bool {
-        !self.inet.connections().is_empty() || self.unix.has_queues()
+        self.lock.is_of_namespace() || !self.inet.connections().is_empty() || self.unix.has_queues()
     }
 
     /// Gets ready to keep packets away from connections, if there are some or may be some in flight.
     pub fn prepare_lock(&mut self, guard: &Guard<'_>) -> Result<()> {
-        if !self.inet.connections().is_empty() || (self.opts.tcp_established && self.unix.has_queues()) {
+        let may_be_some = self.opts.tcp_established && self.unix.has_queues();
+        if self.lock.is_of_namespace() || !self.inet.connections().is_empty() || may_be_some {
             self.lock.prepare(guard)?;
         }
         Ok(())
@@ -361,6 +367,10 @@ pub struct RestoreFiles<'a> {
     pub fanotify: fanotify::Restored,
     /// Segments of System V shared memory.
     pub sysv: crate::memory::sysv::Restored,
+    /// Network namespaces: ours, and those of the tree.
+    pub networks: Rc<Doors>,
+    /// Id of that of the tree's root.
+    pub net_ns: u32,
     /// Names that must be removed if the restore fails.
     pub litter: std::cell::RefCell<Vec<PathBuf>>,
     /// Removes them, should the engine die.
@@ -395,6 +405,8 @@ impl<'a> RestoreFiles<'a> {
             locks: Default::default(),
             fanotify: Default::default(),
             sysv: Default::default(),
+            networks: Rc::new(Doors::ours(0)),
+            net_ns: 0,
             litter: Default::default(),
             guard: None,
             opening: HashSet::new(),
@@ -412,6 +424,15 @@ impl<'a> RestoreFiles<'a> {
     /// The entry of a file.
     pub fn entry(&self, id: u32) -> Result<&FileEntry> {
         self.entries.get(&id).ok_or_else(|| Error::lie("files.img", format!("file {id:#x} is missing")))
+    }
+
+    /// Goes into the network namespace that a socket is to be in: that of the tree's root, if the image does not say.
+    pub fn network(&self, id: Option<u32>) -> Result<Inside> {
+        let id = id.unwrap_or(self.net_ns);
+        if self.networks.are_many() && self.networks.get(id).is_none() {
+            return Err(Error::lie("files.img", format!("a socket in network namespace {id}")));
+        }
+        self.networks.enter(id)
     }
 
     /// The file with this id, opened if it is not yet.

@@ -1,6 +1,6 @@
 //! Open namespace files (`/proc/PID/ns/net` and the like).
 //!
-//! Carried when the namespace is one that the restored tasks have anyway: that of the engine. Image: `files.img`
+//! Carried when the namespace is one that the restored tasks have anyway: that of the engine, or a network namespace of the tree. Image: `files.img`
 //! (`ns_file_entry`: which kind, by its CLONE_NEW flag, and which namespace, by its id in the ids images).
 //! Man page: namespaces(7).
 
@@ -34,10 +34,16 @@ pub fn kind_of(link: &[u8]) -> Option<(&'static str, u32, u32)> {
 }
 
 /// Dumps one; a namespace that is not the engine's is refused.
-pub fn dump(d: &Descriptor, id: u32, _cx: &mut DumpFiles<'_>) -> Result<FileEntry> {
+pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry> {
     let Some((name, flag, ns_id)) = kind_of(&d.link) else {
         return Err(d.refused("a namespace file", "close it before the dump"));
     };
+    let number = d.link.split(|b| *b == b'[').nth(1).and_then(|n| std::str::from_utf8(n.strip_suffix(b"]")?).ok());
+    let network = number.and_then(|n| n.parse().ok()).filter(|_| name == "net").and_then(|n| cx.networks.id_of(n));
+    if let Some(ns_id) = network {
+        let nsf = NsFileEntry { id, ns_id, ns_cflag: flag, flags: d.flags };
+        return Ok(FileEntry { r#type: FdTypes::Ns as i32, id, nsf: Some(nsf), ..Default::default() });
+    }
     let own = rustix::fs::readlink(format!("/proc/self/ns/{name}"), Vec::new()).call("readlink(/proc/self/ns)")?;
     if own.as_bytes() != d.link {
         return Err(d.refused("a file of another namespace", "close it before the dump"));
@@ -47,11 +53,14 @@ pub fn dump(d: &Descriptor, id: u32, _cx: &mut DumpFiles<'_>) -> Result<FileEntr
 }
 
 /// Opens the engine's own namespace of that kind.
-pub fn open(e: &NsFileEntry, _cx: &mut RestoreFiles<'_>) -> Result<OwnedFd> {
+pub fn open(e: &NsFileEntry, cx: &mut RestoreFiles<'_>) -> Result<OwnedFd> {
     let kind = KINDS.iter().position(|(_, flag)| *flag == e.ns_cflag);
     let Some(position) = kind else {
         return Err(Error::lie("files.img", format!("a namespace of kind {:#x}", e.ns_cflag)));
     };
+    if let Some(fd) = cx.networks.get(e.ns_id).filter(|_| KINDS[position].0 == "net") {
+        return fd.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)");
+    }
     if e.ns_id as usize != position + 1 {
         return Err(Error::refused("a file of another namespace", "namespaces cannot be restored yet"));
     }

@@ -189,10 +189,11 @@ impl Saved {
         Saved { tracked: if tracked { self.tracked } else { Vec::new() }, ..Saved::default() }
     }
 
-    /// Makes the rules in the namespace that we are in.
-    pub fn restore_rules(&self) -> Result<()> {
+    /// Makes the rules in the namespace that we are in; true if there were some.
+    pub fn restore_rules(&self) -> Result<bool> {
+        let is_empty = |text: &Vec<u8>| text.trim_ascii().is_empty();
         for ((_, _, name), text) in HALVES.iter().zip(&self.iptables) {
-            if text.trim_ascii().is_empty() {
+            if is_empty(text) {
                 continue;
             }
             let program = legacy(name, "restore").ok_or_else(|| Error::Usage {
@@ -202,13 +203,13 @@ impl Saved {
             })?;
             run(&program, &["-w", "-c"], Some(text))?;
         }
-        if !self.nftables.trim_ascii().is_empty() {
+        if !is_empty(&self.nftables) {
             let program = find("nft").ok_or_else(|| Error::Usage {
                 what: "the firewall of nftables needs nft, which is not here: install it".into(),
             })?;
             run(&program, &["-f", "-"], Some(&self.nftables))?;
         }
-        Ok(())
+        Ok(!self.iptables.iter().all(is_empty) || !is_empty(&self.nftables))
     }
 
     /// Makes what is tracked.

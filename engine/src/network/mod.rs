@@ -26,9 +26,11 @@ use standstill_images::proto::{NetDeviceEntry, NetnsEntry, NetnsId};
 use standstill_images::{ImageKind, Images};
 
 use crate::error::{At, Call, Error, Place, Result};
-use crate::options::Options;
+use crate::options::{NamespaceKind, Options};
+use crate::sys::calls;
 use crate::sys::netlink::{self, Message, Netlink, HEADER};
 
+pub mod doors;
 pub mod firewall;
 pub mod links;
 pub mod payload;
@@ -46,6 +48,21 @@ const NSID_BODY: [u8; 4] = [0; 4];
 
 /// How long IPv6 addresses may take to be usable.
 const READY: Duration = Duration::from_secs(5);
+
+/// Is a task in the network namespace that we are in?
+pub fn is_ours(pid: i32) -> Result<bool> {
+    Ok(inode(of_task(pid).task(pid)?.as_fd())? == inode(own()?.as_fd())?)
+}
+
+/// Does something in this thread, in a network namespace: what it starts is born there.
+pub fn born_in<T>(namespace: Option<BorrowedFd<'_>>, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let Some(namespace) = namespace else { return work() };
+    let own = own()?;
+    setns(namespace, CloneFlags::CLONE_NEWNET).call("setns(CLONE_NEWNET)")?;
+    let result = work();
+    setns(&own, CloneFlags::CLONE_NEWNET).call("setns(CLONE_NEWNET)")?;
+    result
+}
 
 /// Does something in a network namespace, in a thread that is never anywhere else again.
 pub fn inside<T: Send>(namespace: BorrowedFd<'_>, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
@@ -94,6 +111,12 @@ pub fn inode(namespace: BorrowedFd<'_>) -> Result<u64> {
 pub fn external_key(opts: &Options, inode: u64) -> Option<&str> {
     let wanted = format!("net[{inode}]");
     opts.external_of_kind("net").find(|e| e.key == wanted).and_then(|e| e.value.as_deref())
+}
+
+/// Writes the images of all network namespaces of a tree.
+pub fn dump_all(images: &Images, opts: &Options, doors: &doors::Doors) -> Result<()> {
+    let all = doors.of_tree();
+    all.iter().try_for_each(|(id, _)| dump(images, opts, *id, &all))
 }
 
 /// Writes the images of a namespace of the tree. `others`: all namespaces of the tree, this one too, by their ids.
@@ -220,10 +243,22 @@ impl Networks {
         Ok(networks)
     }
 
-    /// The key of a namespace that is to come from outside.
-    pub fn key(&self, id: u32) -> Option<String> {
-        let space = self.spaces.iter().find(|s| s.id == id)?;
-        space.netns.ext_key.as_ref().map(|key| String::from_utf8_lossy(key).into_owned())
+    /// The namespace from outside that stands for an id: what `--join-ns net:` names for the root's, or, for one that was
+    /// outside before, what `--inherit-fd fd[N]:KEY` does.
+    pub fn outside(&self, id: u32, opts: &Options) -> Result<Option<OwnedFd>> {
+        let Some(space) = self.spaces.iter().find(|s| s.id == id) else { return Ok(None) };
+        let is_first = self.spaces.first().is_some_and(|first| first.id == id);
+        if let Some(join) = opts.join_ns.iter().find(|j| j.kind == NamespaceKind::Net && is_first && self.joined) {
+            let path = &join.path;
+            let file = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+            return file.call("open").at(Place::Path(path.clone())).map(Some);
+        }
+        let Some(key) = &space.netns.ext_key else { return Ok(None) };
+        let key = String::from_utf8_lossy(key);
+        let number = opts.inherited_fd(&key).ok_or_else(|| Error::Usage {
+            what: format!("Unable to find an external netns: {key}; say which with --inherit-fd fd[N]:{key}"),
+        })?;
+        calls::dup_number(number).map(Some)
     }
 
     /// Says which namespace stands for an id.
@@ -259,9 +294,11 @@ impl Networks {
             for space in &self.spaces {
                 self.enter(space.id)?;
                 let mut netlink = Netlink::open(netlink::ROUTE)?;
-                if space.netns.ext_key.is_none() && !opts.empty_ns.net {
-                    self.restore_conf(space, &mut netlink, opts)
-                        .at(Place::Item("network namespace", space.id.into()))?;
+                if space.netns.ext_key.is_none() {
+                    if !opts.empty_ns.net {
+                        self.restore_conf(space, &mut netlink, opts)
+                            .at(Place::Item("network namespace", space.id.into()))?;
+                    }
                     lock()?;
                 }
                 sockets.insert(space.id, netlink);
@@ -364,21 +401,24 @@ impl Networks {
     }
 
     /// Puts addresses, routes, rules, the firewall and connections into them.
-    pub fn fill(&self, opts: &Options) -> Result<()> {
+    /// `lock` locks a namespace again, as rules that come back may have lifted that.
+    pub fn fill(&self, opts: &Options, lock: &(dyn Fn() -> Result<()> + Sync)) -> Result<()> {
         if self.joined {
             return Ok(());
         }
         for space in &self.spaces {
             let fd = self.get(space.id).ok_or(Error::Gone)?;
-            inside(fd, || self.fill_here(space, opts)).at(Place::Item("network namespace", space.id.into()))?;
+            inside(fd, || self.fill_here(space, opts, lock)).at(Place::Item("network namespace", space.id.into()))?;
         }
         Ok(())
     }
 
-    fn fill_here(&self, space: &Space, opts: &Options) -> Result<()> {
+    fn fill_here(&self, space: &Space, opts: &Options, lock: &(dyn Fn() -> Result<()> + Sync)) -> Result<()> {
         let mut netlink = Netlink::open(netlink::ROUTE)?;
         space.payload.restore(&mut netlink)?;
-        space.firewall.restore_rules()?;
+        if space.firewall.restore_rules()? {
+            lock()?;
+        }
         space.firewall.restore_tracked()?;
         if space.netns.ext_key.is_some() || opts.empty_ns.net {
             return Ok(());

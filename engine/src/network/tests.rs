@@ -64,7 +64,7 @@ fn restore(images: &Images, opts: &Options, ids: &[u32]) -> Result<Networks> {
         networks.set(id, create()?);
     }
     networks.prepare(opts, &|| Ok(()))?;
-    networks.fill(opts)?;
+    networks.fill(opts, &|| Ok(()))?;
     Ok(networks)
 }
 

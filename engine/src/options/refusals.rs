@@ -3,7 +3,7 @@
 //! This is the only such list: the command line, RPC and the library all pass through it. When something starts to work,
 //! its line goes. Options without a line here work.
 
-use super::Options;
+use super::{NamespaceKind, Options};
 
 /// One thing that is refused.
 #[derive(Debug)]
@@ -26,7 +26,6 @@ const fn refuse(option: &'static str, asked: fn(&Options) -> bool, reason: &'sta
 }
 
 const NO_MOUNTS: &str = "mount namespaces are not carried yet";
-const NO_NETWORKS: &str = "network namespaces are not carried yet";
 const NO_CGROUPS: &str = "cgroups are not carried yet, tasks stay in ours";
 const NO_SERVER: &str = "pages go to the image folder only";
 
@@ -38,9 +37,7 @@ pub const REFUSALS: &[Refusal] = &[
     refuse("ps-socket", |o| o.ps_socket.is_some(), NO_SERVER),
     refuse("stream", |o| o.stream, "images go to a folder only"),
     refuse("tls", |o| o.tls, "there is no encrypted transfer yet"),
-    refuse("join-ns", |o| !o.join_ns.is_empty(), "namespaces cannot be joined yet"),
-    refuse("empty-ns", |o| o.empty_ns.net, NO_NETWORKS),
-    refuse("veth-pair", |o| o.external_of_kind("veth").next().is_some(), NO_NETWORKS),
+    refuse("join-ns", |o| o.join_ns.iter().any(|j| j.kind != NamespaceKind::Net), "only network namespaces can be joined yet"),
     refuse("skip-mnt", |o| !o.skip_mnt.is_empty(), NO_MOUNTS),
     refuse("enable-fs", |o| !o.enable_fs.is_empty(), NO_MOUNTS),
     refuse("enable-external-sharing", |o| o.enable_external_sharing, NO_MOUNTS),

@@ -66,8 +66,8 @@ const ICMPV6_FILTER: Opt = Opt::new(libc::IPPROTO_ICMPV6, 1, "ICMPV6_FILTER");
 /// What a dump remembers.
 #[derive(Debug, Default)]
 pub struct Dumped {
-    /// The kernel's list of one family and protocol, by inode.
-    listed: HashMap<(InetFamily, InetProtocol), HashMap<u32, InetSocket>>,
+    /// The kernel's list of one network namespace, family and protocol, by inode.
+    listed: HashMap<(u32, InetFamily, InetProtocol), HashMap<u32, InetSocket>>,
     /// Connections whose image is to be written, when nobody can use them any more.
     connections: Vec<(InetSkEntry, OwnedFd)>,
     /// Connections in repair mode: they go on when this goes.
@@ -76,8 +76,15 @@ pub struct Dumped {
 
 impl Dumped {
     /// What the kernel's list says of a socket, if it is there.
-    fn find(&mut self, family: InetFamily, protocol: InetProtocol, ino: u32) -> Result<Option<InetSocket>> {
-        if let Entry::Vacant(unknown) = self.listed.entry((family, protocol)) {
+    fn find(
+        &mut self,
+        network: u32,
+        family: InetFamily,
+        protocol: InetProtocol,
+        ino: u32,
+    ) -> Result<Option<InetSocket>> {
+        let key = (network, family, protocol);
+        if let Entry::Vacant(unknown) = self.listed.entry(key) {
             let sockets = match Diag::open().and_then(|mut diag| diag.inet(family, protocol)) {
                 // a kernel that cannot say more
                 Err(DiagError::Unsupported { .. }) => Vec::new(),
@@ -85,7 +92,7 @@ impl Dumped {
             };
             unknown.insert(sockets.into_iter().map(|s| (s.inode, s)).collect());
         }
-        Ok(self.listed.get(&(family, protocol)).and_then(|sockets| sockets.get(&ino)).cloned())
+        Ok(self.listed.get(&key).and_then(|sockets| sockets.get(&ino)).cloned())
     }
 
     /// Connections that [`finish`] writes.
@@ -223,7 +230,8 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
     }
     let listed = match protocol {
         Some(protocol) => {
-            cx.inet.find(if family == libc::AF_INET6 { InetFamily::V6 } else { InetFamily::V4 }, protocol, ino)?
+            let family = if family == libc::AF_INET6 { InetFamily::V6 } else { InetFamily::V4 };
+            cx.inet.find(cx.net_ns, family, protocol, ino)?
         }
         None => None,
     };

@@ -9,9 +9,8 @@ use std::os::fd::AsFd;
 
 use standstill_images::proto::FileEntry;
 
-use crate::error::{At, Call, Error, Place, Result};
+use crate::error::{At, Error, Place, Result};
 use crate::files::{Descriptor, DumpFiles};
-use crate::sys::calls;
 use crate::sys::diag::DiagError;
 
 pub mod inet;
@@ -30,29 +29,14 @@ pub const CLOSE: u32 = 7;
 /// TCP_LISTEN.
 pub const LISTEN: u32 = 10;
 
-const SIOCGSKNS: u64 = 0x894c;
-
-/// A socket stays in the network namespace that it was made in, wherever its task is.
-fn is_in_our_network(d: &Descriptor) -> Result<bool> {
-    let fd = match calls::ioctl_value(d.copy.as_fd(), "ioctl(SIOCGSKNS)", SIOCGSKNS, 0) {
-        Ok(fd) => i32::try_from(fd).unwrap_or(-1),
-        // without CAP_NET_ADMIN this cannot be known; the lists of sockets tell for most
-        Err(e) if e.errno() == libc::EPERM => return Ok(true),
-        Err(e) => return Err(e),
-    };
-    let theirs = rustix::fs::stat(format!("/proc/self/fd/{fd}")).call("stat(/proc/self/fd/N)");
-    nix::unistd::close(fd).call("close")?;
-    let (theirs, ours) =
-        (theirs?, rustix::fs::stat("/proc/thread-self/ns/net").call("stat(/proc/thread-self/ns/net)")?);
-    Ok((theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino))
-}
-
 /// Dispatches by family.
 pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry> {
     let place = Place::Item("socket", d.stat.st_ino);
-    if !is_in_our_network(d).at(place.clone())? {
+    let Some(network) = cx.networks.of_socket(d.copy.as_fd(), cx.net_ns).at(place.clone())? else {
         return Err(d.refused("a socket of another network namespace", "close it before the dump"));
-    }
+    };
+    let _inside = cx.networks.enter(network).at(place.clone())?;
+    cx.net_ns = network;
     let family = options::DOMAIN.get(d.copy.as_fd()).at(place.clone())?;
     match i32::try_from(family).unwrap_or(-1) {
         libc::AF_UNIX => unix::dump(d, id, cx),

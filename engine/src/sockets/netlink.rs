@@ -67,8 +67,8 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
 }
 
 /// Makes it again.
-pub fn open(e: &NetlinkSkEntry, _cx: &RestoreFiles<'_>) -> Result<OwnedFd> {
-    make(e).at(Place::Item("netlink socket", e.ino.into()))
+pub fn open(e: &NetlinkSkEntry, cx: &RestoreFiles<'_>) -> Result<OwnedFd> {
+    cx.network(e.ns_id).and_then(|_inside| make(e)).at(Place::Item("netlink socket", e.ino.into()))
 }
 
 fn make(e: &NetlinkSkEntry) -> Result<OwnedFd> {

@@ -10,6 +10,9 @@
 //! (`dump_criu_run_id` of the inventory, cut), or two rules of iptables for each connection. Packets with CRIU's mark pass.
 //! The inventory has the method (`network_lock_method`: 0 iptables, 1 nftables, 2 none), which counts at restore.
 //!
+//! A network namespace of the tree's own is locked as a whole, as CRIU does it: all who are in it are strangers to each other
+//! while the tree is away. In one that a restore makes, there are no packets to be kept away before its links come up.
+//!
 //! nftables is spoken by netlink ([`crate::sys::nftables`]); for iptables its own programs are run, since there is more than
 //! one thing by that name in the kernel.
 //!
@@ -18,13 +21,14 @@
 use std::fs::File;
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::{Command, Stdio};
 
 use standstill_images::proto::InventoryEntry;
 
 use crate::error::{Call, Error, Result};
 use crate::guard::{Act, Guard, List};
+use crate::network::inside;
 use crate::options::NetworkLock;
 use crate::sys::nftables::{self, Nftables, MARK};
 use crate::sys::spawn;
@@ -41,6 +45,8 @@ pub struct Lock {
     method: NetworkLock,
     table: String,
     way: Option<Way>,
+    /// The tree's own network namespace, which is locked as a whole.
+    namespace: Option<OwnedFd>,
 }
 
 #[derive(Debug)]
@@ -48,6 +54,8 @@ enum Way {
     Table(Nftables),
     /// Connections that have rules, and a script for the guard, which takes them away.
     Rules(Vec<Ends>, Option<File>),
+    /// Rules for all packets of the namespace.
+    RulesForAll,
 }
 
 fn table_of(run: &str) -> String {
@@ -67,7 +75,17 @@ pub fn number(method: NetworkLock) -> u32 {
 impl Lock {
     /// Nothing is locked yet. `run` is the name of this dump.
     pub fn new(method: NetworkLock, run: &str) -> Lock {
-        Lock { method, table: table_of(run), way: None }
+        Lock { method, table: table_of(run), way: None, namespace: None }
+    }
+
+    /// What is locked is the tree's own network namespace, as a whole.
+    pub fn set_namespace(&mut self, namespace: OwnedFd) {
+        self.namespace = Some(namespace);
+    }
+
+    /// Is there something to be locked even without connections?
+    pub fn is_of_namespace(&self) -> bool {
+        self.namespace.is_some() && self.method != NetworkLock::Skip
     }
 
     /// How connections are locked: not always as was asked for, and not at all where there are none. A restore then has
@@ -82,7 +100,15 @@ impl Lock {
     /// Says that connections will be locked, before the guard hears of anything else.
     pub fn prepare(&mut self, guard: &Guard<'_>) -> Result<()> {
         if self.method == NetworkLock::Iptables {
-            self.way = Some(Way::Rules(Vec::new(), Some(script(guard)?)));
+            if let Some(namespace) = &self.namespace {
+                let mut script = script(guard, Some(namespace.as_fd()))?;
+                let undo: Vec<String> =
+                    PROGRAMS.iter().flat_map(|p| UNLOCK_ALL.map(|c| format!("{p} -w {c}\n"))).collect();
+                script.write_all(undo.concat().as_bytes()).call("write(memfd)")?;
+                self.way = Some(Way::RulesForAll);
+                return inside(namespace.as_fd(), lock_all_by_rules);
+            }
+            self.way = Some(Way::Rules(Vec::new(), Some(script(guard, None)?)));
         }
         if self.method == NetworkLock::Nftables {
             match self.make_table(guard) {
@@ -101,7 +127,8 @@ impl Lock {
     /// Locks a connection.
     pub fn add(&mut self, ends: Ends) -> Result<()> {
         match &mut self.way {
-            None => Ok(()),
+            None | Some(Way::RulesForAll) => Ok(()),
+            Some(Way::Table(_)) if self.namespace.is_some() => Ok(()),
             Some(Way::Table(nftables)) => nftables.run(&nftables::add(&self.table, &[ends])),
             Some(Way::Rules(all, script)) => {
                 if let Some(script) = script {
@@ -118,10 +145,13 @@ impl Lock {
     }
 
     fn make_table(&self, guard: &Guard<'_>) -> Result<Nftables> {
-        let nftables = Nftables::open()?;
+        let nftables = open_in(self.namespace.as_ref().map(AsFd::as_fd))?;
         let held = guard.hold(nftables.socket())?;
         guard.register(List::Undo, &Act::Send(held, nftables::delete(&self.table).bytes()))?;
-        nftables.run(&nftables::create(&self.table))?;
+        nftables.run(&match self.namespace {
+            Some(_) => nftables::create_for_all(&self.table),
+            None => nftables::create(&self.table),
+        })?;
         Ok(nftables)
     }
 
@@ -137,6 +167,10 @@ impl Lock {
                 remove_rules(&all);
                 Ok(())
             }
+            Some(Way::RulesForAll) => match &self.namespace {
+                Some(namespace) => inside(namespace.as_fd(), unlock_all_by_rules),
+                None => Ok(()),
+            },
         }
     }
 
@@ -160,17 +194,30 @@ pub struct Lifted {
     table: Option<(Nftables, String)>,
     rules: Vec<Ends>,
     all: Vec<Ends>,
+    /// What was lifted is the lock of a whole network namespace: which one.
+    of_all: Option<OwnedFd>,
+    /// … by iptables.
+    by_rules: bool,
 }
 
 impl Lifted {
     /// Lifts the locks of a dump from these connections, just before they go on.
-    pub fn lift(inventory: &InventoryEntry, all: Vec<Ends>, guard: Option<&Guard<'_>>) -> Result<Lifted> {
+    /// `namespace`: the tree's own network namespace, which is locked as a whole.
+    pub fn lift(
+        inventory: &InventoryEntry,
+        all: Vec<Ends>,
+        guard: Option<&Guard<'_>>,
+        namespace: Option<BorrowedFd<'_>>,
+    ) -> Result<Lifted> {
         let mut lifted = Lifted::default();
+        if let Some(namespace) = namespace {
+            lifted.lift_all(inventory, guard, namespace)?;
+            return Ok(lifted);
+        }
         match inventory.network_lock_method {
             Some(1) => {
-                let run = inventory.dump_criu_run_id.as_deref().map(String::from_utf8_lossy).unwrap_or_default();
                 lifted.all = all;
-                lifted.lift_table(table_of(&run), guard)?;
+                lifted.lift_table(table_in(inventory), guard)?;
             }
             Some(2) => {}
             _ => {
@@ -181,6 +228,38 @@ impl Lifted {
             }
         }
         Ok(lifted)
+    }
+
+    fn lift_all(
+        &mut self,
+        inventory: &InventoryEntry,
+        guard: Option<&Guard<'_>>,
+        namespace: BorrowedFd<'_>,
+    ) -> Result<()> {
+        match inventory.network_lock_method {
+            Some(1) => {
+                let table = table_in(inventory);
+                let Ok(nftables) = open_in(Some(namespace)) else { return Ok(()) };
+                if let Some(guard) = guard {
+                    let held = guard.hold(nftables.socket())?;
+                    guard.register(List::Undo, &Act::Send(held, nftables::create_for_all(&table).bytes()))?;
+                }
+                match nftables.run(&nftables::delete(&table)) {
+                    Ok(()) => self.table = Some((nftables, table)),
+                    Err(e) if e.errno() == libc::ENOENT => {}
+                    Err(e) => return Err(e),
+                }
+                self.of_all = Some(namespace.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?);
+            }
+            Some(2) => {}
+            _ if find(PROGRAMS[0]).is_some() => {
+                inside(namespace, unlock_all_by_rules)?;
+                self.by_rules = true;
+                self.of_all = Some(namespace.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?);
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
     fn lift_table(&mut self, table: String, guard: Option<&Guard<'_>>) -> Result<()> {
@@ -218,22 +297,81 @@ impl Lifted {
     /// The connections go on.
     pub fn done(mut self) {
         self.table = None;
+        self.of_all = None;
         self.rules.clear();
     }
 }
 
 impl Drop for Lifted {
     fn drop(&mut self) {
-        let again = match &self.table {
-            Some((nftables, table)) => {
+        let again = match (&self.table, &self.of_all) {
+            (Some((nftables, table)), Some(_)) => nftables.run(&nftables::create_for_all(table)),
+            (None, Some(namespace)) if self.by_rules => inside(namespace.as_fd(), lock_all_by_rules),
+            (None, Some(_)) => Ok(()),
+            (Some((nftables, table)), None) => {
                 nftables.run(&nftables::create(table)).and_then(|()| nftables.run(&nftables::add(table, &self.all)))
             }
-            None => self.rules.iter().try_for_each(|&ends| restore_rules(ends, "-I")),
+            (None, None) => self.rules.iter().try_for_each(|&ends| restore_rules(ends, "-I")),
         };
         if let Err(e) = again {
             tracing::error!("connections are not locked any more: {e}");
         }
     }
+}
+
+/// The table that the dump of an image locked with.
+fn table_in(inventory: &InventoryEntry) -> String {
+    table_of(&inventory.dump_criu_run_id.as_deref().map(String::from_utf8_lossy).unwrap_or_default())
+}
+
+/// Locks the network namespace that we are in, for a restore: nobody is there yet who could answer. If it is locked, it stays so.
+pub fn lock_here(inventory: &InventoryEntry) -> Result<()> {
+    match inventory.network_lock_method {
+        Some(1) => match Nftables::open()?.run(&nftables::create_for_all(&table_in(inventory))) {
+            Err(e) if e.errno() == libc::EEXIST => Ok(()),
+            other => other,
+        },
+        Some(2) => Ok(()),
+        _ => lock_all_by_rules(),
+    }
+}
+
+fn open_in(namespace: Option<BorrowedFd<'_>>) -> Result<Nftables> {
+    match namespace {
+        Some(namespace) => inside(namespace, Nftables::open),
+        None => Nftables::open(),
+    }
+}
+
+/// Programs of iptables.
+const PROGRAMS: [&str; 2] = ["iptables", "ip6tables"];
+
+/// Commands that take the lock of a whole namespace away.
+const UNLOCK_ALL: [&str; 4] = ["-D INPUT -j CRIU", "-D OUTPUT -j CRIU", "-F CRIU", "-X CRIU"];
+
+/// Drops every packet without our mark, in the network namespace that we are in.
+fn lock_all_by_rules() -> Result<()> {
+    let rules = format!(
+        "*filter\n:CRIU - [0:0]\n-I INPUT -j CRIU\n-I OUTPUT -j CRIU\n-A CRIU -m mark --mark {MARK:#x} -j ACCEPT\n-A CRIU -j \
+         DROP\nCOMMIT\n"
+    );
+    PROGRAMS
+        .iter()
+        .try_for_each(|program| restore_text(program, &rules))
+        .map_err(|e| Error::Usage { what: format!("Can't lock the network namespace with iptables: {e}") })
+}
+
+/// Takes that away, as often as it is there.
+fn unlock_all_by_rules() -> Result<()> {
+    const OFTEN: usize = 8;
+    for program in PROGRAMS {
+        let jumps = "*filter\n-D INPUT -j CRIU\n-D OUTPUT -j CRIU\nCOMMIT\n";
+        let _ = (0..OFTEN).try_for_each(|_| restore_text(program, jumps));
+        if let Err(e) = restore_text(program, "*filter\n-F CRIU\n-X CRIU\nCOMMIT\n") {
+            tracing::info!("{program}: the network is not locked: {e}");
+        }
+    }
+    Ok(())
 }
 
 /// The program for the family of a connection.
@@ -269,11 +407,14 @@ pub(crate) fn find(program: &str) -> Option<std::path::PathBuf> {
 
 /// Hands rules to the system's iptables, both or none.
 fn restore_rules(ends: Ends, how: &str) -> Result<()> {
-    let name = format!("{}-restore", program(ends));
+    restore_text(program(ends), &format!("*filter\n{}\nCOMMIT\n", rules(ends, how).join("\n")))
+}
+
+fn restore_text(program: &str, text: &str) -> Result<()> {
+    let name = format!("{program}-restore");
     let missing =
         || Error::Usage { what: format!("there is no {name}: install iptables, or use --network-lock nftables") };
     let path = find(&name).ok_or_else(missing)?;
-    let text = format!("*filter\n{}\nCOMMIT\n", rules(ends, how).join("\n"));
     let mut child = Command::new(path)
         .args(["-w", "-n"])
         .stdin(Stdio::piped())
@@ -304,11 +445,15 @@ fn remove_rules(all: &[Ends]) {
 }
 
 /// A script that the guard becomes when it has done all else, with nothing to do yet.
-fn script(guard: &Guard<'_>) -> Result<File> {
+fn script(guard: &Guard<'_>, namespace: Option<BorrowedFd<'_>>) -> Result<File> {
     let mut script = File::from(spawn::memfd(c"standstill-rules", 0)?);
     script.write_all(b"exec </dev/null >/dev/null 2>&1\nPATH=$PATH:/usr/sbin:/sbin\n").call("write(memfd)")?;
     let held = guard.hold(script.as_fd())?;
     guard.register(List::Undo, &Act::Script(held))?;
+    if let Some(namespace) = namespace {
+        let held = guard.hold(namespace)?;
+        guard.register(List::Undo, &Act::EnterNetwork(held))?;
+    }
     Ok(script)
 }
 

@@ -60,19 +60,19 @@ const LONGEST_ADDRESS: usize = 32;
 /// What a dump remembers.
 #[derive(Debug, Default)]
 pub struct Dumped {
-    /// All of the namespace, by inode.
-    listed: Option<HashMap<u32, PacketSocket>>,
+    /// All of a network namespace, by inode.
+    listed: HashMap<u32, HashMap<u32, PacketSocket>>,
     /// File ids of sockets whose rings are mapped, by inode, and whether the socket was there too.
     mapped: HashMap<u64, (u32, bool)>,
 }
 
 impl Dumped {
-    fn find(&mut self, ino: u32) -> Result<Option<PacketSocket>> {
-        if self.listed.is_none() {
+    fn find(&mut self, network: u32, ino: u32) -> Result<Option<PacketSocket>> {
+        if let std::collections::hash_map::Entry::Vacant(unknown) = self.listed.entry(network) {
             let sockets = super::listed(Diag::open().and_then(|mut diag| diag.packet()))?;
-            self.listed = Some(sockets.into_iter().map(|s| (s.ino, s)).collect());
+            unknown.insert(sockets.into_iter().map(|s| (s.ino, s)).collect());
         }
-        Ok(self.listed.as_ref().and_then(|sockets| sockets.get(&ino)).cloned())
+        Ok(self.listed.get(&network).and_then(|sockets| sockets.get(&ino)).cloned())
     }
 }
 
@@ -109,7 +109,7 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
     let fd = d.copy.as_fd();
     let ino = u32::try_from(d.stat.st_ino).unwrap_or(u32::MAX);
     let gone = || Error::Changed { what: format!("packet socket {ino} is not in the kernel's list") };
-    let socket = cx.packet.find(ino)?.ok_or_else(gone)?;
+    let socket = cx.packet.find(cx.net_ns, ino)?.ok_or_else(gone)?;
     let info = socket.info.ok_or_else(gone)?;
     if i32::try_from(info.index).is_err() {
         return Err(d.refused("a packet socket whose interface is gone", "close it before the dump"));
@@ -180,7 +180,8 @@ fn ring_entry(r: &PacketRing) -> RingEntry {
 }
 
 /// Makes it again.
-pub fn open(e: &PacketSockEntry, _cx: &RestoreFiles<'_>) -> Result<OwnedFd> {
+pub fn open(e: &PacketSockEntry, cx: &RestoreFiles<'_>) -> Result<OwnedFd> {
+    let _inside = cx.network(e.ns_id)?;
     let kind = SocketType::from_raw(e.r#type);
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let lie = |what: String| Error::lie("files.img", format!("packet socket, file {:#x}: {what}", e.id));

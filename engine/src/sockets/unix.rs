@@ -18,6 +18,7 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 
 use rustix::net::SocketType;
 use standstill_images::proto::{FdTypes, FileEntry, FilePermsEntry, ScmEntry, SkPacketEntry, UnixSkEntry};
@@ -26,6 +27,7 @@ use standstill_images::ImageKind;
 use super::{options, queue, CLOSE, ESTABLISHED, LISTEN};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{no_owner, Descriptor, DumpFiles};
+use crate::network::doors::Doors;
 use crate::sys::calls;
 use crate::sys::diag::unix::{UnixAddress, UnixSocket};
 use crate::sys::diag::Diag;
@@ -48,7 +50,7 @@ const SIOCUNIXFILE: u64 = 0x89e0;
 /// What a dump remembers.
 #[derive(Debug, Default)]
 pub struct Dumped {
-    /// All of the namespace, by inode, as they were when the first was dumped.
+    /// All of our and the tree's network namespaces, by inode, as they were when the first was dumped.
     listed: Option<HashMap<u32, UnixSocket>>,
     /// Those in the images.
     ours: BTreeMap<u32, Ours>,
@@ -71,14 +73,19 @@ impl Dumped {
     }
 
     /// What the kernel says of a socket.
-    fn find(&mut self, ino: u32) -> Result<UnixSocket> {
+    fn find(&mut self, ino: u32, networks: &Rc<Doors>) -> Result<UnixSocket> {
         if self.listed.is_none() {
-            let sockets = super::listed(Diag::open().and_then(|mut diag| diag.unix()))?;
-            self.listed = Some(sockets.into_iter().map(|s| (s.ino, s)).collect());
+            let mut all = HashMap::new();
+            for id in networks.ids() {
+                let _inside = networks.enter(id)?;
+                let sockets = super::listed(Diag::open().and_then(|mut diag| diag.unix()))?;
+                all.extend(sockets.into_iter().map(|s| (s.ino, s)));
+            }
+            self.listed = Some(all);
         }
         self.known(ino).cloned().ok_or_else(|| {
             let what = format!("unix socket {ino}, which is in another network namespace");
-            Error::refused(what, "close it before the dump; other network namespaces cannot be carried yet")
+            Error::refused(what, "close it before the dump")
         })
     }
 
@@ -110,7 +117,7 @@ fn kind_of(number: u32) -> Option<SocketType> {
 /// Dumps a unix socket but for its queue.
 pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry> {
     let ino = u32::try_from(d.stat.st_ino).unwrap_or(u32::MAX);
-    let socket = cx.unix.find(ino)?;
+    let socket = cx.unix.find(ino, &cx.networks)?;
     let kind = kind_of(socket.socket_type.into()).ok_or_else(|| {
         Error::refused(
             format!("{} of type {}", called(&socket), socket.socket_type),

@@ -40,6 +40,7 @@ const NEWSET: u16 = 9;
 const NEWSETELEM: u16 = 12;
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
+const NLM_F_EXCL: u16 = 0x200;
 const NLM_F_CREATE: u16 = 0x400;
 const NLM_F_APPEND: u16 = 0x800;
 const NLMSG_ERROR: u16 = 2;
@@ -173,49 +174,72 @@ impl Attributes<'_> {
 
 const SETS: [(&str, u32); 2] = [("conns4", 4), ("conns6", 16)];
 
+const HOOKS: [(&str, u32); 2] = [("output", 3), ("input", 1)];
+const ACCEPT: u32 = 1;
+const DROP: u32 = 0;
+const META_MARK: u32 = 3;
+
+impl Batch {
+    /// A chain that sees packets at a hook, and lets marked ones pass.
+    fn chain(&mut self, table: &str, (chain, hook): (&str, u32), policy: u32) {
+        self.message(NEWCHAIN, NLM_F_CREATE, |a| {
+            a.string(1, table).string(3, chain);
+            a.nested(4, |h| {
+                h.number(1, hook).number(2, 0);
+            });
+            a.number(5, policy).string(7, "filter");
+        });
+        self.rule(table, chain, &|e| {
+            e.is(META_MARK, &MARK.to_ne_bytes()).verdict(ACCEPT);
+        });
+    }
+
+    fn rule(&mut self, table: &str, chain: &str, expressions: &dyn Fn(&mut Attributes<'_>)) {
+        self.message(NEWRULE, NLM_F_CREATE | NLM_F_APPEND, |a| {
+            a.string(1, table).string(2, chain).nested(4, |e| expressions(e));
+        });
+    }
+
+    fn table(&mut self, table: &str, flags: u16) {
+        self.message(NEWTABLE, NLM_F_CREATE | flags, |a| {
+            a.string(1, table).number(2, 0);
+        });
+    }
+}
+
+/// Makes a table that drops every packet without our mark; an error if there is one of that name.
+pub fn create_for_all(table: &str) -> Batch {
+    let mut batch = Batch::new();
+    batch.table(table, NLM_F_EXCL);
+    for chain in HOOKS {
+        batch.chain(table, chain, DROP);
+    }
+    batch.end()
+}
+
 /// Makes the table, with nothing in its sets.
 pub fn create(table: &str) -> Batch {
-    const HOOKS: [(&str, u32); 2] = [("output", 3), ("input", 1)];
-    const ACCEPT: u32 = 1;
-    const DROP: u32 = 0;
     const NFPROTO: u32 = 15;
     const L4PROTO: u32 = 16;
-    const META_MARK: u32 = 3;
     // types of a set's key as nft(8) writes them: six bits each
     const SERVICE: u32 = 13;
     let concatenated = |address: u32| ((address << 6 | SERVICE) << 6 | address) << 6 | SERVICE;
     let mut batch = Batch::new();
-    batch.message(NEWTABLE, NLM_F_CREATE, |a| {
-        a.string(1, table).number(2, 0);
-    });
+    batch.table(table, 0);
     for (n, (set, address)) in (1..).zip(SETS) {
         let kind = concatenated(if address == 4 { 7 } else { 8 });
         batch.message(NEWSET, NLM_F_CREATE, |a| {
             a.string(1, table).string(2, set).number(3, 0).number(4, kind).number(5, 2 * (address + 4)).number(10, n);
         });
     }
-    for (chain, hook) in HOOKS {
-        batch.message(NEWCHAIN, NLM_F_CREATE, |a| {
-            a.string(1, table).string(3, chain);
-            a.nested(4, |h| {
-                h.number(1, hook).number(2, 0);
-            });
-            a.number(5, ACCEPT).string(7, "filter");
-        });
-        let mut rule = |expressions: &dyn Fn(&mut Attributes<'_>)| {
-            batch.message(NEWRULE, NLM_F_CREATE | NLM_F_APPEND, |a| {
-                a.string(1, table).string(2, chain).nested(4, |e| expressions(e));
-            });
-        };
-        rule(&|e| {
-            e.is(META_MARK, &MARK.to_ne_bytes()).verdict(ACCEPT);
-        });
+    for hook in HOOKS {
+        batch.chain(table, hook, ACCEPT);
         for (set, len) in SETS {
             let (family, source) = if len == 4 { (libc::NFPROTO_IPV4, 12) } else { (libc::NFPROTO_IPV6, 8) };
             let words = len / 4;
             // registers of four bytes, one after the other
             let first = 8;
-            rule(&|e| {
+            batch.rule(table, hook.0, &|e| {
                 e.is(NFPROTO, &[family as u8]).is(L4PROTO, &[libc::IPPROTO_TCP as u8]);
                 e.payload(first, 1, source, len).payload(first + words, 2, 0, 2);
                 e.payload(first + words + 1, 1, source + len, len).payload(first + 2 * words + 1, 2, 2, 2);

@@ -97,7 +97,9 @@ impl Ids {
             ))
             .task(pid);
         }
-        if let Some(kind) = Kind::ALL.into_iter().find(|kind| kind.id(&e) != kind.id(&of_tree)) {
+        // each task may be in a network namespace of its own
+        let nested = |kind: &Kind| *kind != Kind::Net && kind.id(&e) != kind.id(&of_tree);
+        if let Some(kind) = Kind::ALL.into_iter().find(nested) {
             return Err(Error::refused(
                 format!("a nested {} namespace", kind.name()),
                 "all tasks of a tree must be in that of its root",

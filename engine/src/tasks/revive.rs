@@ -92,6 +92,8 @@ pub struct Table<'a> {
     pub exes: HashMap<u32, i32>,
     /// The terminal that a session leader takes, and its foreground group, by pid.
     pub terminals: HashMap<i32, (i32, u32)>,
+    /// Network namespaces by id, if the tree has several.
+    pub networks: HashMap<u32, i32>,
     /// Folders by file id.
     pub folders: HashMap<u32, i32>,
     /// Descriptor tables by id.
@@ -291,6 +293,9 @@ impl Script<'_> {
         let mut plan = Plan::new();
         let memory = &alive.memory;
         let pid = u32::try_from(node.pid).unwrap_or(0);
+        if let Some(&fd) = self.table.networks.get(&alive.ids.net_ns_id.unwrap_or(0)) {
+            plan.call("network namespace", libc::SYS_setns, &[fd.into(), libc::CLONE_NEWNET.into()]);
+        }
         let empty = Inherited::default();
         let found = compared.map(|c| (inherited.unwrap_or(&empty), c));
         let shared_with_children = self.tree.heirs(i).iter().any(|&c| match &self.tree.nodes[c].kind {

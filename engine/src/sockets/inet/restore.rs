@@ -19,8 +19,8 @@ use crate::options::Persona;
 #[derive(Debug, Default)]
 pub struct Restored {
     made: bool,
-    /// Connections in repair mode; if this is dropped, they end without a word to their peers.
-    repaired: Vec<Repair>,
+    /// Connections in repair mode, and their network namespaces; if this is dropped, they end without a word to their peers.
+    repaired: Vec<(Option<u32>, Repair)>,
 }
 
 /// One of the sockets that were made, when it is first asked for.
@@ -40,7 +40,11 @@ pub fn connections(cx: &RestoreFiles<'_>) -> Result<Vec<Ends>> {
 
 /// Lets all connections go on: after the network is open, before the first task runs.
 pub fn repair_ends(cx: &mut RestoreFiles<'_>) -> Result<()> {
-    cx.inet.repaired.drain(..).try_for_each(Repair::end)
+    for (network, repair) in std::mem::take(&mut cx.inet.repaired) {
+        let _inside = cx.network(network)?;
+        repair.end()?;
+    }
+    Ok(())
 }
 
 /// A socket on its way.
@@ -66,19 +70,21 @@ fn make(cx: &mut RestoreFiles<'_>) -> Result<()> {
     let phases: [Phase; 3] = [listens, connects, last];
     for phase in phases {
         for socket in &mut sockets {
-            phase(socket, cx)
+            cx.network(socket.e.ns_id)
+                .and_then(|_inside| phase(socket, cx))
                 .map_err(|e| Error::In { place: Place::Item("socket", socket.e.ino.into()), source: Box::new(e) })?;
         }
     }
     for Making { e, fd, repair } in sockets {
         cx.opened.insert(e.id, fd);
-        cx.inet.repaired.extend(repair);
+        cx.inet.repaired.extend(repair.map(|repair| (e.ns_id, repair)));
     }
     Ok(())
 }
 
 /// A new socket with all that its port depends on, and with its port.
 fn bound(e: InetSkEntry, shared: bool, cx: &RestoreFiles<'_>) -> Result<Making> {
+    let _inside = cx.network(e.ns_id)?;
     let fd = new(&e)?;
     let mut making = Making { e, fd, repair: None };
     let (e, fd) = (&making.e, making.fd.as_fd());

@@ -84,7 +84,9 @@ fn is_dgram(e: &UnixSkEntry) -> bool {
 /// The same name of the same file.
 fn same_name(a: &UnixSkEntry, b: &UnixSkEntry) -> bool {
     let gone = |e: &UnixSkEntry| e.deleted == Some(true);
-    (&a.name, &a.name_dir, gone(a), a.r#type) == (&b.name, &b.name_dir, gone(b), b.r#type)
+    // abstract names are those of a network namespace
+    let network = |e: &UnixSkEntry| e.ns_id.filter(|_| e.name.first() == Some(&0));
+    (&a.name, &a.name_dir, gone(a), a.r#type, network(a)) == (&b.name, &b.name_dir, gone(b), b.r#type, network(b))
 }
 
 impl All {
@@ -230,12 +232,12 @@ impl All {
                 if is_dgram(e) && self.queues.contains_key(&e.id) && self.sender(n).is_none() =>
             {
                 // its messages come from another end; without a peer of its own, others can connect to it
-                let (fd, ghost) = pair(e)?;
+                let (fd, ghost) = pair(e, cx)?;
                 rustix::net::connect_unspec(&fd).call("connect(AF_UNSPEC)")?;
                 self.ghosts.insert(n, ghost);
                 fd
             }
-            Role::Alone | Role::Sends(_) | Role::Waits(_) | Role::Outside(_) => socket(e)?,
+            Role::Alone | Role::Sends(_) | Role::Waits(_) | Role::Outside(_) => socket(e, cx)?,
         };
         if !matches!(self.roles[n], Role::Given(_)) {
             if let Some(node) = name::bind(fd.as_fd(), e, cx)? {
@@ -255,7 +257,7 @@ impl All {
             Role::Pair(other) if other > n => {
                 let (a, b) = (self.sockets[n].clone(), self.sockets[other].clone());
                 let (fd, peer) = if is_dgram(&a) {
-                    let (fd, peer) = pair(&a)?;
+                    let (fd, peer) = pair(&a, cx)?;
                     name::bind(fd.as_fd(), &a, cx)?;
                     name::bind(peer.as_fd(), &b, cx)?;
                     (fd, peer)
@@ -298,9 +300,9 @@ impl All {
         cx: &RestoreFiles<'_>,
     ) -> Result<(OwnedFd, OwnedFd)> {
         if e.name.is_empty() {
-            return pair(e);
+            return pair(e, cx);
         }
-        let from = socket(e)?;
+        let from = socket(e, cx)?;
         if let Some(other) = other {
             name::bind(from.as_fd(), other, cx)?;
         }
@@ -310,7 +312,7 @@ impl All {
                 let at = match self.listening.iter().position(|(there, ..)| same_name(there, e)) {
                     Some(at) => at,
                     None => {
-                        let fd = socket(e)?;
+                        let fd = socket(e, cx)?;
                         let node = name::bind(fd.as_fd(), e, cx)?;
                         rustix::net::listen(&fd, 1).call("listen")?;
                         self.listening.push((e.clone(), fd, node));
@@ -425,12 +427,14 @@ impl All {
 }
 
 /// A new socket, which does not block until it is done.
-fn socket(e: &UnixSkEntry) -> Result<OwnedFd> {
+fn socket(e: &UnixSkEntry, cx: &RestoreFiles<'_>) -> Result<OwnedFd> {
+    let _inside = cx.network(e.ns_id)?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     rustix::net::socket_with(AddressFamily::UNIX, kind(e)?, flags, None).call("socket")
 }
 
-fn pair(e: &UnixSkEntry) -> Result<(OwnedFd, OwnedFd)> {
+fn pair(e: &UnixSkEntry, cx: &RestoreFiles<'_>) -> Result<(OwnedFd, OwnedFd)> {
+    let _inside = cx.network(e.ns_id)?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     rustix::net::socketpair(AddressFamily::UNIX, kind(e)?, flags, None).call("socketpair")
 }
