@@ -16,6 +16,7 @@ use standstill_images::proto::{
 };
 use standstill_images::{ImageKind, Images};
 
+use crate::cgroups::{self, freezer::Freezer};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{fanotify, locks, memfd, DumpFiles};
 use crate::guard::{Choice, Guard};
@@ -95,6 +96,8 @@ struct Alive {
     fs: FsEntry,
     vdso: Option<(u64, Vec<u8>)>,
     chains: Vec<seccomp::Chain>,
+    /// The set of cgroups of each thread.
+    cgroups: Vec<u32>,
 }
 
 /// Dumps the tree below `opts.pid` into `opts.images_dir`. Whatever happens, the tree goes on, unless it was to be killed
@@ -109,6 +112,9 @@ pub fn run_with(opts: &Options, stages: &Stages<'_>) -> Result<DumpReport> {
     let root = opts.required_pid().map_err(|e| Error::Usage { what: e.to_string() })?;
     if opts.snapshot && opts.final_state != FinalState::Run {
         return Err(Error::Usage { what: "--snapshot is of a tree that goes on: add --leave-running".into() });
+    }
+    if opts.snapshot && opts.freeze_cgroup.is_some() {
+        return Err(Error::Usage { what: "--snapshot stops the tree by itself: leave out --freeze-cgroup".into() });
     }
     let images = open_images(opts)?;
     with_own_thread(|| match dump(opts, stages, root, &images, true) {
@@ -125,6 +131,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     let mut phases = Phases::start(Verb::Dump, opts)?;
     stages.reach(Stage::PreDump, Some(root))?;
     let workers = Workers::new(opts)?;
+    let mut cgroups = cgroups::Dumped::new(opts)?;
     remove_old_images(opts, images)?;
     let mut ahead = if opts.snapshot { Some(Ahead::copy(opts, root, ahead, phases.counter())?) } else { None };
     if ahead.is_some() {
@@ -132,7 +139,8 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     }
     let robust = RobustList::new()?;
     let guard = Guard::new(&robust);
-    let (frozen, leftover) = leftovers::freeze(root, Duration::from_secs(u64::from(opts.timeout)))?;
+    let mut freezer = Freezer::new(opts, &robust)?;
+    let (frozen, leftover) = leftovers::freeze(root, Duration::from_secs(u64::from(opts.timeout)), freezer.as_mut())?;
     phases.mark("freezing");
     interrupt::check()?;
     let frozen_at = Instant::now();
@@ -155,6 +163,9 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     give_ids(&mut tasks, &mut numbers)?;
     let own = numbers.own();
     let pids = pids_of(&mut tasks, &own)?;
+    cgroups.freezer_state = freezer.as_ref().map(Freezer::state_before);
+    cgroups.own_namespace = own.has(namespaces::Kind::Cgroup);
+    find_cgroups(&mut tasks, &mut cgroups)?;
     refuse_gpus(&tasks)?;
     refuse_locks(opts, &tasks)?;
     let run = run_id();
@@ -255,6 +266,9 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
                 let write_core = |i: usize| -> Result<()> {
                     let (thread, facts) = (&stopped[i], &alive.facts.threads[i]);
                     let mut entry = core::thread_entry(thread, facts, &in_threads[i], &answers[i], i == 0)?;
+                    if let Some(core) = &mut entry.thread_core {
+                        core.cg_set = alive.cgroups.get(i).copied();
+                    }
                     set_filter(&mut entry, last_filters.get(i).copied().flatten(), &alive.chains);
                     if i == 0 {
                         entry.tc = Some(
@@ -322,6 +336,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     }
     files.finish()?;
     images.write_entries(ImageKind::Pstree, (), written.pstree)?;
+    cgroups.finish(images)?;
     images.write_one(ImageKind::Seccomp, (), &SeccompEntry { seccomp_filters: filters })?;
     write_clocks(images, time_ns, &numbers, written.clocks)?;
     namespaces::dump(root, &own, images)?;
@@ -341,6 +356,9 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     match opts.final_state {
         FinalState::Kill => {
             finish::decide(&infected, &guard)?;
+            if let Some(freezer) = &mut freezer {
+                freezer.tree_ends();
+            }
             files.tasks_end();
             finish::kill(infected)?;
             files.inet.tasks_are_gone();
@@ -352,7 +370,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
             files.tasks_go_on()?;
             infected.iter().try_for_each(Infected::unhold)?;
             guard.choose(Choice::Nothing);
-            finish::let_go(infected, state == FinalState::Stop)?;
+            finish::let_go(infected, state == FinalState::Stop, freezer.as_mut())?;
             drop(locked);
         }
     }
@@ -501,6 +519,18 @@ fn find_networks(tasks: &[Task], numbers: &ids::Ids, own: Option<u32>, files: &m
     let Some(namespace) = own.and_then(|id| files.networks.get(id)) else { return Ok(()) };
     files.lock.set_namespace(namespace.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?);
     files.net_ns = own.unwrap_or(ours);
+    Ok(())
+}
+
+/// Where all threads are in cgroups; those of one tree are few.
+fn find_cgroups(tasks: &mut [Task], cgroups: &mut cgroups::Dumped<'_>) -> Result<()> {
+    for task in tasks {
+        let Kind::Alive(alive) = &mut task.kind else { continue };
+        for thread in &alive.facts.threads {
+            let tid = thread.status.pid;
+            alive.cgroups.push(cgroups.thread(task.pid, tid).task(tid)?);
+        }
+    }
     Ok(())
 }
 

@@ -20,6 +20,7 @@ use std::cell::RefCell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use standstill_restorer::arch::Boot;
@@ -87,6 +88,8 @@ pub enum Act<'a> {
     RemoveIn(Held, &'a [u8], bool),
     /// shmctl(2) with IPC_RMID.
     RemoveSegment(i32),
+    /// clock_nanosleep(2): what was done before it, which is registered behind it, is given this time.
+    Pause(Duration),
 }
 
 /// The guard of one dump or restore, if one is needed.
@@ -314,6 +317,11 @@ impl Running {
                 (libc::SYS_unlinkat, [fd, at, flags as u64, 0, 0, 0])
             }
             Act::RemoveSegment(id) => (libc::SYS_shmctl, [id as u64, libc::IPC_RMID as u64, 0, 0, 0, 0]),
+            Act::Pause(time) => {
+                let words = [time.as_secs(), time.subsec_nanos().into()];
+                let at = self.bytes(&words.map(u64::to_le_bytes).concat())?;
+                (libc::SYS_clock_nanosleep, [libc::CLOCK_MONOTONIC as u64, 0, at, 0, 0, 0])
+            }
         };
         let op = plan::Op {
             code: Code::Syscall as u32,

@@ -33,6 +33,7 @@
 //! Features: `cli` (on unless turned off) has the command-line program's part, [`cli`]. Linux on x86-64 only.
 
 pub mod api;
+pub mod cgroups;
 pub mod check;
 #[cfg(feature = "cli")]
 pub mod cli;

@@ -15,6 +15,7 @@ use rayon::prelude::*;
 use standstill_images::proto::InventoryEntry;
 use standstill_images::{ImageKind, Images};
 
+use crate::cgroups::freezer::Freezer;
 use crate::dump::{self, DumpReport};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::memory::track::{self, Tracking};
@@ -92,7 +93,8 @@ pub(crate) fn pass(
 ) -> Result<Pass> {
     let began = Instant::now();
     let robust = RobustList::new()?;
-    let (frozen, copies) = leftovers::freeze(root, Duration::from_secs(u64::from(opts.timeout)))?;
+    let mut freezer = Freezer::new(opts, &robust)?;
+    let (frozen, copies) = leftovers::freeze(root, Duration::from_secs(u64::from(opts.timeout)), freezer.as_mut())?;
     mark("freezing");
     interrupt::check()?;
     let frozen_at = Instant::now();
@@ -103,7 +105,8 @@ pub(crate) fn pass(
         Some(tracking) => tracking,
         None => dump::begin_tracking(opts, root, stat, images)?.ok_or(Error::Gone)?,
     };
-    let (mut drains, frozen) = scan(opts, &tasks, threads, &copies, &mut tracking, &robust, frozen_at)?;
+    let (mut drains, frozen) =
+        scan(opts, &tasks, threads, &copies, &mut tracking, (&robust, freezer.as_mut()), frozen_at)?;
     mark("marking");
 
     let pages = AtomicU64::new(0);
@@ -155,7 +158,7 @@ fn scan(
     mut threads: Vec<Vec<Stopped>>,
     copies: &[Copy],
     tracking: &mut Tracking,
-    robust: &RobustList,
+    (robust, freezer): (&RobustList, Option<&mut Freezer<'_>>),
     frozen_at: Instant,
 ) -> Result<(Vec<Draining>, Duration)> {
     let mut infected = Vec::new();
@@ -174,7 +177,7 @@ fn scan(
         tracking.register(task.pid, &task.areas).task(task.pid)?;
     }
     let release = |infected: Vec<(&Task, Infected<'_>)>, free: Vec<Stopped>| {
-        finish::let_go(infected.into_iter().map(|(_, host)| host).collect(), false)?;
+        finish::let_go(infected.into_iter().map(|(_, host)| host).collect(), false, freezer)?;
         free.into_iter().try_for_each(Stopped::release)?;
         Ok::<_, Error>(frozen_at.elapsed())
     };

@@ -12,6 +12,7 @@ use standstill_images::proto::{FdinfoEntry, InventoryEntry, SeccompEntry, Timens
 use standstill_images::{FolderStore, ImageKind, Images};
 use standstill_restorer::plan::{Code, Expect};
 
+use crate::cgroups;
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{fanotify, inotify, memfd, remove_names, tty, RestoreFiles};
 use crate::guard::{Choice, Guard, List};
@@ -129,6 +130,7 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
     let job = opts.shell_job.then(release::own_session_and_group);
     let tree = Tree::read(images, job)?;
     let own = own_namespaces(&inventory, &tree)?;
+    let mut cgroups = cgroups::Restored::read(opts, images, &inventory, &tree)?;
     let birth = birth()?;
     if opts.personality == crate::options::Persona::Standstill {
         check_limits(&birth, &tree)?;
@@ -157,6 +159,7 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
         &filters,
         clocks,
         &mut files,
+        cgroups.as_mut(),
         &robust,
         &mut phases,
     );
@@ -169,9 +172,13 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
     let segments = files.sysv.take_made();
     drop(files);
     let poised = result?;
-    let report =
-        cleaned.and_then(|()| poised.go(opts, stages, &guard, &mut phases)).inspect_err(|_| remove_names(&names))?;
+    let report = cleaned
+        .and_then(|()| poised.go(opts, stages, &guard, cgroups.as_ref(), &mut phases))
+        .inspect_err(|_| remove_names(&names))?;
     segments.keep();
+    if let Some(cgroups) = cgroups {
+        cgroups.keep();
+    }
     if opts.auto_dedup {
         // the program runs: that its images still take room is no reason to fail
         if let Err(e) = crate::memory::dedup::free_all(images) {
@@ -197,6 +204,7 @@ impl Poised<'_> {
         opts: &Options,
         stages: &Stages<'_>,
         guard: &Guard<'_>,
+        cgroups: Option<&cgroups::Restored<'_>>,
         phases: &mut Phases,
     ) -> Result<RestoreReport> {
         let pid = self.nursery.root;
@@ -212,6 +220,7 @@ impl Poised<'_> {
         guard.choose(Choice::Nothing);
         self.nursery.finished = true;
         self.lifted.done();
+        cgroups.inspect(|c| c.set_states());
         self.held.go()?;
         self.arena.release();
         phases.mark("going");
@@ -236,10 +245,14 @@ fn build<'r>(
     filters: &SeccompEntry,
     clocks: Option<TimensEntry>,
     files: &mut RestoreFiles<'_>,
+    mut cgroups: Option<&mut cgroups::Restored<'_>>,
     robust: &'r RobustList,
     phases: &mut Phases,
 ) -> Result<Poised<'r>> {
     stages.reach(Stage::PreRestore, None)?;
+    if let (Some(cgroups), Some(guard)) = (&mut cgroups, files.guard) {
+        cgroups.prepare(guard).at(Place::Step("making cgroups"))?;
+    }
     let mut draft = read_tables(images, tree)?;
     let count = tree.nodes.len() + tree.alive().map(|(_, _, a)| a.threads.len()).sum::<usize>();
     let len = arena_size(tree, &draft.tables, files.locks.len(), count);
@@ -382,6 +395,15 @@ fn build<'r>(
     arena.load(slots[0], pid, preamble)?;
     send(&ours, &transfer.list, &alive)?;
     arena.finish(slots[0], STAGE_LIMIT, alive).task(pid)?;
+    if let (Some(cgroups), Kind::Alive(a)) = (&cgroups, &tree.root().kind) {
+        let unshare = || {
+            let mut plan = Plan::new();
+            plan.call("cgroup namespace", libc::SYS_unshare, &[libc::CLONE_NEWCGROUP.into()]);
+            arena.load(slots[0], pid, plan)?;
+            arena.finish(slots[0], STAGE_LIMIT, alive)
+        };
+        cgroups.born(pid, a, unshare).task(pid)?;
+    }
     arena.load(slots[0], pid, root_plan)?;
     let memories = tree.alive().map(|(_, n, a)| (u32::try_from(n.pid).unwrap_or(0), &a.memory)).collect();
     phases.counter().start("forking", figures.pages * crate::memory::PAGE);
@@ -399,10 +421,15 @@ fn build<'r>(
     phases.mark("forking");
     drop(transfer);
     open_late(files, &late)?;
+    cgroups.as_ref().map_or(Ok(()), |c| c.forked(tree, |pid| files.hosts.id(pid)))?;
     arena.go(FORKED);
     arena.gather(FILLED, STAGE_LIMIT, alive)?;
     phases.mark("filling");
     memfd::seal(files)?;
+    if let Some(cgroups) = &cgroups {
+        files.hosts.learn(pid)?;
+        cgroups.threads(tree, |tid| files.hosts.id(tid))?;
+    }
     arena.go(FILLED);
     arena.gather(BEFORE_CREDS, STAGE_LIMIT, alive)?;
     drop(late);
@@ -438,6 +465,7 @@ fn build<'r>(
     if let Some(guard) = files.guard {
         bind_by_guard(guard, &nursery.pids, !connections.is_empty())?;
     }
+    cgroups.map_or(Ok(()), cgroups::Restored::set_properties)?;
     // connections are held off until here: who says no now breaks none
     stages.reach(Stage::PostRestore, Some(pid))?;
     if networks.locked().is_some() {

@@ -29,6 +29,7 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[
     ("files", "tfd.vnsec", "timers went on"),
     ("files", "tfd.ticks", "timers went on"),
     ("ids", "time_ns_id", "a plain restore enters a time namespace of its own, so that clocks go on"),
+    ("ids", "cgroup_ns_id", "numbers of namespaces: that of time comes before it"),
     ("ipcns-shm", "standstill_changed", "it was made again"),
     ("ipcns-shm", "standstill_creator", "it was made again, by whoever restores"),
     ("ghost-file", "atim.tv_sec", "it was read for the dump"),
@@ -102,6 +103,13 @@ fn settle(value: &mut Value) {
                     }
                     // two areas, or one that is as long as both: nobody can tell
                     ("vmas", Value::Array(areas)) => join(areas),
+                    // hierarchies of other programs come and go
+                    ("ctls", Value::Array(members)) => {
+                        members.retain(|m| m["name"].as_str().is_some_and(of_a_guest));
+                    }
+                    ("controllers", Value::Array(all)) => {
+                        all.retain(|c| c["cnames"][0].as_str().is_some_and(of_a_guest));
+                    }
                     ("name", Value::String(name)) => *name = unnamed(name),
                     ("flags", Value::Number(n)) => {
                         let flags = n.as_u64().unwrap_or(0);
@@ -122,6 +130,11 @@ fn settle(value: &mut Value) {
         Value::Array(values) => values.iter_mut().for_each(settle),
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
     }
+}
+
+/// Whether a hierarchy of cgroups is one that a guest made.
+fn of_a_guest(name: &str) -> bool {
+    name.starts_with("name=standstill-guest-")
 }
 
 /// Whether a waiting signal is what a timer sends: SI_TIMER, or SIGALRM from the kernel.

@@ -5,6 +5,8 @@
 //! the whole protocol: the guest writes `ready`; the test does what it tests, and writes `check` (`running`, or
 //! `restored` if the guest was dead in between); the guest writes `result`: `ok`, or the check that failed.
 
+#[allow(unsafe_code)]
+pub mod cgroup;
 pub mod compare;
 pub mod engine;
 #[allow(unsafe_code, clippy::undocumented_unsafe_blocks, clippy::not_unsafe_ptr_arg_deref)]

@@ -22,7 +22,7 @@ static IDS: Mutex<()> = Mutex::new(());
 #[derive(Debug)]
 pub struct Run {
     guest: &'static Guest,
-    /// Held by guests with System V shared memory or terminals, of whose numbers there is one set: one that a dumped guest
+    /// Held by guests with System V shared memory, terminals or cgroups, of whose numbers there is one set: one that a dumped guest
     /// is to get back must not be given to another meanwhile.
     _ids: Option<MutexGuard<'static, ()>>,
     /// Its files, and the images of it.
@@ -39,7 +39,7 @@ impl Run {
     /// Starts a guest, and waits until its state stands.
     pub fn start(name: &str) -> Run {
         process::adopt();
-        let ids = ["sysv", "tty"]
+        let ids = ["sysv", "tty", "cgroup"]
             .iter()
             .any(|kind| name.starts_with(kind))
             .then(|| IDS.lock().unwrap_or_else(std::sync::PoisonError::into_inner));

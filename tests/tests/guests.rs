@@ -46,6 +46,9 @@ macro_rules! refused {
 
 guests! {
     aio
+    cgroup
+    cgroup_namespace
+    cgroup_threads
     clocks
     creds
     creds_bits

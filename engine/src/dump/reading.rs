@@ -103,6 +103,7 @@ pub(super) fn read(
                     fs: Default::default(),
                     vdso,
                     chains,
+                    cgroups: Vec::new(),
                 }))
             }
             (None, None) => return Err(Error::Gone).task(pid),

@@ -199,7 +199,7 @@ impl<'r> Copies<'r> {
             return Ok(Duration::ZERO);
         }
         copies.iter().for_each(Copied::release_memory);
-        let frozen = freeze::freeze(self.root, Duration::from_secs(u64::from(self.opts.timeout)))?;
+        let frozen = freeze::freeze(self.root, Duration::from_secs(u64::from(self.opts.timeout)), None)?;
         let began = Instant::now();
         let (ours, theirs): (Vec<_>, Vec<_>) = frozen.into_iter().partition(|f| copies.iter().any(|c| c.pid == f.pid));
         // what we trace, nobody else can wait for
@@ -215,7 +215,7 @@ impl<'r> Copies<'r> {
             host.wait_for(copy)?;
             infected.push(host);
         }
-        finish::let_go(infected, false)?;
+        finish::let_go(infected, false, None)?;
         Ok(began.elapsed())
     }
 }

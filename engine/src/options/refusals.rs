@@ -26,7 +26,6 @@ const fn refuse(option: &'static str, asked: fn(&Options) -> bool, reason: &'sta
 }
 
 const NO_MOUNTS: &str = "mount namespaces are not carried yet";
-const NO_CGROUPS: &str = "cgroups are not carried yet, tasks stay in ours";
 const NO_SERVER: &str = "pages go to the image folder only";
 
 /// The list.
@@ -45,11 +44,5 @@ pub const REFUSALS: &[Refusal] = &[
     refuse("ext-mount-map", |o| o.autodetect_ext_mounts || o.external_of_kind("mnt").next().is_some(), NO_MOUNTS),
     refuse("lsm-mount-context", |o| o.lsm_mount_context.is_some(), NO_MOUNTS),
     refuse("lsm-profile", |o| o.lsm_profile.is_some(), "security labels are not restored yet"),
-    refuse("freeze-cgroup", |o| o.freeze_cgroup.is_some(), "tasks are stopped one by one; leave it out"),
-    refuse("cgroup-root", |o| !o.cgroup_roots.is_empty(), NO_CGROUPS),
-    refuse("cgroup-props", |o| o.cgroup_props.is_some(), NO_CGROUPS),
-    refuse("cgroup-props-file", |o| o.cgroup_props_file.is_some(), NO_CGROUPS),
-    refuse("cgroup-dump-controller", |o| !o.cgroup_dump_controllers.is_empty(), NO_CGROUPS),
-    refuse("cgroup-yard", |o| o.cgroup_yard.is_some(), NO_CGROUPS),
     refuse("libdir", |o| o.libdir.is_some(), "there are no plugins"),
 ];

@@ -85,7 +85,7 @@ pub fn read_proc_at(folder: impl AsFd, name: &Path, buffer: &mut Vec<u8>) -> Res
 }
 
 /// Reads an open file from where it stands to its end.
-fn read_all(file: impl AsFd, buffer: &mut Vec<u8>) -> Result<(), rustix::io::Errno> {
+pub(crate) fn read_all(file: impl AsFd, buffer: &mut Vec<u8>) -> Result<(), rustix::io::Errno> {
     buffer.clear();
     loop {
         if buffer.capacity() - buffer.len() < 4096 {

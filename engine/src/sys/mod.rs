@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 pub mod calls;
+pub mod cgroupfs;
 pub mod cpu;
 pub mod diag;
 pub mod futex;

@@ -1,5 +1,6 @@
 //! What becomes of the tasks when their checkpoint is complete.
 
+use crate::cgroups::freezer::Freezer;
 use crate::error::{At, Result};
 use crate::guard::{Choice, Guard, List};
 use crate::sys::calls;
@@ -45,12 +46,13 @@ pub fn kill(infected: Vec<Infected<'_>>) -> Result<()> {
     Ok(())
 }
 
-/// Lets everyone go on as if nothing had happened; `stop` leaves them stopped (SIGSTOP).
-pub fn let_go(infected: Vec<Infected<'_>>, stop: bool) -> Result<()> {
+/// Lets everyone go on as if nothing had happened; `stop` leaves them stopped (SIGSTOP), a freezer that was frozen is again.
+pub fn let_go(infected: Vec<Infected<'_>>, stop: bool, freezer: Option<&mut Freezer<'_>>) -> Result<()> {
     let mut all = Vec::with_capacity(infected.len());
     for host in infected {
         all.push(host.cure()?);
     }
+    freezer.map_or(Ok(()), Freezer::before_release)?;
     for threads in all {
         if let Some(leader) = threads.first().filter(|_| stop) {
             calls::kill(leader.tid(), libc::SIGSTOP).task(leader.tid())?;

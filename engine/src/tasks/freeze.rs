@@ -9,6 +9,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
+use crate::cgroups::freezer::Freezer;
 use crate::error::{At, Call, Error, Result};
 use crate::proc::simple::{self, SyscallState};
 use crate::proc::{self, stat::Stat, status::TaskState};
@@ -82,12 +83,31 @@ pub(crate) fn children_of(pid: i32, tids: &[i32], buffer: &mut Vec<u8>) -> Resul
 }
 
 /// Stops the tree below `root`, itself included; in the order of a depth-first walk, a parent before its children.
-/// `limit` of zero means no limit.
-pub fn freeze(root: i32, limit: Duration) -> Result<Vec<Frozen>> {
-    let began = Instant::now();
+/// `limit` of zero means no limit. With a freezer nobody runs while the tree is first scanned and seized.
+pub fn freeze(root: i32, limit: Duration, mut freezer: Option<&mut Freezer<'_>>) -> Result<Vec<Frozen>> {
     let limit = if limit.is_zero() { Duration::from_secs(3600) } else { limit };
-    let mut buffer = Vec::new();
     let mut tree: BTreeMap<i32, Seized> = BTreeMap::new();
+    let seized = seize_tree(root, limit, &mut tree, freezer.as_deref_mut());
+    if let Err(e) = seized {
+        // nobody who is frozen comes to a stop, which those who are let go have to
+        if let Some(freezer) = freezer {
+            let _ = freezer.thaw();
+        }
+        return Err(e);
+    }
+    let mut frozen = Vec::with_capacity(tree.len());
+    collect(root, &mut tree, &mut frozen, &mut Vec::new(), limit)?;
+    Ok(frozen)
+}
+
+fn seize_tree(
+    root: i32,
+    limit: Duration,
+    tree: &mut BTreeMap<i32, Seized>,
+    mut freezer: Option<&mut Freezer<'_>>,
+) -> Result<()> {
+    let began = Instant::now();
+    let mut buffer = Vec::new();
     let Some(stat) = read_stat(root, &mut buffer).task(root)? else {
         return Err(Error::NoProcess { pid: root });
     };
@@ -103,6 +123,9 @@ pub fn freeze(root: i32, limit: Duration) -> Result<Vec<Frozen>> {
         let what = format!("{root} is a thread of process {process}: name the process");
         return Err(Error::Usage { what });
     }
+    if let Some(freezer) = &mut freezer {
+        freezer.freeze()?;
+    }
     tree.insert(root, Seized { parent: 0, held: Vec::new(), dead: None, children: Vec::new() });
     let mut known: HashSet<i32> = HashSet::new();
     loop {
@@ -113,7 +136,7 @@ pub fn freeze(root: i32, limit: Duration) -> Result<Vec<Frozen>> {
             let tids = threads_of(pid);
             let mut fresh = 0;
             for &tid in &tids {
-                fresh += usize::from(seize(pid, tid, &mut tree, &mut known, &mut buffer)?);
+                fresh += usize::from(seize(pid, tid, tree, &mut known, &mut buffer)?);
             }
             news |= fresh > 0;
             // each thread has children of its own: of many that may still make some, none is asked before they stand still
@@ -141,8 +164,12 @@ pub fn freeze(root: i32, limit: Duration) -> Result<Vec<Frozen>> {
         }
         // who is gone, or went to another parent, is no longer ours
         tree.retain(|pid, _| seen.contains(pid));
+        if let Some(freezer) = freezer.take() {
+            freezer.seize_others(|tid| known.contains(&tid))?;
+            freezer.thaw()?;
+        }
         if !news {
-            break;
+            return Ok(());
         }
         if began.elapsed() > limit {
             return Err(Error::Timeout { what: "the tree's coming to a standstill", seconds: limit.as_secs() });
@@ -152,9 +179,6 @@ pub fn freeze(root: i32, limit: Duration) -> Result<Vec<Frozen>> {
             settled.map_err(|e| in_kernel(e, limit)).task(held.tid())?;
         }
     }
-    let mut frozen = Vec::with_capacity(tree.len());
-    collect(root, &mut tree, &mut frozen, &mut buffer, limit)?;
-    Ok(frozen)
 }
 
 /// Is `child` one that a thread of `pid` waits for in vfork(2), or clone(2) with CLONE_VFORK?

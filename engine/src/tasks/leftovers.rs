@@ -5,6 +5,7 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use crate::cgroups::freezer::Freezer;
 use crate::error::{At, Error, Result};
 use crate::plan::Plan;
 use crate::proc::maps::{Vma, VmaName};
@@ -54,10 +55,10 @@ pub fn check_areas(areas: &[Vma], threads: &[Stopped]) -> Result<()> {
 
 /// Stops the tree below `root`, as [`freeze::freeze`] does, and takes the zombies of copies out of it: parent, and id. A copy
 /// that has not seen yet that its engine is dead is given time for that.
-pub fn freeze(root: i32, limit: Duration) -> Result<(Vec<Frozen>, Vec<Copy>)> {
+pub fn freeze(root: i32, limit: Duration, mut freezer: Option<&mut Freezer<'_>>) -> Result<(Vec<Frozen>, Vec<Copy>)> {
     let began = Instant::now();
     loop {
-        let mut frozen = freeze::freeze(root, limit)?;
+        let mut frozen = freeze::freeze(root, limit, freezer.as_deref_mut())?;
         let is_copy = |f: &Frozen| f.stat.comm == COPY_NAME;
         match frozen.iter().find(|f| is_copy(f) && f.dead.is_none()).map(|f| f.pid) {
             None => {

@@ -6,6 +6,7 @@
 pub mod support;
 
 mod aio;
+mod cgroup;
 mod clocks;
 mod creds;
 mod cwd;
@@ -162,6 +163,9 @@ const fn locks(name: &'static str, run: fn()) -> Guest {
 /// All guests.
 pub const ALL: &[Guest] = &[
     guest("aio", aio::contexts),
+    guest("cgroup", cgroup::groups),
+    guest("cgroup_namespace", cgroup::namespace),
+    guest("cgroup_threads", cgroup::threads),
     guest("clocks", clocks::clocks),
     guest("creds", creds::creds).criu(Criu::WithSysResource(OTHER_USER)),
     guest("creds_bits", creds::bits),
