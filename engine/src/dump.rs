@@ -22,6 +22,7 @@ use crate::files::{fanotify, locks, memfd, DumpFiles};
 use crate::guard::{Choice, Guard};
 use crate::memory::track::{self, Tracking};
 use crate::memory::{self, dedup, drain, Writing};
+use crate::mounts::{self, dump::Mounts};
 use crate::namespaces;
 use crate::network::{self, doors::Doors};
 use crate::options::{FinalState, Options, Persona};
@@ -182,12 +183,20 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     let mut files =
         DumpFiles::new(opts, images, heads.iter().map(|h| h.0).collect(), numbers.root.net_ns_id.unwrap_or(0));
     files.pids = pids;
+    if let Some(id) = own.id(namespaces::Kind::Mnt) {
+        let own_cgroups = own.has(namespaces::Kind::Cgroup);
+        files.mounts = Some(Mounts::read(opts, &[mounts::dump::Namespace { id, pid: root, own_cgroups }])?);
+    }
     files.ipc_ns = numbers.root.ipc_ns_id.unwrap_or(0);
     files.memory_is_tracked = tracked;
     files.guard = Some(&guard);
     files.lock = Lock::new(opts.network_lock, &run);
     find_networks(&tasks, &numbers, own.id(namespaces::Kind::Net), &mut files)?;
     let fdinfos = dump_files(&mut tasks, &mut files)?;
+    if let Some(mounts) = &mut files.mounts {
+        // after the files: names that those without one got are in there
+        mounts.write(images)?;
+    }
     phases.mark("reading");
     interrupt::check()?;
 

@@ -20,6 +20,7 @@ use crate::memory::rebuild::{unmap_all_but, Figures, Numbers};
 use crate::memory::sysv;
 use crate::memory::unpack::{Pipes, TaskEnds, Unpacker};
 use crate::memory::vdso::Layout;
+use crate::mounts;
 use crate::namespaces::{self, Own};
 use crate::network;
 use crate::options::{FinalState, Options};
@@ -131,6 +132,7 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
     let tree = Tree::read(images, job)?;
     let own = own_namespaces(&inventory, &tree)?;
     let mut cgroups = cgroups::Restored::read(opts, images, &inventory, &tree)?;
+    let mounts = own.id(namespaces::Kind::Mnt).map(|id| mounts::restore::read(opts, images, &[id])).transpose()?;
     let birth = birth()?;
     if opts.personality == crate::options::Persona::Standstill {
         check_limits(&birth, &tree)?;
@@ -154,6 +156,7 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
         &inventory,
         &own,
         &mut networks,
+        mounts,
         &tree,
         &birth,
         &filters,
@@ -240,6 +243,7 @@ fn build<'r>(
     inventory: &InventoryEntry,
     own: &Own,
     networks: &mut Network,
+    mounts: Option<mounts::table::Table>,
     tree: &Tree,
     birth: &Birth,
     filters: &SeccompEntry,
@@ -314,6 +318,11 @@ fn build<'r>(
         stages.reach(Stage::SetupNamespaces, Some(pid))?;
         namespaces::fill(pid, own, images)?;
         networks.fill(opts, pid, inventory, files)?;
+        if let Some(table) = mounts {
+            let made = mounts::restore::make(opts, images, table, &mounts::restore::Owners::of(pid, own)?)?;
+            files.regular.set_root(made.root()?.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?);
+            files.mounts = Some(made);
+        }
         stages.reach(Stage::PostSetupNamespaces, Some(pid))?;
     }
     phases.mark("birth");
@@ -339,6 +348,9 @@ fn build<'r>(
     }
     let engine = calls::pidfd_open(i32::try_from(std::process::id()).unwrap_or(0), 0)?;
     let engine = transfer.add(engine);
+    let folder = rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
+    let proc = rustix::fs::open("/proc", folder, rustix::fs::Mode::empty()).call("open(/proc)")?;
+    files.proc_at = draft.base + transfer.add(proc) as i32;
     // who opens it does not matter: it is of the namespace of whoever writes
     let last_id = if own.has(namespaces::Kind::Pid) {
         let file = File::options().write(true).open("/proc/sys/kernel/ns_last_pid").ok();
@@ -388,7 +400,15 @@ fn build<'r>(
     expect(tree, &mut arena);
     phases.mark("planning");
 
-    let mut preamble = preamble(&arena, birth, parked, base, transfer.list.len(), clocks.as_ref(), pid)?;
+    let mut preamble = preamble(
+        &arena,
+        birth,
+        parked,
+        base,
+        transfer.list.len(),
+        clocks.as_ref().map(|clocks| (clocks, files.proc_at)),
+        pid,
+    )?;
     if let Some(at) = last_id {
         go_on_counting(base + at as i32, tree, &mut preamble);
     }
@@ -685,7 +705,7 @@ fn preamble(
     parked: Layout,
     base: i32,
     fds: usize,
-    clocks: Option<&TimensEntry>,
+    clocks: Option<(&TimensEntry, i32)>,
     pid: i32,
 ) -> Result<Plan> {
     let mut buf = Vec::new();
@@ -718,8 +738,8 @@ fn preamble(
             target as i64,
         );
     }
-    if let Some(clocks) = clocks {
-        time_namespace(clocks, &mut plan)?;
+    if let Some((clocks, proc_at)) = clocks {
+        time_namespace(clocks, proc_at, &mut plan)?;
     }
     Ok(plan)
 }
@@ -733,7 +753,7 @@ fn go_on_counting(fd: i32, tree: &Tree, plan: &mut Plan) {
 }
 
 /// A time namespace whose clocks go on from the image (time_namespaces(7)).
-fn time_namespace(clocks: &TimensEntry, plan: &mut Plan) -> Result<()> {
+fn time_namespace(clocks: &TimensEntry, proc_at: i32, plan: &mut Plan) -> Result<()> {
     const CLONE_NEWTIME: i32 = 0x80;
     if !std::path::Path::new("/proc/self/ns/time").exists() {
         tracing::warn!("this kernel has no time namespaces: monotonic clocks will jump");
@@ -752,21 +772,18 @@ fn time_namespace(clocks: &TimensEntry, plan: &mut Plan) -> Result<()> {
     let text = line("monotonic", &clocks.monotonic, rustix::time::ClockId::Monotonic, own.monotonic)
         + &line("boottime", &clocks.boottime, rustix::time::ClockId::Boottime, own.boottime);
     plan.call("time namespace", libc::SYS_unshare, &[CLONE_NEWTIME.into()]);
-    let path = plan.string(b"/proc/self/timens_offsets");
+    let path = plan.string(b"self/timens_offsets");
     let data = plan.bytes(text.as_bytes());
     let fd = plan.call(
         "offsets of clocks",
         libc::SYS_openat,
-        &[libc::AT_FDCWD.into(), path.into(), libc::O_WRONLY.into(), 0.into()],
+        &[proc_at.into(), path.into(), libc::O_WRONLY.into(), 0.into()],
     );
     plan.call("offsets of clocks", libc::SYS_write, &[Arg::Result(fd.0), data.into(), text.len().into()]);
     plan.call("offsets of clocks", libc::SYS_close, &[Arg::Result(fd.0)]);
-    let path = plan.string(b"/proc/self/ns/time_for_children");
-    let fd = plan.call(
-        "time namespace",
-        libc::SYS_openat,
-        &[libc::AT_FDCWD.into(), path.into(), libc::O_RDONLY.into(), 0.into()],
-    );
+    let path = plan.string(b"self/ns/time_for_children");
+    let fd =
+        plan.call("time namespace", libc::SYS_openat, &[proc_at.into(), path.into(), libc::O_RDONLY.into(), 0.into()]);
     plan.call("time namespace", libc::SYS_setns, &[Arg::Result(fd.0), CLONE_NEWTIME.into()]);
     plan.call("time namespace", libc::SYS_close, &[Arg::Result(fd.0)]);
     Ok(())

@@ -110,6 +110,10 @@ guests! {
     memory_shared
     memory_sparse
     memory_stack
+    mount_hidden
+    mount_kinds
+    mount_shared
+    mount_tmpfs
     netlink
     packed_family
     packed_kinds

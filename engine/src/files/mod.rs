@@ -150,6 +150,8 @@ pub struct DumpFiles<'a> {
     pub networks: Rc<Doors>,
     /// Undoes what is changed outside of the engine, should that die.
     pub guard: Option<&'a Guard<'a>>,
+    /// Mounts of the tree, if it has a namespace of its own.
+    pub mounts: Option<crate::mounts::dump::Mounts>,
     entries: Vec<FileEntry>,
     next: u32,
     pages: u32,
@@ -184,6 +186,7 @@ impl<'a> DumpFiles<'a> {
             net_ns,
             networks: Rc::new(Doors::ours(net_ns)),
             guard: None,
+            mounts: None,
             entries: Vec::new(),
             next: 1,
             pages: 0,
@@ -375,6 +378,10 @@ pub struct RestoreFiles<'a> {
     pub litter: std::cell::RefCell<Vec<PathBuf>>,
     /// Removes them, should the engine die.
     pub guard: Option<&'a Guard<'a>>,
+    /// Mounts of the tree, if it has a namespace of its own.
+    pub mounts: Option<crate::mounts::restore::Made>,
+    /// Our /proc, as a number in the tasks: theirs need not have one, or not yet.
+    pub proc_at: i32,
     opening: HashSet<u32>,
     in_flight: HashSet<u32>,
 }
@@ -409,6 +416,8 @@ impl<'a> RestoreFiles<'a> {
             net_ns: 0,
             litter: Default::default(),
             guard: None,
+            mounts: None,
+            proc_at: libc::AT_FDCWD,
             opening: HashSet::new(),
             in_flight: HashSet::new(),
         };

@@ -79,7 +79,7 @@ fn existing(flags: u32) -> OFlags {
 }
 
 /// Opens a path below a root folder that nothing on the way leads out of.
-pub(super) fn open_below(root: BorrowedFd<'_>, path: &[u8], flags: u32) -> rustix::io::Result<OwnedFd> {
+pub(crate) fn open_below(root: BorrowedFd<'_>, path: &[u8], flags: u32) -> rustix::io::Result<OwnedFd> {
     let mut tries = 0;
     loop {
         match rustix::fs::openat2(root, path, existing(flags), Mode::empty(), ResolveFlags::IN_ROOT) {

@@ -34,8 +34,8 @@ use super::paths::{descriptor_of, nearest, open_below, place, reopen, silly, spl
 use super::{devices, ghost, magic_link, no_owner, set_status_flags, validate, Descriptor, DumpFiles, RestoreFiles};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::guard::{Act, List};
-use crate::options::FileValidation;
-use crate::sys::calls;
+use crate::options::{FileValidation, Persona};
+use crate::sys::{calls, mount};
 
 const DELETED: &[u8] = b" (deleted)";
 const PROC: u64 = 0x9fa0;
@@ -149,10 +149,11 @@ pub fn mapped(cx: &mut DumpFiles<'_>, file: impl AsFd, link: &[u8], stat: &Stat)
 
 fn describe(seen: &Seen<'_>, id: u32, cx: &mut DumpFiles<'_>) -> Result<RegFileEntry> {
     let external = external(seen, cx)?;
+    let mount = if external.is_some() { None } else { mount_of(seen, cx)? };
     let ext = external.is_some().then_some(true);
     let name = match external {
         Some(name) => name,
-        None => named(seen, id, cx)?,
+        None => named(seen, mount, id, cx)?,
     };
     // a log only grows: its size says nothing
     let log = seen.flags & libc::O_ACCMODE as u32 == libc::O_WRONLY as u32 && seen.flags & libc::O_APPEND as u32 != 0;
@@ -173,8 +174,52 @@ fn describe(seen: &Seen<'_>, id: u32, cx: &mut DumpFiles<'_>) -> Result<RegFileE
         mode: Some(seen.stat.st_mode),
         build_id,
         ext,
+        mnt_id: mount.map(|id| i32::try_from(id).unwrap_or(-1)),
         ..Default::default()
     })
+}
+
+/// The id of the mount that a file is on, if the tree has mounts of its own.
+fn mount_of(seen: &Seen<'_>, cx: &mut DumpFiles<'_>) -> Result<Option<u32>> {
+    let Some(mounts) = &cx.mounts else { return Ok(None) };
+    let of = |file: BorrowedFd<'_>| Ok::<_, Error>(u32::try_from(mount::id_of(file)?).unwrap_or(0));
+    let id = of(seen.file)?;
+    if mounts.table.by_id(id).is_some() {
+        return Ok(Some(id));
+    }
+    if cx.opts.personality == Persona::Standstill && seen.link.starts_with(b"/") {
+        // one that was opened before its task got mounts of its own: it is found in there as well, or not at all
+        let root = root(cx)?;
+        let nofollow = if seen.kind() == FileType::Symlink { libc::O_NOFOLLOW } else { 0 };
+        if let Ok(found) = open_below(root.as_fd(), seen.link, (libc::O_PATH | nofollow) as u32) {
+            let stat = rustix::fs::fstat(&found).call("fstat")?;
+            let id = of(found.as_fd())?;
+            let known = cx.mounts.as_ref().is_some_and(|mounts| mounts.table.by_id(id).is_some());
+            if (stat.st_dev, stat.st_ino) == seen.inode() && known {
+                return Ok(Some(id));
+            }
+        }
+    }
+    Err(Error::refused(
+        format!(
+            "{}, which is on mount {id} outside of the tree's mount namespace,",
+            String::from_utf8_lossy(seen.link)
+        ),
+        "close it before the dump, or say that it is external (--external file[MOUNT:INODE])",
+    ))
+}
+
+/// From where a path is looked for: from the root, or, if no path leads to its mount, from that.
+fn spot(mount: Option<u32>, path: &[u8], cx: &mut DumpFiles<'_>) -> Result<(Arc<OwnedFd>, Vec<u8>)> {
+    if let Some((id, mounts)) = mount.zip(cx.mounts.as_mut()) {
+        if let Some(m) = mounts.table.by_id(id).filter(|m| mounts.table.is_hidden(m)) {
+            let rest = crate::mounts::table::below(path, &m.point).ok_or(Error::Gone)?;
+            let path = [b"/", rest].concat();
+            let root = mounts.open(id)?.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?;
+            return Ok((Arc::new(root), path));
+        }
+    }
+    Ok((root(cx)?, path.to_vec()))
 }
 
 /// `file[MOUNT:INODE]`, if the caller said that this file is not ours to carry.
@@ -189,7 +234,7 @@ fn external(seen: &Seen<'_>, cx: &DumpFiles<'_>) -> Result<Option<Vec<u8>>> {
 }
 
 /// The path that the file will be found by, after what that needs was noted for the image.
-fn named(seen: &Seen<'_>, id: u32, cx: &mut DumpFiles<'_>) -> Result<Vec<u8>> {
+fn named(seen: &Seen<'_>, mount: Option<u32>, id: u32, cx: &mut DumpFiles<'_>) -> Result<Vec<u8>> {
     let path = seen.link;
     let bare = path.strip_suffix(DELETED);
     let shown = || String::from_utf8_lossy(path).into_owned();
@@ -211,17 +256,18 @@ fn named(seen: &Seen<'_>, id: u32, cx: &mut DumpFiles<'_>) -> Result<Vec<u8>> {
         let bare = bare.unwrap_or(path);
         return ghostly(seen, id, bare, cx).map(|()| bare.to_vec());
     }
-    let root = root(cx)?;
     if fs == NFS && silly(path) {
         return linked(seen, id, path, fs, cx).map(|()| path.to_vec());
     }
-    let found = look(root.as_fd(), path, seen)?;
+    let (from, rest) = spot(mount, path, cx)?;
+    let found = look(from.as_fd(), &rest, seen)?;
     if let Found::Same = found {
         return Ok(path.to_vec());
     }
     if let Some(bare) = bare {
         // deleted, and linked to the same place again
-        if let Found::Same = look(root.as_fd(), bare, seen)? {
+        let (from, rest) = spot(mount, bare, cx)?;
+        if let Found::Same = look(from.as_fd(), &rest, seen)? {
             return Ok(bare.to_vec());
         }
         // some file systems leave the count of a removed folder at one
@@ -542,8 +588,8 @@ pub(super) fn open_as(cx: &mut RestoreFiles<'_>, e: &RegFileEntry, flags: u32) -
     } else if let Some(&remap) = cx.regular.remaps.get(&e.id) {
         handle(cx, e, remap).and_then(|handle| reopen(handle, flags))
     } else {
-        let root = restore_root(cx)?;
-        open_below(root.as_fd(), &e.name, flags).call("open")
+        let (root, name) = place_of(cx, e)?;
+        open_below(root.as_fd(), &name, flags).call("open")
     };
     let fd = fd.at(place(&e.name))?;
     if cx.regular.checked.insert(e.id) {
@@ -556,27 +602,31 @@ pub(super) fn open_as(cx: &mut RestoreFiles<'_>, e: &RegFileEntry, flags: u32) -
 /// An O_PATH descriptor of a file whose name is gone, or was another one.
 fn handle<'a>(cx: &'a mut RestoreFiles<'_>, e: &RegFileEntry, remap: Remap) -> Result<BorrowedFd<'a>> {
     if !cx.regular.handles.contains_key(&e.id) {
-        let root = restore_root(cx)?;
+        let (root, own_name) = place_of(cx, e)?;
         match remap {
             Remap::Linked(to) => {
-                let name = by_id(cx, to)?.name;
+                let (_, name) = place_of(cx, &RegFileEntry { name: by_id(cx, to)?.name, ..e.clone() })?;
                 let flags = (libc::O_PATH | libc::O_NOFOLLOW) as u32;
                 let source = open_below(root.as_fd(), &name, flags).call("open").at(place(&name))?;
-                let handle = ghost::relink(root.as_fd(), source.as_fd(), &e.name, to, cx.guard)?;
+                let handle = ghost::relink(root.as_fd(), source.as_fd(), &own_name, to, cx.guard)?;
                 cx.regular.handles.insert(e.id, handle);
             }
             Remap::Ghost(id) => {
                 let ghosts = cx.regular.remaps.iter().filter(|(_, to)| **to == remap);
                 let users: Vec<_> = ghosts.filter_map(|(id, _)| cx.entries.get(id)?.reg.as_ref()).collect();
-                let mut names: Vec<&[u8]> = users.iter().map(|user| user.name.as_slice()).collect();
+                let mut placed = HashMap::new();
+                for user in &users {
+                    placed.insert(user.id, place_of(cx, user)?.1);
+                }
+                let mut names: Vec<&[u8]> = placed.values().map(Vec::as_slice).collect();
                 names.sort_unstable();
                 names.dedup();
                 let unnamed = users.iter().any(|user| user.flags & NAMELESS != 0);
                 let made = ghost::make(cx.images, cx.guard, root.as_fd(), id, &names, unnamed)?;
                 for user in users {
-                    let made = names
-                        .binary_search(&user.name.as_slice())
-                        .ok()
+                    let made = placed
+                        .get(&user.id)
+                        .and_then(|name| names.binary_search(&name.as_slice()).ok())
                         .and_then(|at| made.get(at))
                         .ok_or(Error::Gone)?;
                     cx.regular.handles.insert(user.id, made.try_clone().call("dup")?);
@@ -587,16 +637,24 @@ fn handle<'a>(cx: &'a mut RestoreFiles<'_>, e: &RegFileEntry, remap: Remap) -> R
     cx.regular.handles.get(&e.id).map(AsFd::as_fd).ok_or(Error::Gone)
 }
 
-fn restore_root(cx: &mut RestoreFiles<'_>) -> Result<Arc<OwnedFd>> {
+/// From where a file is opened, and by which path.
+fn place_of(cx: &RestoreFiles<'_>, e: &RegFileEntry) -> Result<(Arc<OwnedFd>, Vec<u8>)> {
+    if let (Some(made), Some(id)) = (&cx.mounts, e.mnt_id.and_then(|id| u32::try_from(id).ok())) {
+        let (from, rest) = made.place(id, &e.name)?;
+        let from = from.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?;
+        return Ok((Arc::new(from), if rest.starts_with(b"/") { rest.to_vec() } else { [b"/", rest].concat() }));
+    }
+    Ok((restore_root(cx)?, e.name.clone()))
+}
+
+fn restore_root(cx: &RestoreFiles<'_>) -> Result<Arc<OwnedFd>> {
     if let Some(root) = &cx.regular.root {
         return Ok(root.clone());
     }
     let path = cx.opts.root.as_deref().unwrap_or("/".as_ref());
     let folder = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::open(path, folder, Mode::empty()).call("open").at(Place::Path(path.into()))?;
-    let root = Arc::new(root);
-    cx.regular.root = Some(root.clone());
-    Ok(root)
+    Ok(Arc::new(root))
 }
 
 /// The restore worked: removes the names that `--link-remap` made.

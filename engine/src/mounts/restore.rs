@@ -27,6 +27,7 @@ use super::table::{
 };
 use super::tmpfs;
 use crate::error::{At, Call, Error, Place, Result};
+use crate::namespaces::{Kind, Own};
 use crate::options::{Options, Persona};
 use crate::proc::{self, mountinfo};
 use crate::sys::mount::{self, propagation};
@@ -46,6 +47,27 @@ pub struct Owners {
     pub others: Vec<(OwnedFd, CloneFlags)>,
 }
 
+impl Owners {
+    /// Those that process `pid` was born into; the others are ours.
+    pub fn of(pid: i32, own: &Own) -> Result<Owners> {
+        let open = |kind: Kind| {
+            let path = format!("/proc/{pid}/ns/{}", kind.file());
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+            rustix::fs::open(path, flags, Mode::empty()).call("open(/proc/PID/ns)")
+        };
+        let mut owners = Owners { mounts: Some(open(Kind::Mnt)?), ..Owners::default() };
+        if own.has(Kind::Pid) {
+            owners.pids = Some(open(Kind::Pid)?);
+        }
+        for kind in [Kind::Net, Kind::Ipc, Kind::Cgroup] {
+            if own.has(kind) {
+                owners.others.push((open(kind)?, CloneFlags::from_bits_retain(kind.flag())));
+            }
+        }
+        Ok(owners)
+    }
+}
+
 /// What was made.
 #[derive(Debug, Default)]
 pub struct Made {
@@ -57,6 +79,25 @@ pub struct Made {
     pub namespaces: HashMap<u32, OwnedFd>,
     /// The root folder of each.
     pub roots: HashMap<u32, OwnedFd>,
+}
+
+impl Made {
+    /// The root of the first namespace.
+    pub fn root(&self) -> Result<BorrowedFd<'_>> {
+        let first = self.table.namespaces.first().and_then(|ns| self.roots.get(ns));
+        first.map(AsFd::as_fd).ok_or(Error::Gone)
+    }
+
+    /// From where a file is found, and by which path: from the root of its namespace, or from its mount, if that is hidden.
+    pub fn place<'p>(&self, id: u32, path: &'p [u8]) -> Result<(BorrowedFd<'_>, &'p [u8])> {
+        let lie = |what: &str| Error::lie("files.img", format!("{} is {what}", String::from_utf8_lossy(path)));
+        let m = self.table.by_id(id).ok_or_else(|| lie("on a mount that is not there"))?;
+        if !self.table.is_hidden(m) {
+            return Ok((self.roots.get(&m.ns).ok_or(Error::Gone)?.as_fd(), path));
+        }
+        let mount = self.mounts.get(&id).ok_or(Error::Gone)?.as_fd();
+        Ok((mount, below(path, &m.point).ok_or_else(|| lie("not below its mount"))?))
+    }
 }
 
 /// Reads the images of all mount namespaces; the first is the root task's.

@@ -94,8 +94,8 @@ impl Kind {
     #[must_use]
     pub fn is_carried(self) -> bool {
         match self {
-            Self::Uts | Self::Pid | Self::Net | Self::Cgroup => true,
-            Self::Ipc | Self::Mnt | Self::User => false,
+            Self::Uts | Self::Pid | Self::Net | Self::Mnt | Self::Cgroup => true,
+            Self::Ipc | Self::User => false,
         }
     }
 }

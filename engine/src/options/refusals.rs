@@ -25,7 +25,6 @@ const fn refuse(option: &'static str, asked: fn(&Options) -> bool, reason: &'sta
     Refusal { option, asked, reason }
 }
 
-const NO_MOUNTS: &str = "mount namespaces are not carried yet";
 const NO_SERVER: &str = "pages go to the image folder only";
 
 /// The list.
@@ -37,12 +36,6 @@ pub const REFUSALS: &[Refusal] = &[
     refuse("stream", |o| o.stream, "images go to a folder only"),
     refuse("tls", |o| o.tls, "there is no encrypted transfer yet"),
     refuse("join-ns", |o| o.join_ns.iter().any(|j| j.kind != NamespaceKind::Net), "only network namespaces can be joined yet"),
-    refuse("skip-mnt", |o| !o.skip_mnt.is_empty(), NO_MOUNTS),
-    refuse("enable-fs", |o| !o.enable_fs.is_empty(), NO_MOUNTS),
-    refuse("enable-external-sharing", |o| o.enable_external_sharing, NO_MOUNTS),
-    refuse("enable-external-masters", |o| o.enable_external_masters, NO_MOUNTS),
-    refuse("ext-mount-map", |o| o.autodetect_ext_mounts || o.external_of_kind("mnt").next().is_some(), NO_MOUNTS),
-    refuse("lsm-mount-context", |o| o.lsm_mount_context.is_some(), NO_MOUNTS),
     refuse("lsm-profile", |o| o.lsm_profile.is_some(), "security labels are not restored yet"),
     refuse("libdir", |o| o.libdir.is_some(), "there are no plugins"),
 ];

@@ -101,7 +101,12 @@ pub(super) fn open_files(
             draft.terminals.insert(node.pid, (transfer.add(c.terminal), c.foreground));
         }
     }
-    let here = rustix::fs::stat("/").call("stat(/)")?;
+    // the root that tasks have anyway
+    let here = match &files.mounts {
+        Some(made) => rustix::fs::fstat(made.root()?).call("fstat")?,
+        None => rustix::fs::stat("/").call("stat(/)")?,
+    };
+    let has_it = files.mounts.is_some() || opts.root.is_none();
     for (_, node, a) in tree.alive() {
         for key @ (id, mode) in a.memory.files() {
             if draft.areas.contains_key(&key) {
@@ -140,7 +145,7 @@ pub(super) fn open_files(
                 } else if !draft.folders.contains_key(&id) {
                     let fd = regular::folder(files, id).at(Place::File(id)).task(node.pid)?;
                     let stat = rustix::fs::fstat(&fd).call("fstat")?;
-                    if (stat.st_dev, stat.st_ino) == (here.st_dev, here.st_ino) && opts.root.is_none() {
+                    if (stat.st_dev, stat.st_ino) == (here.st_dev, here.st_ino) && has_it {
                         draft.own_root.push(id);
                     }
                     draft.folders.insert(id, transfer.add(fd));

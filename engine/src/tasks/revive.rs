@@ -100,7 +100,7 @@ pub struct Table<'a> {
     pub tables: HashMap<u32, Vec<FdinfoEntry>>,
     /// cwd, root and umask by pid.
     pub fs: HashMap<i32, FsEntry>,
-    /// File ids of folders that are the engine's own root: no chroot needed.
+    /// File ids of folders that are the root which tasks have anyway: no chroot needed.
     pub own_root: Vec<u32>,
     /// The files themselves.
     pub restore: &'a RestoreFiles<'a>,
@@ -602,12 +602,12 @@ impl Script<'_> {
 
     fn write_self(&self, path: &str, value: Option<impl ToString>, plan: &mut Plan) {
         let Some(value) = value else { return };
-        let at = plan.string(path.as_bytes());
+        let at = plan.string(path.trim_start_matches("/proc/").as_bytes());
         let text = plan.bytes(value.to_string().as_bytes());
         let fd = plan.call(
             path.to_owned(),
             libc::SYS_openat,
-            &[libc::AT_FDCWD.into(), at.into(), libc::O_WRONLY.into(), 0.into()],
+            &[self.table.restore.proc_at.into(), at.into(), libc::O_WRONLY.into(), 0.into()],
         );
         plan.call(path.to_owned(), libc::SYS_write, &[Arg::Result(fd.0), text.into(), text.len.into()]);
         plan.call(path.to_owned(), libc::SYS_close, &[Arg::Result(fd.0)]);

@@ -25,6 +25,7 @@ mod locks;
 mod membarrier;
 mod memfd;
 mod memory;
+mod mounts;
 mod namespaces;
 mod netlink;
 mod packed;
@@ -144,6 +145,8 @@ impl Guest {
 }
 
 const FLAG: &str = "CRIU 4.2 restores folders without O_DIRECTORY";
+const MOUNTS: &str = "mounts have other ids, which files name";
+const BEFORE: &str = "CRIU 4.2 does not carry what was opened before its task got mounts of its own";
 const EINTR: &str = "CRIU 4.2 ends waits with EINTR when it dumps";
 const NUMBERS: &str = "sequence numbers, and images that are called by inodes";
 const WRITES: &str = "it goes on writing";
@@ -235,6 +238,10 @@ pub const ALL: &[Guest] = &[
     guest("memory_shared", memory::shared),
     guest("memory_sparse", memory::sparse),
     guest("memory_stack", memory::stack),
+    guest("mount_hidden", mounts::hidden).changes(MOUNTS).criu(Criu::Cannot(BEFORE)),
+    guest("mount_kinds", mounts::kinds).changes(MOUNTS).criu(Criu::Cannot(BEFORE)),
+    guest("mount_shared", mounts::shared).changes(MOUNTS).criu(Criu::Cannot(BEFORE)),
+    guest("mount_tmpfs", mounts::tmpfs).changes(MOUNTS).criu(Criu::Cannot(BEFORE)),
     guest("netlink", netlink::netlink),
     guest("packed_family", packed::family).dump(&["--compress"]).criu(Criu::Cannot(PACKED)),
     guest("packed_kinds", packed::kinds).dump(&["--compress"]).criu(Criu::Cannot(PACKED)),

@@ -1,12 +1,13 @@
 //! Making a terminal pair again: both sides, with the number it had.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use rustix::fs::{fchmod, fchown, Gid, Mode, OFlags, Uid};
 use standstill_images::proto::{TtyFileEntry, TtyInfoEntry};
 
+use super::super::paths::open_below;
 use super::super::{set_status_flags, RestoreFiles};
 use super::{settle, terminal, OPEN_FLAGS};
 use crate::error::{At, Call, Error, Place, Result};
@@ -25,7 +26,11 @@ pub(super) fn open(index: u32, cx: &mut RestoreFiles<'_>) -> Result<()> {
         return Err(Error::lie("files.img", format!("terminal {index} has {} masters", masters.len())));
     }
     let entry = masters.first();
-    let master = make_master(index, entry.map_or(libc::O_RDWR as u32, |e| e.flags), &name(entry, &slaves, cx))?;
+    let (flags, name) = (entry.map_or(libc::O_RDWR as u32, |e| e.flags), name(entry, &slaves, cx)?);
+    let master = match &cx.mounts {
+        Some(made) => make_master(index, flags, &name, made.root()?)?,
+        None => make_master(index, flags, &name, rustix::fs::CWD)?,
+    };
     terminal::lock(master.as_fd(), false)?;
     let (master_info, slave_info) = (cx.ttys.infos.get(&(index << 1 | 1)), cx.ttys.infos.get(&(index << 1)));
     let open_slave = |flags: u32| {
@@ -88,25 +93,34 @@ pub(super) fn open(index: u32, cx: &mut RestoreFiles<'_>) -> Result<()> {
 }
 
 /// By which name masters are made: the old one, or the one beside the slave's.
-fn name(master: Option<&TtyFileEntry>, slaves: &[TtyFileEntry], cx: &RestoreFiles<'_>) -> Vec<u8> {
+fn name(master: Option<&TtyFileEntry>, slaves: &[TtyFileEntry], cx: &RestoreFiles<'_>) -> Result<Vec<u8>> {
     let name = |e: &TtyFileEntry| Some(cx.entries.get(&e.regf_id?)?.reg.as_ref()?.name.clone());
     if let Some(name) = master.and_then(name) {
-        return name;
+        return Ok(name);
     }
     let beside = slaves.first().and_then(name).and_then(|name| {
         let folder = name.rsplitn(2, |&b| b == b'/').nth(1)?;
         Some([folder, b"/ptmx"].concat())
     });
-    beside.filter(|name| Path::new(std::ffi::OsStr::from_bytes(name)).exists()).unwrap_or_else(|| b"/dev/ptmx".to_vec())
+    let is_there = |name: &Vec<u8>| match &cx.mounts {
+        Some(made) => made.root().is_ok_and(|root| open_below(root, name, libc::O_PATH as u32).is_ok()),
+        None => Path::new(std::ffi::OsStr::from_bytes(name)).exists(),
+    };
+    Ok(beside.filter(is_there).unwrap_or_else(|| b"/dev/ptmx".to_vec()))
 }
 
 /// Opens `name` until the pair has the right number: the kernel gives the lowest that is free.
-pub(super) fn make_master(index: u32, flags: u32, name: &[u8]) -> Result<OwnedFd> {
+pub(super) fn make_master(index: u32, flags: u32, name: &[u8], root: BorrowedFd<'_>) -> Result<OwnedFd> {
     let flags = OFlags::from_bits_retain(flags & OPEN_FLAGS) | OFlags::NOCTTY | OFlags::CLOEXEC;
     let mut lower = Vec::new();
     loop {
         let place = || Place::Path(std::ffi::OsStr::from_bytes(name).into());
-        let master = rustix::fs::open(name, flags, Mode::empty()).call("open").at(place())?;
+        let master = if root.as_raw_fd() == libc::AT_FDCWD {
+            rustix::fs::open(name, flags, Mode::empty())
+        } else {
+            open_below(root, name, flags.bits())
+        };
+        let master = master.call("open").at(place())?;
         let got = terminal::index(master.as_fd()).at(place())?;
         if got == index {
             return Ok(master);

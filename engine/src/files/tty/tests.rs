@@ -27,7 +27,7 @@ fn own_devpts() -> bool {
 
 /// Pair `index`, its slave opened.
 fn new_pair(index: u32) -> (OwnedFd, OwnedFd) {
-    let master = make_master(index, libc::O_RDWR as u32, b"/dev/pts/ptmx").unwrap();
+    let master = make_master(index, libc::O_RDWR as u32, b"/dev/pts/ptmx", rustix::fs::CWD).unwrap();
     terminal::lock(master.as_fd(), false).unwrap();
     let slave = calls::open_pty_peer(master.as_fd(), (libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC) as u32).unwrap();
     (master, slave)
@@ -159,7 +159,7 @@ fn a_number_that_is_taken_is_named() {
         return;
     }
     let (_master, _slave) = new_pair(0);
-    let error = make_master(0, libc::O_RDWR as u32, b"/dev/pts/ptmx").unwrap_err();
+    let error = make_master(0, libc::O_RDWR as u32, b"/dev/pts/ptmx", rustix::fs::CWD).unwrap_err();
     assert!(matches!(&error, Error::Changed { what } if what.contains("terminal 0 is in use")), "{error:?}");
 }
 

@@ -8,7 +8,7 @@
 //! Man pages: unix(7), unshare(2).
 
 use std::ffi::OsStr;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -53,13 +53,26 @@ impl<'e> Name<'e> {
 }
 
 /// Runs something with the current folder of a thread of its own.
-fn in_folder<T: Send>(folder: Option<&Path>, run: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    let Some(folder) = folder else { return run() };
+/// A tree with mounts of its own has another root too.
+fn in_folder<T: Send>(
+    root: Option<BorrowedFd<'_>>,
+    folder: Option<&Path>,
+    run: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
+    if root.is_none() && folder.is_none() {
+        return run();
+    }
     let result = std::thread::scope(|scope| {
         scope
             .spawn(|| {
                 nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).call("unshare(CLONE_FS)")?;
-                rustix::process::chdir(folder).call("chdir").at(Place::Path(folder.to_owned()))?;
+                if let Some(root) = root {
+                    rustix::process::fchdir(root).call("fchdir")?;
+                    rustix::process::chroot(".").call("chroot")?;
+                }
+                if let Some(folder) = folder {
+                    rustix::process::chdir(folder).call("chdir").at(Place::Path(folder.to_owned()))?;
+                }
                 run()
             })
             .join()
@@ -70,7 +83,8 @@ fn in_folder<T: Send>(folder: Option<&Path>, run: impl FnOnce() -> Result<T> + S
 /// Binds a socket. What comes back opens the file that it is bound to, if it is one.
 /// If nothing had its name, that goes when the restore fails.
 pub(super) fn bind(fd: BorrowedFd<'_>, e: &UnixSkEntry, cx: &RestoreFiles<'_>) -> Result<Option<OwnedFd>> {
-    if let Name::Path(path, folder) = Name::of(e)? {
+    let root = cx.mounts.as_ref().map(crate::mounts::restore::Made::root).transpose()?;
+    if let (Name::Path(path, folder), None) = (Name::of(e)?, root) {
         let full = folder.map_or_else(|| path.to_owned(), |folder| folder.join(path));
         let full = std::path::absolute(&full).call("getcwd").at(Place::Path(full))?;
         let full = e.standstill_moved.as_deref().map_or(full, |to| PathBuf::from(OsStr::from_bytes(to)));
@@ -85,7 +99,7 @@ pub(super) fn bind(fd: BorrowedFd<'_>, e: &UnixSkEntry, cx: &RestoreFiles<'_>) -
             rustix::net::bind(fd, &address).call("bind").at(Place::Path(shown(name)))?;
             Ok(None)
         }
-        Name::Path(path, folder) => in_folder(folder, || {
+        Name::Path(path, folder) => in_folder(root, folder, || {
             if e.deleted == Some(true) {
                 let _aside = Aside::of(path)?;
                 let node = bind_path(fd, path, e)?;
@@ -127,8 +141,8 @@ fn bind_path(fd: BorrowedFd<'_>, path: &Path, e: &UnixSkEntry) -> Result<OwnedFd
             rustix::fs::chownat(&node, c"", Some(uid), Some(gid), AtFlags::EMPTY_PATH).call("fchownat")?;
         }
         if now.st_mode & 0o7777 != perms.mode & 0o7777 {
-            let link = magic_link(node.as_fd());
-            rustix::fs::chmod(link, Mode::from_raw_mode(perms.mode & 0o7777)).call("chmod")?;
+            // not by way of /proc, which need not be there
+            rustix::fs::chmod(path, Mode::from_raw_mode(perms.mode & 0o7777)).call("chmod")?;
         }
     }
     Ok(node)
@@ -145,7 +159,7 @@ pub(super) fn connect(fd: BorrowedFd<'_>, to: &UnixSkEntry, node: Option<Borrowe
             let address = SocketAddrUnix::new_abstract_name(name).call("connect")?;
             rustix::net::connect(fd, &address).call("connect").at(Place::Path(shown(name)))
         }
-        (None, Name::Path(path, folder)) => in_folder(folder, || {
+        (None, Name::Path(path, folder)) => in_folder(None, folder, || {
             let address = SocketAddrUnix::new(path).call("connect")?;
             rustix::net::connect(fd, &address).call("connect")
         })
@@ -228,10 +242,10 @@ mod tests {
     #[test]
     fn another_folder_is_only_there_for_a_moment() {
         let here = std::env::current_dir().unwrap();
-        let there = in_folder(Some(Path::new("/proc")), || std::env::current_dir().call("getcwd")).unwrap();
+        let there = in_folder(None, Some(Path::new("/proc")), || std::env::current_dir().call("getcwd")).unwrap();
         assert_eq!(there, Path::new("/proc"));
         assert_eq!(std::env::current_dir().unwrap(), here);
-        assert!(in_folder(Some(Path::new("/nowhere")), || Ok(())).is_err());
+        assert!(in_folder(None, Some(Path::new("/nowhere")), || Ok(())).is_err());
     }
 
     #[test]
