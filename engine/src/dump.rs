@@ -24,6 +24,7 @@ use crate::memory::track::{self, Tracking};
 use crate::memory::{self, dedup, drain, Writing};
 use crate::mounts::{self, dump::Mounts};
 use crate::namespaces;
+use crate::namespaces::user::Users;
 use crate::network::{self, doors::Doors};
 use crate::options::{FinalState, Options, Persona};
 use crate::plan::Plan;
@@ -163,7 +164,9 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     let mut numbers = ids::Ids::new()?;
     give_ids(&mut tasks, &mut numbers)?;
     let own = numbers.own();
-    let pids = pids_of(&mut tasks, &own)?;
+    refuse_users_without_pids(&tasks, &own)?;
+    let users = if own.has(namespaces::Kind::User) { Users::of_task(root)? } else { Users::default() };
+    let pids = owners_of(&mut tasks, &own, &users)?;
     cgroups.freezer_state = freezer.as_ref().map(Freezer::state_before);
     cgroups.own_namespace = own.has(namespaces::Kind::Cgroup);
     find_cgroups(&mut tasks, &mut cgroups)?;
@@ -182,7 +185,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     let mut infected = Vec::with_capacity(tasks.len());
     let mut files =
         DumpFiles::new(opts, images, heads.iter().map(|h| h.0).collect(), numbers.root.net_ns_id.unwrap_or(0));
-    files.pids = pids;
+    (files.pids, files.users) = (pids, users);
     if let Some(id) = own.id(namespaces::Kind::Mnt) {
         let own_cgroups = own.has(namespaces::Kind::Cgroup);
         files.mounts = Some(Mounts::read(opts, &[mounts::dump::Namespace { id, pid: root, own_cgroups }])?);
@@ -274,7 +277,8 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
                 let stopped = host.threads();
                 let write_core = |i: usize| -> Result<()> {
                     let (thread, facts) = (&stopped[i], &alive.facts.threads[i]);
-                    let mut entry = core::thread_entry(thread, facts, &in_threads[i], &answers[i], i == 0)?;
+                    let mut entry =
+                        core::thread_entry(thread, facts, &in_threads[i], &answers[i], i == 0, &files.users)?;
                     if let Some(core) = &mut entry.thread_core {
                         core.cg_set = alive.cgroups.get(i).copied();
                     }
@@ -348,7 +352,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     cgroups.finish(images)?;
     images.write_one(ImageKind::Seccomp, (), &SeccompEntry { seccomp_filters: filters })?;
     write_clocks(images, time_ns, &numbers, written.clocks)?;
-    namespaces::dump(root, &own, images)?;
+    namespaces::dump(root, &own, &files.users, images)?;
     let scanned: u64 = drains.iter().map(|d| d.0.scanned).sum();
     let mut in_parent: u64 = drains.iter().map(|d| d.0.in_parent).sum();
     let inventory = InventoryEntry {
@@ -494,21 +498,34 @@ fn give_ids(tasks: &mut [Task], numbers: &mut ids::Ids) -> Result<()> {
     Ok(())
 }
 
-/// How the tree sees the ids of its processes; the owners of its descriptors are as it sees them from here on.
-fn pids_of(tasks: &mut [Task], own: &namespaces::Own) -> Result<Inner> {
-    if !own.has(namespaces::Kind::Pid) {
-        return Ok(Inner::default());
+/// Who is root in a user namespace may choose ids in the PID namespaces that belong to it, and in no others (clone(2)).
+fn refuse_users_without_pids(tasks: &[Task], own: &namespaces::Own) -> Result<()> {
+    let threads: usize = living(tasks).map(|(_, alive)| alive.facts.threads.len()).sum();
+    if own.has(namespaces::Kind::User) && !own.has(namespaces::Kind::Pid) && (threads > 1 || tasks.len() > 1) {
+        return Err(Error::refused(
+            "several tasks in a user namespace of their own, but not in a PID namespace of their own,",
+            "nobody inside may choose their ids; start them in both (unshare --user --pid)",
+        ));
     }
-    let pids = Inner::of(tasks.iter().map(|task| {
+    Ok(())
+}
+
+/// How the tree sees the ids of its processes; the owners of its descriptors are as it sees them from here on.
+fn owners_of(tasks: &mut [Task], own: &namespaces::Own, users: &Users) -> Result<Inner> {
+    let of_tasks = tasks.iter().map(|task| {
         let facts = match &task.kind {
             Kind::Alive(alive) => Some(&alive.facts),
             Kind::Dead(_) => None,
         };
         (task.pid, &task.stat, facts)
-    }))?;
+    });
+    let pids = if own.has(namespaces::Kind::Pid) { Inner::of(of_tasks)? } else { Inner::default() };
     for task in tasks {
         if let Kind::Alive(alive) = &mut task.kind {
-            alive.facts.descriptors.iter_mut().for_each(|d| pids.translate(&mut d.fown));
+            for d in &mut alive.facts.descriptors {
+                pids.translate(&mut d.fown);
+                (d.fown.uid, d.fown.euid) = (users.user(d.fown.uid), users.user(d.fown.euid));
+            }
         }
     }
     Ok(pids)

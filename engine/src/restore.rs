@@ -21,6 +21,7 @@ use crate::memory::sysv;
 use crate::memory::unpack::{Pipes, TaskEnds, Unpacker};
 use crate::memory::vdso::Layout;
 use crate::mounts;
+use crate::namespaces::user::{self, Users};
 use crate::namespaces::{self, Own};
 use crate::network;
 use crate::options::{FinalState, Options};
@@ -145,6 +146,9 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
     let mut files = RestoreFiles::read(opts, images)?;
     let ipc_ns = inventory.root_ids.as_ref().and_then(|r| r.ipc_ns_id).unwrap_or(0);
     sysv::read(ipc_ns, tree.alive().flat_map(|(_, _, a)| &a.memory.mm.vmas), &mut files)?;
+    if let Some(id) = own.id(namespaces::Kind::User) {
+        files.set_users(Users::read(id, images)?);
+    }
     let tree = tree.with_dead(&files.regular.dead_pids);
     let robust = RobustList::new()?;
     let guard = Guard::new(&robust);
@@ -296,6 +300,7 @@ fn build<'r>(
         inherit: &[arena.fd(), theirs.as_fd()],
         sibling,
         namespaces: own.clone_flags() & !networks.outside_flags(),
+        maps: files.users.are_own().then(|| files.users.maps()),
     };
     let pid = network::born_in(networks.outside(), || release::when_reaped(root, || spawn::spawn(&birth_of_root)))
         .map_err(|e| match e {
@@ -325,6 +330,13 @@ fn build<'r>(
         }
         stages.reach(Stage::PostSetupNamespaces, Some(pid))?;
     }
+    let of_root;
+    let birth = if files.users.are_own() {
+        of_root = birth.inside(pid, &files.users)?;
+        &of_root
+    } else {
+        birth
+    };
     phases.mark("birth");
 
     sysv::prepare(files)?;
@@ -463,6 +475,11 @@ fn build<'r>(
             let tid = hosts.id(*tid)?;
             nursery.seized.push(tid);
             held.seize(tid, core.seccomp_mode.unwrap_or(0) != 0 || filters_come_by_sync(a))?;
+        }
+    }
+    if files.users.are_own() {
+        for (_, node, a) in tree.alive() {
+            user::powers(hosts.id(node.pid)?, a, birth).task(node.pid)?;
         }
     }
     arena.go(BEFORE_CREDS);

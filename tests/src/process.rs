@@ -247,42 +247,55 @@ pub fn in_own_session(command: &mut Command) -> &mut Command {
     }
 }
 
-/// Starts a program as the init of a new PID namespace: its id with us. Whoever adopts ([`adopt`]) becomes its parent.
+/// The ids of users that a program has in a user namespace of its own: root is root.
+pub const OWN_IDS: &str = "0 0 1\n1 70001 999\n";
+
+/// Starts a program in new namespaces, as the init of one of PIDs: its id with us. Whoever adopts ([`adopt`]) becomes its
+/// parent.
 ///
 /// # Errors
 /// If it cannot be started.
-pub fn spawn_init(command: &mut Command) -> io::Result<i32> {
+pub fn spawn_in_namespaces(command: &mut Command, namespaces: i32) -> io::Result<i32> {
     use std::io::Read as _;
     use std::os::unix::process::CommandExt as _;
     let (mut out, into) = io::pipe()?;
     let report = into.as_raw_fd();
-    // SAFETY: between fork and exec only these system calls are made.
-    unsafe {
-        command.pre_exec(move || {
-            if libc::unshare(libc::CLONE_NEWPID) < 0 {
-                return Err(io::Error::last_os_error());
+    let start = move || -> io::Result<()> {
+        let (mut held, held_by) = io::pipe()?;
+        // SAFETY: as fork(2), with new namespaces; the child goes on with a copy of everything.
+        let child = unsafe { libc::syscall(libc::SYS_clone, namespaces | libc::SIGCHLD, 0, 0, 0, 0) };
+        if child < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        if child > 0 {
+            if namespaces & libc::CLONE_NEWUSER != 0 {
+                fs::write(format!("/proc/{child}/uid_map"), OWN_IDS)?;
+                fs::write(format!("/proc/{child}/gid_map"), OWN_IDS)?;
             }
-            match libc::fork() {
-                -1 => return Err(io::Error::last_os_error()),
-                0 => {}
-                _ => libc::_exit(0),
+            let text = (child as i32).to_ne_bytes();
+            // SAFETY: four bytes that live across the call; then the end of this process, which runs nothing more.
+            unsafe {
+                libc::write(report, text.as_ptr().cast(), text.len());
+                libc::_exit(0);
             }
-            // of the /proc that we see, so as the id that we know it by
-            let mut text = [0u8; 16];
-            let n = libc::readlink(c"/proc/self".as_ptr(), text.as_mut_ptr().cast(), text.len());
-            if n < 0 || libc::setsid() < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            libc::write(report, text.as_ptr().cast(), n as usize);
-            Ok(())
-        });
-    }
+        }
+        drop(held_by);
+        // until it has its ids
+        let _ = held.read(&mut [0]);
+        // SAFETY: no memory is involved.
+        match unsafe { libc::setresuid(0, 0, 0) | libc::setsid() } {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        }
+    };
+    // SAFETY: the program that forks has one thread that allocates, this one.
+    unsafe { command.pre_exec(start) };
     let mut between = command.spawn()?;
     drop(into);
     between.wait()?;
-    let mut text = String::new();
-    out.read_to_string(&mut text)?;
-    text.parse().map_err(|_| io::Error::other(format!("{text:?} is no process id")))
+    let mut pid = [0; 4];
+    out.read_exact(&mut pid)?;
+    Ok(i32::from_ne_bytes(pid))
 }
 
 /// Runs a program. What it prints goes through a file, which nobody it leaves behind can keep us waiting with.

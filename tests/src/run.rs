@@ -55,8 +55,8 @@ impl Run {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         // waited for where all that we adopt is
         #[allow(clippy::zombie_processes)]
-        let pid = if guest.init {
-            process::spawn_init(&mut command)
+        let pid = if guest.namespaces != 0 {
+            process::spawn_in_namespaces(&mut command, guest.namespaces)
         } else {
             command.spawn().map(|child| i32::try_from(child.id()).unwrap_or(0))
         };
@@ -156,7 +156,7 @@ impl Run {
         let _ = std::fs::remove_file(&pidfile);
         let mut options = self.guest.restore.to_vec();
         let path = pidfile.to_string_lossy();
-        if self.guest.init {
+        if self.guest.has_own_ids() {
             options.extend(["--pidfile", &path]);
         }
         if let Err(e) = engine.restore(images, &options) {
@@ -164,7 +164,7 @@ impl Run {
             let left: Vec<i32> = self.tree.iter().copied().filter(|&p| process::exists(p)).collect();
             panic!("{e}left behind: {left:?}");
         }
-        if self.guest.init {
+        if self.guest.has_own_ids() {
             // what its ids are with us is new
             let text = std::fs::read_to_string(&pidfile).unwrap_or_else(|e| panic!("{path}: {e}"));
             self.pid = text.trim().parse().unwrap_or_else(|e| panic!("{path}: {e}"));

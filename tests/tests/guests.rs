@@ -178,6 +178,7 @@ guests! {
     tty_consoles
     tty_controlling
     tty_data
+    user_namespace
     uts_namespace
     unix_dgram
     unix_listening
@@ -193,6 +194,7 @@ guests! {
 
 refused! {
     refused_big_ghost
+    refused_users
     refused_fanotify
     refused_connected
     refused_corked

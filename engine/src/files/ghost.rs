@@ -28,6 +28,7 @@ use super::paths::{open_below, place, reopen, split};
 use super::{magic_link, sparse};
 use crate::error::{At, Call, Error, Result};
 use crate::guard::{Act, Guard, List};
+use crate::namespaces::user::Users;
 
 /// Regular files from this size on are written in chunks.
 const CHUNKS_FROM: u64 = 3 * 4096;
@@ -94,9 +95,11 @@ pub(super) fn make(
     id: u32,
     names: &[&[u8]],
     unnamed: bool,
+    users: &Users,
 ) -> Result<Vec<OwnedFd>> {
     let image = images.open(ImageKind::GhostFile, id)?;
-    let (entry, content) = image.reader()?.ghost()?;
+    let (mut entry, content) = image.reader()?.ghost()?;
+    (entry.uid, entry.gid) = (users.outer_user(entry.uid), users.outer_group(entry.gid));
     let kind = FileType::from_raw_mode(entry.mode);
     let Some((&first, others)) = names.split_first() else { return Ok(Vec::new()) };
 
@@ -406,7 +409,8 @@ mod tests {
         write(&images, 7, file.as_fd(), &rustix::fs::fstat(&file).unwrap()).unwrap();
 
         let (a, b) = (format!("{}/a", dir.display()), format!("{}/gone/b", dir.display()));
-        let made = make(&images, None, root().as_fd(), 7, &[a.as_bytes(), b.as_bytes()], false).unwrap();
+        let made =
+            make(&images, None, root().as_fd(), 7, &[a.as_bytes(), b.as_bytes()], false, &Users::default()).unwrap();
         assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0);
         assert_eq!(link_of(&made[0]), format!("{a} (deleted)"));
         assert_eq!(link_of(&made[1]), format!("{b} (deleted)"));
@@ -441,7 +445,9 @@ mod tests {
         for (id, fd) in [(1, &a), (2, &b), (3, &c)] {
             let old = rustix::fs::fstat(fd).unwrap();
             write(&images, id, fd.as_fd(), &old).unwrap();
-            let made = make(&images, None, root().as_fd(), id, &[path.as_os_str().as_bytes()], false).unwrap();
+            let made =
+                make(&images, None, root().as_fd(), id, &[path.as_os_str().as_bytes()], false, &Users::default())
+                    .unwrap();
             let new = rustix::fs::fstat(&made[0]).unwrap();
             assert_eq!((old.st_mode, old.st_mtime), (new.st_mode, new.st_mtime));
             assert_eq!(link_of(&made[0]), format!("{} (deleted)", path.display()));
@@ -462,7 +468,8 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         write(&images, 1, file.as_fd(), &rustix::fs::fstat(&file).unwrap()).unwrap();
         std::fs::write(&path, "new").unwrap();
-        let made = make(&images, None, root().as_fd(), 1, &[path.as_os_str().as_bytes()], false).unwrap();
+        let made =
+            make(&images, None, root().as_fd(), 1, &[path.as_os_str().as_bytes()], false, &Users::default()).unwrap();
         assert!(link_of(&made[0]).ends_with("/log.cr_link (deleted)"));
         assert_eq!(std::fs::read(magic_link(made[0].as_fd())).unwrap(), b"old");
         assert_eq!(std::fs::read(&path).unwrap(), b"new");
@@ -479,7 +486,7 @@ mod tests {
         };
         write(&images, 1, file.as_fd(), &rustix::fs::fstat(&file).unwrap()).unwrap();
         let name = format!("{}/#12", dir.display());
-        let made = make(&images, None, root().as_fd(), 1, &[name.as_bytes()], true).unwrap();
+        let made = make(&images, None, root().as_fd(), 1, &[name.as_bytes()], true, &Users::default()).unwrap();
         rustix::fs::linkat(CWD, magic_link(made[0].as_fd()), CWD, dir.join("named"), AtFlags::SYMLINK_FOLLOW).unwrap();
         std::fs::remove_dir_all(&dir).unwrap();
     }

@@ -37,6 +37,7 @@ use super::{no_owner, regular, sparse, Descriptor, DumpFiles, RestoreFiles};
 use crate::error::{At, Call, Error, Result};
 use crate::memory::compress::{self, Stretch, Target};
 use crate::memory::{unpack, Writing};
+use crate::namespaces::user::Users;
 use crate::sys::calls;
 use crate::sys::memory::Shared;
 
@@ -170,8 +171,8 @@ fn inode(cx: &mut DumpFiles<'_>, file: OwnedFd, link: &[u8], stat: &Stat) -> Res
     let inode_id = u32::try_from(cx.memfds.entries.len() + 1).unwrap_or(u32::MAX);
     cx.memfds.entries.push(MemfdInodeEntry {
         name,
-        uid: stat.st_uid,
-        gid: stat.st_gid,
+        uid: cx.users.user(stat.st_uid),
+        gid: cx.users.group(stat.st_gid),
         size,
         shmid,
         seals,
@@ -334,6 +335,13 @@ pub fn read(cx: &mut RestoreFiles<'_>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Owners are the tree's: from here on, ours.
+pub fn translate(users: &Users, cx: &mut Restored) {
+    for entry in cx.inodes.values_mut().map(|inode| &mut inode.entry) {
+        (entry.uid, entry.gid) = (users.outer_user(entry.uid), users.outer_group(entry.gid));
+    }
 }
 
 /// Opens one as its entry says.

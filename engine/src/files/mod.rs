@@ -17,6 +17,7 @@ use standstill_images::{ImageKind, Images};
 
 use crate::error::{At, Call, Error, Place, Result};
 use crate::guard::{Act, Guard, List};
+use crate::namespaces::user::Users;
 use crate::network::doors::{Doors, Inside};
 use crate::options::Options;
 use crate::plan::Plan;
@@ -116,6 +117,8 @@ pub struct DumpFiles<'a> {
     pub tree: Vec<i32>,
     /// How the tree sees their ids.
     pub pids: Inner,
+    /// How it sees the ids of users.
+    pub users: Users,
     /// Sockets, pipes … by what a kind must remember: each its own.
     pub pipes: pipe::Dumped,
     /// Regular files that others map or have open, ghosts, remaps.
@@ -169,6 +172,7 @@ impl<'a> DumpFiles<'a> {
             images,
             tree,
             pids: Inner::default(),
+            users: Users::default(),
             pipes: Default::default(),
             regular: Default::default(),
             fifos: Default::default(),
@@ -346,6 +350,8 @@ pub struct RestoreFiles<'a> {
     pub images: &'a Images,
     /// Which ids the processes of the tree have with us.
     pub hosts: Hosts,
+    /// Which ids its users have with us.
+    pub users: Users,
     /// Entries of `files.img`, by id.
     pub entries: HashMap<u32, FileEntry>,
     /// Open files, by id, as far as they are open.
@@ -400,6 +406,7 @@ impl<'a> RestoreFiles<'a> {
             opts,
             images,
             hosts: Hosts::default(),
+            users: Users::default(),
             entries,
             opened: BTreeMap::new(),
             pipes: Default::default(),
@@ -428,6 +435,16 @@ impl<'a> RestoreFiles<'a> {
         tty::read(&mut files)?;
         locks::read(&mut files)?;
         Ok(files)
+    }
+
+    /// The tree has ids of users of its own: owners in the entries become ours.
+    pub fn set_users(&mut self, users: Users) {
+        memfd::translate(&users, &mut self.memfds);
+        tty::translate(&users, &mut self.ttys);
+        for perms in self.entries.values_mut().filter_map(|entry| entry.usk.as_mut()?.file_perms.as_mut()) {
+            (perms.uid, perms.gid) = (users.outer_user(perms.uid), users.outer_group(perms.gid));
+        }
+        self.users = users;
     }
 
     /// The entry of a file.

@@ -381,7 +381,9 @@ fn ghostly(seen: &Seen<'_>, id: u32, bare: &[u8], cx: &mut DumpFiles<'_>) -> Res
                 ));
             }
             let ghost = u32::try_from(cx.regular.ghosts.len() + 1).unwrap_or(u32::MAX);
-            ghost::write(cx.images, ghost, seen.file, seen.stat)?;
+            let mut stat = *seen.stat;
+            (stat.st_uid, stat.st_gid) = (cx.users.user(stat.st_uid), cx.users.group(stat.st_gid));
+            ghost::write(cx.images, ghost, seen.file, &stat)?;
             cx.regular.ghosts.insert(seen.inode(), ghost);
             ghost
         }
@@ -622,7 +624,7 @@ fn handle<'a>(cx: &'a mut RestoreFiles<'_>, e: &RegFileEntry, remap: Remap) -> R
                 names.sort_unstable();
                 names.dedup();
                 let unnamed = users.iter().any(|user| user.flags & NAMELESS != 0);
-                let made = ghost::make(cx.images, cx.guard, root.as_fd(), id, &names, unnamed)?;
+                let made = ghost::make(cx.images, cx.guard, root.as_fd(), id, &names, unnamed, &cx.users)?;
                 for user in users {
                     let made = placed
                         .get(&user.id)

@@ -44,6 +44,7 @@ use standstill_images::ImageKind;
 
 use super::{magic_link, regular, set_status_flags, Descriptor, DumpFiles, RestoreFiles};
 use crate::error::{At, Call, Error, Place, Result};
+use crate::namespaces::user::Users;
 use crate::plan::Plan;
 use crate::proc::stat;
 use crate::sys::calls;
@@ -99,6 +100,14 @@ pub struct Restored {
     root: Option<PstreeEntry>,
     /// Who opens `/dev/tty`, and as which descriptor, by file.
     openers: HashMap<u32, (i32, i32)>,
+}
+
+/// Owners are the tree's: from here on, ours.
+pub fn translate(users: &Users, cx: &mut Restored) {
+    for info in cx.infos.values_mut() {
+        info.uid = info.uid.map(|uid| users.outer_user(uid));
+        info.gid = info.gid.map(|gid| users.outer_group(gid));
+    }
 }
 
 impl Dumped {
@@ -315,7 +324,13 @@ pub fn finish(cx: &mut DumpFiles<'_>) -> Result<()> {
         cx.images.write_entries(ImageKind::TtyData, (), data)?;
     }
     let inner = |id: u32| cx.pids.unsigned(i32::try_from(id).unwrap_or(0));
-    let infos = infos.into_iter().map(|info| TtyInfoEntry { sid: inner(info.sid), pgrp: inner(info.pgrp), ..info });
+    let infos = infos.into_iter().map(|info| TtyInfoEntry {
+        sid: inner(info.sid),
+        pgrp: inner(info.pgrp),
+        uid: info.uid.map(|id| cx.users.user(id)),
+        gid: info.gid.map(|id| cx.users.group(id)),
+        ..info
+    });
     Ok(cx.images.write_entries(ImageKind::TtyInfo, (), infos)?)
 }
 

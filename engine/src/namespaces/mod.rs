@@ -15,6 +15,7 @@ use standstill_images::Images;
 
 use crate::error::{Call, Result};
 
+pub mod user;
 pub mod uts;
 
 /// A kind of namespace that a tree can have of its own.
@@ -94,8 +95,8 @@ impl Kind {
     #[must_use]
     pub fn is_carried(self) -> bool {
         match self {
-            Self::Uts | Self::Pid | Self::Net | Self::Mnt | Self::Cgroup => true,
-            Self::Ipc | Self::User => false,
+            Self::Uts | Self::Pid | Self::Net | Self::Mnt | Self::User | Self::Cgroup => true,
+            Self::Ipc => false,
         }
     }
 }
@@ -147,7 +148,10 @@ pub fn fill(pid: i32, own: &Own, images: &Images) -> Result<()> {
 }
 
 /// Writes what the tree's own namespaces hold; process `pid` is its root.
-pub fn dump(pid: i32, own: &Own, images: &Images) -> Result<()> {
+pub fn dump(pid: i32, own: &Own, users: &user::Users, images: &Images) -> Result<()> {
+    if let Some(id) = own.id(Kind::User) {
+        user::dump(users, id, images)?;
+    }
     if let Some(id) = own.id(Kind::Uts) {
         uts::dump(pid, id, images)?;
     }

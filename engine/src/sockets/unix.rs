@@ -27,6 +27,7 @@ use standstill_images::ImageKind;
 use super::{options, queue, CLOSE, ESTABLISHED, LISTEN};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{no_owner, Descriptor, DumpFiles};
+use crate::namespaces::user::Users;
 use crate::network::doors::Doors;
 use crate::sys::calls;
 use crate::sys::diag::unix::{UnixAddress, UnixSocket};
@@ -149,7 +150,7 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
         standstill_moved: None,
     };
     if let UnixAddress::Path(path) = socket.address() {
-        bound_file(d, &socket, path, &mut entry)?;
+        bound_file(d, &socket, path, &mut entry, &cx.users)?;
     }
     let to_us = entry.peer != 0 && cx.opts.service_socket == Some(entry.peer);
     if to_us {
@@ -197,7 +198,7 @@ fn other_end(socket: &UnixSocket, cx: &DumpFiles<'_>) -> Result<u32> {
 }
 
 /// The file that a socket is bound to: its owner, its mode, whether it is gone or was moved, and what its name is relative to.
-fn bound_file(d: &Descriptor, socket: &UnixSocket, path: &[u8], entry: &mut UnixSkEntry) -> Result<()> {
+fn bound_file(d: &Descriptor, socket: &UnixSocket, path: &[u8], entry: &mut UnixSkEntry, users: &Users) -> Result<()> {
     let (stat, link) = match calls::ioctl_value(d.copy.as_fd(), "ioctl(SIOCUNIXFILE)", SIOCUNIXFILE, 0) {
         Ok(fd) => {
             let fd = i32::try_from(fd).unwrap_or(-1);
@@ -224,8 +225,8 @@ fn bound_file(d: &Descriptor, socket: &UnixSocket, path: &[u8], entry: &mut Unix
     entry.deleted = Some(deleted).filter(|&deleted| deleted);
     entry.file_perms = stat.as_ref().or(here.as_ref().map(|(stat, _)| stat)).map(|stat| FilePermsEntry {
         mode: stat.st_mode,
-        uid: stat.st_uid,
-        gid: stat.st_gid,
+        uid: users.user(stat.st_uid),
+        gid: users.group(stat.st_gid),
     });
     let absolute = path.starts_with(b"/");
     let mut folder = link.strip_suffix(path).and_then(|folder| folder.strip_suffix(b"/")).map(<[u8]>::to_vec);

@@ -44,6 +44,14 @@ pub fn unshare(flags: i32) -> Result<()> {
     answer("unshare", unsafe { libc::unshare(flags) }.into()).map(drop)
 }
 
+/// prlimit(2): sets a resource limit of another process.
+pub fn set_limit(pid: i32, resource: u32, current: u64, maximum: u64) -> Result<()> {
+    let limit = [current, maximum];
+    // SAFETY: struct rlimit64 is these two words; nothing is written to us.
+    let r = unsafe { libc::syscall(libc::SYS_prlimit64, pid, resource, limit.as_ptr(), 0) };
+    answer("prlimit", r).map(drop)
+}
+
 /// What kcmp(2) compares.
 #[derive(Clone, Copy, Debug)]
 #[allow(missing_docs)]

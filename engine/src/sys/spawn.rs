@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use standstill_restorer::arch::{self, Boot};
 
@@ -83,7 +84,14 @@ struct Errand {
     envp: *const *const libc::c_char,
     error: i32,
     failed: i32,
+    /// It has a user namespace of its own, and is to be its root.
+    becomes_root: bool,
+    /// [`HOLD`] while it must wait, for its maps of ids; [`GIVE_UP`] if they cannot be had.
+    hold: AtomicU32,
 }
+
+const HOLD: u32 = 1;
+const GIVE_UP: u32 = 2;
 
 /// How to make the first task.
 #[derive(Debug)]
@@ -100,6 +108,8 @@ pub struct Spawn<'a> {
     pub sibling: bool,
     /// CLONE_NEW flags of namespaces that it is born into. With a new pid namespace, `pid` is its id in there.
     pub namespaces: u64,
+    /// What goes into `uid_map` and `gid_map` of a new user namespace.
+    pub maps: Option<[String; 2]>,
 }
 
 /// First number that [`Spawn::inherit`] gets in the child.
@@ -135,6 +145,8 @@ impl Prepared {
             envp: words.1.as_ptr(),
             error: 0,
             failed: 0,
+            becomes_root: s.maps.is_some(),
+            hold: if s.maps.is_some() { HOLD } else { 0 }.into(),
         });
         Ok(Prepared { errand, _kept: (file, program, moved, inherit), _words: words })
     }
@@ -186,16 +198,56 @@ pub fn spawn(s: &Spawn<'_>) -> Result<i32> {
         args.set_tid = &raw const tid as u64;
         args.set_tid_size = 1;
     }
+    let born = AtomicU32::new(0);
+    if s.maps.is_some() {
+        args.flags |= libc::CLONE_PARENT_SETTID as u64;
+        args.parent_tid = born.as_ptr() as u64;
+    }
     let errand: *mut Errand = &raw mut *prepared.errand;
     // SAFETY: all signals are blocked meanwhile, so no handler of ours runs in the child; CLONE_VFORK keeps this thread,
     // and with it everything that `errand` points to, until the child has done its exec or is gone.
-    let pid = unsignalled(|| unsafe { clone_child(&args, errand.cast(), child) });
+    let clone = || unsignalled(|| unsafe { clone_child(&args, errand.cast(), child) });
+    let mut mapped = Ok(());
+    let pid = match &s.maps {
+        None => clone(),
+        Some(maps) => {
+            // SAFETY: an atomic within what `errand` points to.
+            let hold = unsafe { &(*errand).hold };
+            std::thread::scope(|scope| {
+                let writer = scope.spawn(|| give_maps(&born, hold, maps));
+                let pid = clone();
+                if pid < 0 {
+                    born.store(u32::MAX, Ordering::Release);
+                }
+                mapped = writer.join().unwrap_or(Err(Error::Gone));
+                pid
+            })
+        }
+    };
     drop(stack);
-    prepared.outcome(pid).inspect_err(|_| {
+    let pid_of = prepared.outcome(pid);
+    pid_of.and_then(|pid| mapped.map(|()| pid)).inspect_err(|_| {
         if pid > 0 {
             let _ = super::calls::wait_child(pid as i32, 0);
         }
     })
+}
+
+/// Writes the maps of ids of a child that waits for them, as soon as it is there.
+fn give_maps(born: &AtomicU32, hold: &AtomicU32, maps: &[String; 2]) -> Result<()> {
+    let pid = loop {
+        match born.load(Ordering::Acquire) {
+            0 => std::thread::yield_now(),
+            u32::MAX => return Ok(()),
+            pid => break pid,
+        }
+    };
+    let write =
+        |name: &str, text: &str| std::fs::write(format!("/proc/{pid}/{name}"), text).call("write(/proc/PID/uid_map)");
+    let written = write("uid_map", &maps[0]).and_then(|()| write("gid_map", &maps[1]));
+    hold.store(if written.is_ok() { 0 } else { GIVE_UP }, Ordering::Release);
+    super::futex::wake(hold);
+    written
 }
 
 /// A fresh process that nobody sees: it has a keeper for a parent, which shares our memory, waits for it and ends. Neither
@@ -316,6 +368,28 @@ unsafe extern "C" fn child(errand: *mut libc::c_void) -> ! {
     unsafe {
         let e = &mut *errand.cast::<Errand>();
         raw(libc::SYS_close_range, [3, u32::MAX as usize, CLOSE_RANGE_CLOEXEC, 0, 0]);
+        let hold = &raw const e.hold;
+        let mut patience = 0;
+        loop {
+            match (*hold).load(Ordering::Acquire) {
+                0 => break,
+                // nobody may be left to say so
+                HOLD if patience < 1000 => {
+                    let time = [0i64, 10_000_000];
+                    let wait = [hold as usize, libc::FUTEX_WAIT as usize, HOLD as usize, time.as_ptr() as usize, 0];
+                    raw(libc::SYS_futex, wait);
+                    patience += 1;
+                }
+                _ => loop {
+                    raw(libc::SYS_exit, [127, 0, 0, 0, 0]);
+                },
+            }
+        }
+        if e.becomes_root {
+            raw(libc::SYS_setresgid, [0, 0, 0, 0, 0]);
+            raw(libc::SYS_setgroups, [0, 0, 0, 0, 0]);
+            raw(libc::SYS_setresuid, [0, 0, 0, 0, 0]);
+        }
         let mut i = 0;
         while i < e.count {
             raw(libc::SYS_dup3, [*e.inherit.add(i as usize) as usize, (FIRST_FD + i) as usize, 0, 0, 0]);

@@ -8,6 +8,7 @@ use standstill_images::proto::{
 use super::facts::{Facts, ThreadFacts};
 use super::{creds, registers};
 use crate::error::{At as _, Error, Result};
+use crate::namespaces::user::Users;
 use crate::plan::{At, Data, Plan};
 use crate::tracee::{Answers, Stopped};
 use crate::{signals, timers};
@@ -116,6 +117,7 @@ pub fn thread_entry(
     asked: &ThreadAsked,
     a: &Answers,
     leader: bool,
+    users: &Users,
 ) -> Result<CoreEntry> {
     let tid = thread.tid();
     let (nice, policy, priority) = facts.sched;
@@ -131,7 +133,7 @@ pub fn thread_entry(
         sas: Some(signals::stack(a, asked.stack)),
         pdeath_sig: (death_signal != 0).then_some(death_signal),
         signals_p: Some(signals::queue(&thread.pending)),
-        creds: Some(creds::entry(&facts.status, asked.securebits, a)),
+        creds: Some(creds::entry(&facts.status, asked.securebits, a, users)),
         seccomp_mode: facts.status.seccomp.filter(|&m| m != 0).and_then(|m| i32::try_from(m).ok()),
         seccomp_filter: None,
         comm: Some(facts.comm.clone()),

@@ -7,6 +7,7 @@
 use standstill_images::proto::CredsEntry;
 
 use crate::error::{Error, Result};
+use crate::namespaces::user::Users;
 use crate::plan::{At, Plan};
 use crate::proc::status::{Ids, Status};
 use crate::tracee::Answers;
@@ -29,9 +30,30 @@ fn halves(caps: u64) -> Vec<u32> {
     vec![caps as u32, (caps >> 32) as u32]
 }
 
-/// The credentials as an image entry.
-pub fn entry(status: &Status, securebits: At, answers: &Answers) -> CredsEntry {
-    let (u, g) = (status.uid, status.gid);
+/// The tree's own numbers for ids.
+fn ids(of: Ids, inner: impl Fn(u32) -> u32) -> Ids {
+    Ids {
+        real: inner(of.real),
+        effective: inner(of.effective),
+        saved: inner(of.saved),
+        filesystem: inner(of.filesystem),
+    }
+}
+
+/// What a task of ours has in a user namespace in which these are the ids: `status` as we see it.
+#[must_use]
+pub fn inside(status: Status, users: &Users) -> Status {
+    Status {
+        uid: ids(status.uid, |id| users.user(id)),
+        gid: ids(status.gid, |id| users.group(id)),
+        groups: status.groups.iter().map(|id| users.group(*id)).collect(),
+        ..status
+    }
+}
+
+/// The credentials as an image entry, with the tree's own ids.
+pub fn entry(status: &Status, securebits: At, answers: &Answers, users: &Users) -> CredsEntry {
+    let (u, g) = (ids(status.uid, |id| users.user(id)), ids(status.gid, |id| users.group(id)));
     CredsEntry {
         uid: u.real,
         gid: g.real,
@@ -46,7 +68,7 @@ pub fn entry(status: &Status, securebits: At, answers: &Answers) -> CredsEntry {
         cap_eff: halves(status.cap_effective),
         cap_bnd: halves(status.cap_bounding),
         secbits: u32::try_from(answers.result(securebits)).unwrap_or(0),
-        groups: status.groups.clone(),
+        groups: status.groups.iter().map(|id| users.group(*id)).collect(),
         lsm_profile: None,
         lsm_sockcreate: None,
         apparmor_data: None,

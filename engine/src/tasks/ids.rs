@@ -14,6 +14,9 @@ use crate::sys::calls::{self, Kcmp};
 /// Kinds in the order in which ids are given out.
 const NAMESPACES: [&str; 8] = ["pid", "net", "ipc", "uts", "time", "mnt", "user", "cgroup"];
 
+/// Of tasks: one that was restored has a namespace of time more than before, and otherwise the same numbers.
+const TIME_LAST: [&str; 8] = ["pid", "net", "ipc", "uts", "mnt", "user", "cgroup", "time"];
+
 /// Gives out ids.
 #[derive(Debug)]
 pub struct Ids {
@@ -39,12 +42,12 @@ impl Ids {
         let root = TaskKobjIdsEntry { vm_id: 1, files_id: 1, fs_id: 1, sighand_id: 1, ..Default::default() };
         let mut ids = Ids { namespaces: HashMap::new(), root, tree: None, next_object: 2 };
         let own = i32::try_from(std::process::id()).unwrap_or(0);
-        ids.root = ids.with_namespaces(own, root)?;
+        ids.root = ids.with_namespaces(own, root, NAMESPACES)?;
         Ok(ids)
     }
 
-    fn with_namespaces(&mut self, pid: i32, mut e: TaskKobjIdsEntry) -> Result<TaskKobjIdsEntry> {
-        for kind in NAMESPACES {
+    fn with_namespaces(&mut self, pid: i32, mut e: TaskKobjIdsEntry, order: [&str; 8]) -> Result<TaskKobjIdsEntry> {
+        for kind in order {
             let Some(link) = namespace(pid, kind)? else { continue };
             let next = u32::try_from(self.namespaces.len()).unwrap_or(0) + 1;
             let id = Some(*self.namespaces.entry(link).or_insert(next));
@@ -88,7 +91,7 @@ impl Ids {
                 e.fs_id = ids.fs_id;
             }
         }
-        let e = self.with_namespaces(pid, e)?;
+        let e = self.with_namespaces(pid, e, TIME_LAST)?;
         let of_tree = *self.tree.get_or_insert(e);
         if let Some(kind) = Own::of(&of_tree, &self.root).kinds().find(|kind| !kind.is_carried()) {
             return Err(Error::refused(

@@ -19,12 +19,13 @@ mod layout;
 
 use super::tree::{Alive, Kind, Node, Tree};
 use super::{core, creds, seccomp};
-use crate::error::{At, Error, Result};
+use crate::error::{At, Call, Error, Result};
 use crate::files::locks::{self, Held};
 use crate::files::{regular, tty, RestoreFiles};
 use crate::memory::fill::Helpers;
 use crate::memory::rebuild::{Compared, Figures, Inherited, Memory, Numbers};
 use crate::memory::vdso::Layout;
+use crate::namespaces::user::Users;
 use crate::plan::arena::{Arena, Slot};
 use crate::plan::{Arg, Plan};
 use crate::proc::status::Status;
@@ -58,6 +59,17 @@ pub struct Birth {
     pub vdso: Vdso,
     /// timens offsets are made by the root.
     pub personality: u32,
+}
+
+impl Birth {
+    /// The same of a root that was born into a user namespace with these ids, as process `pid` of ours.
+    pub fn inside(&self, pid: i32, users: &Users) -> Result<Birth> {
+        let mut buffer = Vec::new();
+        crate::proc::read_proc(format!("/proc/{pid}/status").as_ref(), &mut buffer).call("read(/proc/PID/status)")?;
+        let status = creds::inside(crate::proc::status::parse(&buffer)?, users);
+        let (limits, vdso) = (self.limits.clone(), self.vdso.clone());
+        Ok(Birth { status, limits, vdso, ..*self })
+    }
 }
 
 /// The running kernel's vdso.
@@ -601,7 +613,8 @@ impl Script<'_> {
     }
 
     fn write_self(&self, path: &str, value: Option<impl ToString>, plan: &mut Plan) {
-        let Some(value) = value else { return };
+        // in a user namespace of its own it has not the power to; the engine has
+        let Some(value) = value.filter(|_| !self.table.restore.users.are_own()) else { return };
         let at = plan.string(path.trim_start_matches("/proc/").as_bytes());
         let text = plan.bytes(value.to_string().as_bytes());
         let fd = plan.call(

@@ -84,8 +84,8 @@ pub struct Guest {
     pub restore: &'static [&'static str],
     /// What CRIU can do with it.
     pub criu: Criu,
-    /// It is the init of a PID namespace.
-    pub init: bool,
+    /// CLONE_NEW flags of namespaces that it is started in.
+    pub namespaces: i32,
     /// It cannot be carried at all; the refusal names these.
     pub refused: &'static [&'static str],
     /// Two checkpoints of it differ in ways that no list can hold, for this reason.
@@ -108,7 +108,7 @@ const fn guest(name: &'static str, run: fn()) -> Guest {
         refused: &[],
         changes: None,
         alone_in_network: false,
-        init: false,
+        namespaces: 0,
         dumps: 2,
         restless: false,
     }
@@ -133,8 +133,12 @@ impl Guest {
     const fn alone_in_network(self) -> Guest {
         Guest { alone_in_network: true, ..self }
     }
-    const fn init(self) -> Guest {
-        Guest { init: true, ..self }
+    const fn within(self, namespaces: i32) -> Guest {
+        Guest { namespaces, ..self }
+    }
+    /// Whether its processes have other ids with us than with each other.
+    pub const fn has_own_ids(&self) -> bool {
+        self.namespaces & libc::CLONE_NEWPID != 0
     }
     const fn restless(self) -> Guest {
         Guest { restless: true, ..self }
@@ -251,7 +255,7 @@ pub const ALL: &[Guest] = &[
     guest("personality", personality::personality).criu(Criu::DumpsOnly("CRIU 4.2 does not restore the persona")),
     guest("personality_names", personality::names),
     guest("pidfd", pidfd::processes),
-    guest("pid_namespace", namespaces::pid_namespace).init(),
+    guest("pid_namespace", namespaces::pid_namespace).within(libc::CLONE_NEWPID),
     guest("pipes", pipes::pipes),
     guest("pipes_full", pipes::full),
     guest("pipes_halves", pipes::halves),
@@ -339,6 +343,8 @@ pub const ALL: &[Guest] = &[
     guest("tty_controlling", tty::controlling)
         .criu(Criu::Cannot("CRIU 4.2 gives children of a session's leader no terminal")),
     guest("tty_data", tty::data).criu(Criu::Cannot("CRIU 4.2 lets lines run together")),
+    guest("user_namespace", namespaces::user_namespace)
+        .within(libc::CLONE_NEWUSER | libc::CLONE_NEWPID | libc::CLONE_NEWUTS),
     guest("uts_namespace", namespaces::uts_namespace),
     guest("unix_dgram", unix::dgram),
     guest("unix_listening", unix::listening),
@@ -356,6 +362,9 @@ pub const ALL: &[Guest] = &[
         .changes("its threads end one by one")
         .dumps(4)
         .criu(Criu::RestoresOnly(EINTR)),
+    guest("refused_users", namespaces::user_namespace)
+        .within(libc::CLONE_NEWUSER)
+        .refused(&["user namespace", "PID namespace"]),
     guest("refused_big_ghost", refused::big_ghost).dump(&["--ghost-limit", "4096"]).refused(&["ghost-limit"]),
     guest("refused_fanotify", fanotify::deciding).refused(&["decides about accesses"]),
     guest("refused_connected", refused::connected).refused(&["TCP socket", "--tcp-established"]),

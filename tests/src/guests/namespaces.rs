@@ -1,5 +1,8 @@
 //! Namespaces of a tree's own.
 
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{fchown, MetadataExt as _};
+
 use super::support::*;
 
 /// Names of a host, in a namespace that a child shares.
@@ -103,4 +106,58 @@ pub(super) fn pid_namespace() {
     check!(next > child);
     check_eq!(wait(next), 0);
     super::pipes::write(into, b"x");
+}
+
+/// Ids of users that are others outside: of tasks, of files that are open without a name, of memory files, of a socket's name,
+/// of who set the owner of a descriptor.
+pub(super) fn user_namespace() {
+    let map = || proc_self("uid_map").split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    check_eq!(map(), crate::process::OWN_IDS.split_whitespace().collect::<Vec<_>>());
+    let words = |names: &[&str]| -> Vec<String> {
+        let lines = status(names);
+        lines.iter().flat_map(|line| line.split_whitespace().skip(1).map(str::to_owned)).collect()
+    };
+    check_eq!(unsafe { libc::getuid() }, 0);
+    let deleted = did(std::fs::File::create("deleted"));
+    did(fchown(&deleted, Some(5), Some(6)));
+    did(std::fs::remove_file("deleted"));
+    let memory = unsafe { sys(libc::memfd_create(c"memory".as_ptr(), 0)) };
+    sys(unsafe { libc::fchown(memory, 7, 8) });
+    let socket = did(std::os::unix::net::UnixListener::bind("socket"));
+    did(std::os::unix::fs::chown("socket", Some(9), Some(10)));
+    super::signals::mask(libc::SIG_BLOCK, &[libc::SIGIO]);
+    let (out, _into) = super::pipes::pipe(0);
+    let go = Shared::new();
+    let child = fork(|| {
+        let groups = [20, 21];
+        sys(unsafe { libc::setgroups(2, groups.as_ptr()) });
+        sys(unsafe { libc::setresgid(11, 12, 13) });
+        sys(unsafe { libc::setresuid(14, 15, 16) });
+        go.set(1, 1);
+        go.wait(0, 1);
+        check_eq!(words(&["Uid", "Gid", "Groups"]), ["14", "15", "16", "15", "11", "12", "13", "12", "20", "21"]);
+        0
+    });
+    go.wait(1, 1);
+    sys(unsafe { libc::fcntl(out, libc::F_SETOWN, child) });
+    let capabilities = status(&["CapPrm", "CapEff", "CapBnd"]);
+    ready();
+    check_eq!(map(), crate::process::OWN_IDS.split_whitespace().collect::<Vec<_>>());
+    check_eq!(status(&["CapPrm", "CapEff", "CapBnd"]), capabilities);
+    check_eq!(words(&["Uid"]), ["0", "0", "0", "0"]);
+    let of_deleted = did(deleted.metadata());
+    check_eq!((of_deleted.uid(), of_deleted.gid()), (5, 6));
+    let of_memory = did(std::fs::metadata(format!("/proc/self/fd/{memory}")));
+    check_eq!((of_memory.uid(), of_memory.gid()), (7, 8));
+    let of_socket = did(std::fs::metadata("socket"));
+    check_eq!((of_socket.uid(), of_socket.gid()), (9, 10));
+    check!(socket.as_raw_fd() >= 0);
+    let mut ids = [0u32; 2];
+    sys(unsafe { libc::fcntl(out, 17, ids.as_mut_ptr()) });
+    check_eq!(ids, [0, 0]);
+    check_eq!(unsafe { libc::fcntl(out, libc::F_GETOWN) }, child);
+    // it is root here, and may become whom it likes
+    sys(unsafe { libc::setresuid(0, 0, 0) });
+    go.set(0, 1);
+    check_eq!(wait(child), 0);
 }

@@ -157,6 +157,7 @@ impl Holder {
             inherit: &inherit,
             sibling: false,
             namespaces: 0,
+            maps: None,
         })?;
         drop(inherit);
         let made = (|| {
