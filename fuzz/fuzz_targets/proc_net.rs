@@ -9,4 +9,6 @@ fuzz_target!(|text: &[u8]| {
     let _ = net::parse_netlink(text);
     let _ = net::parse_packet(text);
     let _ = net::parse_ping(text);
+    let _ = net::parse_igmp(text);
+    let _ = net::parse_igmp6(text);
 });

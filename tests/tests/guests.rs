@@ -78,6 +78,7 @@ guests! {
     inet_bound
     inet_device
     inet_filters
+    inet_groups
     inet_listening
     inet_options
     inet_raw

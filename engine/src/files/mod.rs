@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use standstill_images::proto::{FdTypes, FdinfoEntry, FileEntry, FownEntry};
+use standstill_images::proto::{FdTypes, FdinfoEntry, FileEntry, FownEntry, InetSkEntry};
 use standstill_images::{ImageKind, Images};
 
 use crate::error::{At, Call, Error, Place, Result};
@@ -252,6 +252,13 @@ impl<'a> DumpFiles<'a> {
     /// Adds an entry to `files.img`.
     pub fn add(&mut self, entry: FileEntry) {
         self.entries.push(entry);
+    }
+
+    /// The entry of an internet socket says something else by now.
+    pub fn inet_changed(&mut self, now: &InetSkEntry) {
+        if let Some(entry) = self.entries.iter_mut().find(|e| e.id == now.id) {
+            entry.isk = Some(now.clone());
+        }
     }
 
     /// Dumps a descriptor, or recognizes the open file that it shares with an earlier one.

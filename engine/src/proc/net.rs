@@ -1,11 +1,13 @@
 //! `/proc/net/unix`, `/proc/net/netlink`, `/proc/net/packet`: sockets where the kernel lacks the diag modules;
-//! `/proc/net/icmp`: ping sockets, for which it has none.
+//! `/proc/net/icmp`: ping sockets, for which it has none; `/proc/net/igmp`, `/proc/net/igmp6`: multicast groups.
 //!
 //! `sys/diag.rs` says more and says it exactly; these are the second choice. In `unix`, NUL bytes of an abstract name are
 //! printed as `@` and newlines are not escaped: [`parse_unix`] takes a line that is no socket for the rest of the name
 //! before it. Addresses of kernel objects are hidden from most readers and not kept.
 //!
 //! Man pages: unix(7), netlink(7), packet(7).
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{uint, Lines, ParseError, Words};
 
@@ -185,9 +187,73 @@ pub fn parse_ping(text: &[u8]) -> Result<Vec<PingSocket>, ParseError> {
         .collect()
 }
 
+/// A multicast group that somebody is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Group {
+    /// On which interface.
+    pub interface: u32,
+    /// The group.
+    pub address: IpAddr,
+}
+
+/// Parses `/proc/net/igmp`.
+///
+/// # Errors
+/// At the first line that is neither an interface nor a group of one.
+pub fn parse_igmp(text: &[u8]) -> Result<Vec<Group>, ParseError> {
+    let mut lines = Lines::new("/proc/net/igmp", text);
+    let head = lines.next().filter(|(_, line)| line.starts_with(b"Idx"));
+    head.ok_or_else(|| lines.place().missing("the head line"))?;
+    let (mut of, mut all) = (None, Vec::new());
+    for (at, line) in lines {
+        let mut words = Words::new(line);
+        if line.starts_with(b"\t") {
+            let interface = of.ok_or_else(|| at.missing("Idx"))?;
+            let group: u32 = at.uint(at.word(&mut words, "Group")?, 16, "Group")?;
+            all.push(Group { interface, address: Ipv4Addr::from(group.to_ne_bytes()).into() });
+        } else {
+            of = Some(at.next_uint(&mut words, 10, "Idx")?);
+        }
+    }
+    Ok(all)
+}
+
+/// Parses `/proc/net/igmp6`.
+///
+/// # Errors
+/// At the first line that is no group.
+pub fn parse_igmp6(text: &[u8]) -> Result<Vec<Group>, ParseError> {
+    Lines::new("/proc/net/igmp6", text)
+        .map(|(at, line)| {
+            let mut words = Words::new(line);
+            let interface = at.next_uint(&mut words, 10, "index")?;
+            at.word(&mut words, "interface")?;
+            let group = at.word(&mut words, "group")?;
+            let octets = super::hex_bytes(group).and_then(|bytes| <[u8; 16]>::try_from(bytes).ok());
+            let address = Ipv6Addr::from(octets.ok_or_else(|| at.malformed("group"))?).into();
+            Ok(Group { interface, address })
+        })
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn groups() {
+        let all = parse_igmp(
+            b"Idx\tDevice    : Count Querier\tGroup    Users Timer\tReporter\n1\tlo        :     1      V3\n\
+              \t\t\t\t010000E0     1 0:00000000\t\t0\n2\teth0      :     1      V3\n\t\t\t\tFB0000E0     2 0:0\t\t0\n",
+        );
+        let group = |interface, address: &str| Group { interface, address: address.parse().unwrap() };
+        assert_eq!(all, Ok(vec![group(1, "224.0.0.1"), group(2, "224.0.0.251")]));
+        assert!(parse_igmp(b"").is_err());
+        assert!(parse_igmp(b"Idx\n\t\t010000E0\n").is_err());
+        let all = parse_igmp6(b"1    lo              ff020000000000000000000000000001     1 0000000C 0\n");
+        assert_eq!(all, Ok(vec![group(1, "ff02::1")]));
+        assert!(parse_igmp6(b"1 lo ff02 1\n").is_err());
+    }
 
     #[test]
     fn ping() {

@@ -4,14 +4,14 @@
 //! list (inet_diag) adds what was shut down and how long a UDP queue is; what is neither bound nor connected is not in it.
 //!
 //! Image: [`InetSkEntry`] in `files.img`. Addresses are words as they lie in memory. `backlog` is that of a listening socket.
-//! For a TCP connection, also `tcp-stream-N.img`: see [`tcp`].
+//! For a TCP connection, also `tcp-stream-N.img`: see [`tcp`]. Multicast groups: [`groups`].
 //!
 //! Ports are taken in this order: all sockets bind, with SO_REUSEADDR on each, so that connections and what listens share a
 //! port; then those that listen do; then connections are made; at the end each gets its own SO_REUSEADDR. What the image says
 //! of SO_REUSEPORT is set before a socket binds: it makes the group that shares a port.
 //!
 //! Not kept: datagrams that were not received (as with any restart of a host), connections that were not accepted
-//! (`--skip-in-flight` must be given), memberships in multicast groups, which interface IP_MULTICAST_IF named by number,
+//! (`--skip-in-flight` must be given), which interface IP_MULTICAST_IF named by number,
 //! TCP_WINDOW_CLAMP, UDP_ENCAP, BPF programs of a reuseport group. Refused: multipath TCP, kernel TLS and other upper
 //! layers, TCP-MD5 keys, corked UDP.
 //!
@@ -31,6 +31,7 @@ use crate::files::{Descriptor, DumpFiles};
 use crate::sys::diag::inet::{InetFamily, InetProtocol, InetSocket};
 use crate::sys::diag::{Diag, DiagError};
 
+mod groups;
 mod restore;
 
 pub use restore::{connections, open, repair_ends, Restored};
@@ -72,6 +73,8 @@ pub struct Dumped {
     connections: Vec<(InetSkEntry, OwnedFd)>,
     /// Connections in repair mode: they go on when this goes.
     repaired: Vec<tcp::Repair>,
+    /// Multicast groups of the namespace.
+    groups: groups::Groups,
 }
 
 impl Dumped {
@@ -242,6 +245,9 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
         tracing::warn!("{} bytes of datagrams that {} has not received are not carried", lost.rqueue, called(&e));
     }
     e.ip_opts = Some(ip_options(fd, &e)?);
+    if kind != STREAM {
+        e.standstill_groups = cx.inet.groups.of(fd, &e)?;
+    }
     e.opts = options::dump(fd, false)?;
     if protocol == Some(InetProtocol::Tcp) {
         tcp_state(fd, &mut e, listed.as_ref(), cx)?;
@@ -308,9 +314,7 @@ fn tcp_state(
             if listed.is_none() {
                 e.shutdown = unconnected_shutdown(fd)?;
             }
-            if e.dst_port != 0 && info.state == CLOSE && !cx.opts.tcp_close && tcp::unread(fd)? != 0 {
-                // it is over, and the program has still something to read
-                e.standstill_error = has_error(fd)?.then_some(true);
+            if e.dst_port != 0 && info.state == CLOSE && !cx.opts.tcp_close && is_over_unread(fd, e)? {
                 cx.inet.connections.push((e.clone(), fd.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?));
                 return Ok(());
             }
@@ -341,10 +345,13 @@ fn tcp_state(
 
 /// Writes the images of connections, which stay locked and in repair mode.
 pub fn finish(cx: &mut DumpFiles<'_>) -> Result<()> {
-    for (e, fd) in std::mem::take(&mut cx.inet.connections) {
+    for (mut e, fd) in std::mem::take(&mut cx.inet.connections) {
         let place = Place::Item("socket", e.ino.into());
         if e.state != CLOSE {
             cx.lock.add(ends(&e)?).at(place.clone())?;
+            if !as_it_is_now(fd.as_fd(), &mut e, cx).at(place.clone())? {
+                continue;
+            }
         }
         let repair = tcp::dump(fd.as_fd(), &e, cx.images, cx.guard)
             .at(Place::Step("TCP connection"))
@@ -352,6 +359,32 @@ pub fn finish(cx: &mut DumpFiles<'_>) -> Result<()> {
         cx.inet.repaired.push(repair);
     }
     Ok(())
+}
+
+/// What came before packets were kept away may have moved a connection on since its entry was made: what its peer said at last
+/// came, or an answer to our own last word. Is it still one that has an image?
+fn as_it_is_now(fd: BorrowedFd<'_>, e: &mut InetSkEntry, cx: &mut DumpFiles<'_>) -> Result<bool> {
+    let state = tcp::Info::read(fd)?.state;
+    if state == e.state {
+        return Ok(true);
+    }
+    tracing::debug!("{} went from state {} to {state}", called(e), e.state);
+    e.state = state;
+    let lasts = state != CLOSE || is_over_unread(fd, e)?;
+    if !lasts {
+        (e.dst_addr, e.dst_port) = words(i32::try_from(e.family).unwrap_or(0), None);
+    }
+    cx.inet_changed(e);
+    Ok(lasts)
+}
+
+/// It is over: has the program still something to read?
+fn is_over_unread(fd: BorrowedFd<'_>, e: &mut InetSkEntry) -> Result<bool> {
+    let unread = tcp::unread(fd)? != 0;
+    if unread {
+        e.standstill_error = has_error(fd)?.then_some(true);
+    }
+    Ok(unread)
 }
 
 /// The ends of a connection.

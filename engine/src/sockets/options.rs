@@ -267,6 +267,20 @@ pub fn enlarge(fd: BorrowedFd<'_>) -> Result<()> {
     buffer(fd, RCVBUF, RCVBUFFORCE, LARGEST & !1)
 }
 
+/// The same for what is sent. [`restore_sending`] brings the right size.
+pub fn enlarge_sending(fd: BorrowedFd<'_>) -> Result<()> {
+    buffer(fd, SNDBUF, SNDBUFFORCE, LARGEST & !1)
+}
+
+/// Takes [`enlarge_sending`] back.
+pub fn restore_sending(fd: BorrowedFd<'_>, e: &SkOptsEntry) -> Result<()> {
+    buffer(fd, SNDBUF, SNDBUFFORCE, e.so_sndbuf)?;
+    if let Some(lock) = e.so_buf_lock {
+        supported(BUF_LOCK.bring(fd, lock))?;
+    }
+    Ok(())
+}
+
 /// Makes the receive buffer of a connection larger if what is in it leaves no room for what the peer was promised: the kernel
 /// would take the promise back, and each side could refuse the other's acknowledgements from then on. What was put into the
 /// queue by us may take more memory than what came as packets.

@@ -169,7 +169,8 @@ impl Repair {
         self.off()?;
         let mut rest = self.unsent.as_slice();
         if !rest.is_empty() {
-            options::enlarge(self.fd.as_fd())?;
+            // not the other buffer: what goes out now would promise the peer all of it
+            options::enlarge_sending(self.fd.as_fd())?;
         }
         while !rest.is_empty() {
             match rustix::net::send(&self.fd, rest, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
@@ -183,8 +184,7 @@ impl Repair {
         if self.unsent.is_empty() {
             Ok(())
         } else {
-            options::restore(self.fd.as_fd(), &self.opts)?;
-            options::keep_promise(self.fd.as_fd(), &self.opts, self.promised)
+            options::restore_sending(self.fd.as_fd(), &self.opts)
         }
     }
 

@@ -17,6 +17,7 @@ mod fanotify;
 mod fifo;
 mod files;
 mod inet;
+mod inet_groups;
 mod inet_options;
 mod inotify;
 mod lease;
@@ -205,6 +206,7 @@ pub const ALL: &[Guest] = &[
         .criu(Criu::DumpsOnly("CRIU 4.2 binds before it sets IP_FREEBIND")),
     guest("inet_device", inet_options::device),
     guest("inet_filters", inet_options::filters).criu(Criu::Cannot("CRIU 4.2 does not lock filters")),
+    guest("inet_groups", inet_groups::groups).criu(Criu::Cannot("CRIU 4.2 leaves all multicast groups")),
     guest("inet_options", inet_options::options).criu(Criu::Cannot("CRIU 4.2 keeps a few of these options")),
     guest("inet_raw", inet_options::raw)
         .alone_in_network()

@@ -10,7 +10,7 @@ use standstill_images::proto::{InetSkEntry, IpOptsEntry, TcpOptsEntry};
 use super::super::netlock::Ends;
 use super::super::tcp::{self, Repair};
 use super::super::{options, shutdown_how, CLOSE, LISTEN};
-use super::{address, called, is_connection, new, ICMP, ICMPV6, RAW, STREAM, TCP};
+use super::{address, called, groups, is_connection, new, ICMP, ICMPV6, RAW, STREAM, TCP};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{set_status_flags, RestoreFiles};
 use crate::options::Persona;
@@ -206,6 +206,7 @@ fn last(socket: &mut Making, _cx: &RestoreFiles<'_>) -> Result<()> {
         ip_options(fd, e, ip)?;
     }
     options::restore(fd, &e.opts)?;
+    groups::restore(fd, e)?;
     if socket.repair.is_none() {
         options::REUSEADDR.bring_if(fd, e.opts.reuseaddr)?;
     }
