@@ -152,9 +152,14 @@ impl Run {
 
     /// Restores the guest.
     pub fn restore(&mut self, engine: &Engine, images: &Path) {
+        self.restore_with(engine, images, &[]);
+    }
+
+    /// Restores the guest with more options.
+    pub fn restore_with(&mut self, engine: &Engine, images: &Path, more: &[&str]) {
         let pidfile = self.folder.join("pidfile");
         let _ = std::fs::remove_file(&pidfile);
-        let mut options = self.guest.restore.to_vec();
+        let mut options = [self.guest.restore, more].concat();
         let path = pidfile.to_string_lossy();
         if self.guest.has_own_ids() {
             options.extend(["--pidfile", &path]);

@@ -116,6 +116,8 @@ guests! {
     mount_shared
     mount_tmpfs
     netlink
+    outside
+    outside_datagrams
     packed_family
     packed_kinds
     packet
@@ -201,17 +203,20 @@ refused! {
     refused_corked
     refused_credentials
     refused_ebpf_filter
+    refused_flying_pidfd
     refused_in_flight
     refused_io_uring
     refused_lease
     refused_link
     refused_lock
     refused_lonely_ring
+    refused_mapped_lease
     refused_mptcp
     refused_outside_pipe
     refused_perf
     refused_sent_ring
     refused_traced
+    refused_tun
     refused_unix_early
     refused_unix_urgent
     refused_vsock

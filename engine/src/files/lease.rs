@@ -13,8 +13,8 @@
 //!
 //! Not kept: the time that is left until the kernel breaks a lease itself (it begins anew); what a lease was that is now broken to
 //! nothing, which makes no difference; the one who waits in open(2). Refused: delegations, leases on files in memory,
-//! write leases on deleted files. A write lease on a file that is mapped too cannot be taken again (EAGAIN): the mapping
-//! counts as another open file.
+//! write leases on deleted files and on files that are mapped too, which could not be taken again (EAGAIN): the mapping counts
+//! as another open file.
 //!
 //! Man pages: fcntl(2), fcntl_locking(2), proc_sys_fs(5).
 

@@ -254,6 +254,12 @@ impl<'a> DumpFiles<'a> {
         self.entries.push(entry);
     }
 
+    /// Can this file only be opened at restore when all tasks are there?
+    pub fn opens_late(&self, id: u32) -> bool {
+        let late = |e: &FileEntry| pidfd::opens_late(e) || e.reg.as_ref().is_some_and(regular::is_of_task);
+        self.entries.iter().any(|e| e.id == id && late(e))
+    }
+
     /// The entry of an internet socket says something else by now.
     pub fn inet_changed(&mut self, now: &InetSkEntry) {
         if let Some(entry) = self.entries.iter_mut().find(|e| e.id == now.id) {
@@ -343,7 +349,8 @@ impl<'a> DumpFiles<'a> {
         locks::finish(self)?;
         regular::finish(self)?;
         crate::memory::sysv::finish(self)?;
-        self.images.write_entries(ImageKind::Files, (), self.entries.drain(..))?;
+        let entries = sockets::unix::peers_first(std::mem::take(&mut self.entries));
+        self.images.write_entries(ImageKind::Files, (), entries)?;
         Ok(())
     }
 }

@@ -139,6 +139,11 @@ pub fn mapped(cx: &mut DumpFiles<'_>, file: impl AsFd, link: &[u8], stat: &Stat)
         return Ok(id);
     }
     devices::check(link, stat, 0, &mut cx.regular.gpus)?;
+    if cx.locks.is_leased((stat.st_dev, stat.st_ino)) {
+        // the mapping counts as another open file, and the lease could not be taken again
+        let what = format!("a write lease on {}, which is mapped too,", String::from_utf8_lossy(link));
+        return Err(Error::refused(what, "let the program unmap the file, or give the lease up, before the dump"));
+    }
     let id = cx.new_id();
     let seen = Seen { file: file.as_fd(), link, stat, flags: 0, pos: 0, fown: no_owner() };
     let reg = describe(&seen, id, cx).at(place(link))?;
@@ -507,7 +512,12 @@ pub fn read(cx: &mut RestoreFiles<'_>) -> Result<()> {
 /// [`Restored::dead_pids`].
 pub fn opens_late(cx: &RestoreFiles<'_>, id: u32) -> bool {
     let reg = cx.entries.get(&id).and_then(|entry| entry.reg.as_ref());
-    reg.is_some_and(|reg| reg.ext != Some(true) && task_of(&reg.name).is_some())
+    reg.is_some_and(is_of_task)
+}
+
+/// Is it a file below a task's folder in /proc?
+pub fn is_of_task(e: &RegFileEntry) -> bool {
+    e.ext != Some(true) && task_of(&e.name).is_some()
 }
 
 /// The descriptor that must be there, in which task, before a file can be opened.
@@ -537,15 +547,9 @@ pub(super) fn ghost_of(sdev: u32, ino: u64, cx: &mut RestoreFiles<'_>) -> Result
 
 /// Opens a file as its entry says.
 pub fn open(e: &RegFileEntry, cx: &mut RestoreFiles<'_>) -> Result<OwnedFd> {
-    let id = String::from_utf8_lossy(&e.name);
-    if let Some(ours) = cx.opts.inherited_fd(id.strip_prefix('/').unwrap_or(&id)).or_else(|| cx.opts.inherited_fd(&id))
-    {
-        if e.ext != Some(true) {
-            return calls::dup_number(ours).at(place(&e.name));
-        }
-    }
     let fd = open_as(cx, e, e.flags)?;
-    if e.flags & libc::O_PATH as u32 == 0 {
+    // one that stands for it is as it was given
+    if stand_in(cx, e).is_none() && e.flags & libc::O_PATH as u32 == 0 {
         finish_opening(fd.as_fd(), e.pos, e.flags).at(place(&e.name))?;
     }
     Ok(fd)
@@ -579,8 +583,23 @@ fn by_id(cx: &RestoreFiles<'_>, id: u32) -> Result<RegFileEntry> {
     cx.entry(id)?.reg.clone().ok_or_else(missing)
 }
 
+/// The descriptor that the caller gave for the path of a file, which CRIU calls without its first `/`.
+fn stand_in(cx: &RestoreFiles<'_>, e: &RegFileEntry) -> Option<i32> {
+    let path = String::from_utf8_lossy(&e.name);
+    let given =
+        || cx.opts.inherited_fd(path.strip_prefix('/').unwrap_or(&path)).or_else(|| cx.opts.inherited_fd(&path));
+    if e.ext == Some(true) {
+        None
+    } else {
+        given()
+    }
+}
+
 /// Opens a file with other flags than its entry has; offset and status flags stay as they are.
 pub(super) fn open_as(cx: &mut RestoreFiles<'_>, e: &RegFileEntry, flags: u32) -> Result<OwnedFd> {
+    if let Some(ours) = stand_in(cx, e) {
+        return calls::dup_number(ours).at(place(&e.name));
+    }
     let fd = if e.ext == Some(true) {
         let id = String::from_utf8_lossy(&e.name);
         let advice =

@@ -12,7 +12,8 @@
 //! socket whose queue has files in turn.
 //!
 //! Not kept: credentials of the peer (SO_PEERCRED says the engine), options without a field ([`options`]), a pending error
-//! (SO_ERROR), and that a socket outside the tree waits to be accepted.
+//! (SO_ERROR), and that a socket outside the tree waits to be accepted. Refused: in flight, what can only be opened when a
+//! task of the tree is there (its pidfd, a file below /proc/PID).
 //!
 //! Man pages: unix(7), sock_diag(7).
 
@@ -281,6 +282,14 @@ fn in_flight(
             let mut d = Descriptor::read(me, pidfd.as_fd(), file.as_raw_fd(), &mut Vec::new())?;
             cx.pids.translate(&mut d.fown);
             let fdinfo = cx.descriptor(&d).at(Place::Step("a file in flight"))?;
+            if cx.opens_late(fdinfo.id) {
+                // queues are filled before there are tasks
+                let what = format!("in flight: {}", String::from_utf8_lossy(&d.link));
+                return Err(Error::refused(
+                    what,
+                    "it belongs to a process of the tree: let the program receive it before the dump",
+                ));
+            }
             rights.push(fdinfo.id);
             cx.unix.in_flight.push(file);
         }
@@ -330,6 +339,31 @@ fn external(cx: &mut DumpFiles<'_>) -> Result<()> {
         cx.add(FileEntry { id, r#type: FdTypes::Unixsk.into(), usk: Some(entry), ..FileEntry::default() });
     }
     Ok(())
+}
+
+/// The order in which CRIU takes them: it looks for a socket's peer among those that came before, unless that peer has the
+/// socket as its own.
+pub fn peers_first(entries: Vec<FileEntry>) -> Vec<FileEntry> {
+    let sockets = entries.iter().enumerate().filter_map(|(n, e)| Some((e.usk.as_ref()?.ino, n)));
+    let places: HashMap<u32, usize> = sockets.collect();
+    let peer = |n: usize| {
+        let socket = entries.get(n)?.usk.as_ref()?;
+        let at = *places.get(&socket.peer)?;
+        Some(at).filter(|&at| entries[at].usk.as_ref().is_some_and(|other| other.peer != socket.ino))
+    };
+    let (mut order, mut taken) = (Vec::with_capacity(entries.len()), vec![false; entries.len()]);
+    for n in 0..entries.len() {
+        let from = order.len();
+        let mut next = Some(n).filter(|&n| !taken[n]);
+        while let Some(n) = next {
+            taken[n] = true;
+            order.push(n);
+            next = peer(n).filter(|&n| !taken[n]);
+        }
+        order[from..].reverse();
+    }
+    let mut entries: Vec<Option<FileEntry>> = entries.into_iter().map(Some).collect();
+    order.into_iter().filter_map(|n| entries[n].take()).collect()
 }
 
 fn may_be_external(socket: &UnixSocket, peer: &UnixSocket, cx: &DumpFiles<'_>) -> Result<()> {

@@ -29,6 +29,7 @@ mod memory;
 mod mounts;
 mod namespaces;
 mod netlink;
+mod outside;
 mod packed;
 mod packet;
 mod personality;
@@ -249,6 +250,8 @@ pub const ALL: &[Guest] = &[
     guest("mount_shared", mounts::shared).changes(MOUNTS).criu(Criu::Cannot(BEFORE)),
     guest("mount_tmpfs", mounts::tmpfs).changes(MOUNTS).criu(Criu::Cannot(BEFORE)),
     guest("netlink", netlink::netlink),
+    guest("outside", outside::outside),
+    guest("outside_datagrams", outside::datagrams).dump(&["--ext-unix-sk"]).restore(&["--ext-unix-sk"]),
     guest("packed_family", packed::family).dump(&["--compress"]).criu(Criu::Cannot(PACKED)),
     guest("packed_kinds", packed::kinds).dump(&["--compress"]).criu(Criu::Cannot(PACKED)),
     guest("packet", packet::packet).alone_in_network(),
@@ -373,6 +376,11 @@ pub const ALL: &[Guest] = &[
     guest("refused_corked", refused::corked).refused(&["UDP socket", "corked"]),
     guest("refused_credentials", refused::credentials).refused(&["credentials in flight"]),
     guest("refused_ebpf_filter", refused::ebpf_filter).refused(&["eBPF filter"]),
+    guest("refused_flying_pidfd", refused::flying_pidfd).refused(&["in flight", "pidfd"]),
+    guest("refused_mapped_lease", refused::mapped_lease)
+        .dump(&["--file-locks"])
+        .refused(&["a write lease on", "mapped too"]),
+    guest("refused_tun", refused::tun).alone_in_network().refused(&["/dev/net/tun"]),
     guest("refused_in_flight", refused::in_flight).refused(&["TCP socket", "--skip-in-flight"]).dump(CONNECTED),
     guest("refused_io_uring", refused::io_uring).refused(&["io_uring"]),
     guest("refused_lease", refused::lease).dump(&["--file-locks"]).refused(&["a lease on the deleted file"]),

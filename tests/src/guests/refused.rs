@@ -274,3 +274,59 @@ pub(super) fn link() {
     check_eq!(names(), before);
     check_eq!(did(std::io::read_to_string(file)), "two names");
 }
+
+/// A pidfd of a child, in flight.
+pub(super) fn flying_pidfd() {
+    let child = fork(|| loop {
+        std::thread::sleep(std::time::Duration::from_secs(1));
+    });
+    let pidfd = unsafe { sys(libc::syscall(libc::SYS_pidfd_open, child, 0)) } as i32;
+    let (a, b) = did(std::os::unix::net::UnixStream::pair());
+    let mut byte = *b"x";
+    let mut part = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
+    let mut control = [0u64; 4];
+    unsafe {
+        let mut message: libc::msghdr = std::mem::zeroed();
+        (message.msg_iov, message.msg_iovlen) = (&raw mut part, 1);
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = libc::CMSG_SPACE(4) as usize;
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        (*header).cmsg_level = libc::SOL_SOCKET;
+        (*header).cmsg_type = libc::SCM_RIGHTS;
+        (*header).cmsg_len = libc::CMSG_LEN(4) as usize;
+        libc::CMSG_DATA(header).cast::<i32>().write_unaligned(pidfd);
+        check_eq!(libc::sendmsg(a.as_raw_fd(), &raw const message, 0), 1);
+        libc::close(pidfd);
+    }
+    ready();
+    unsafe { sys(libc::kill(child, libc::SIGKILL)) };
+    check_eq!(wait(child), libc::SIGKILL);
+    drop(b);
+}
+
+/// A write lease on a file that is mapped too.
+pub(super) fn mapped_lease() {
+    did(std::fs::write("leased", b"x"));
+    let file = did(File::options().read(true).write(true).open("leased"));
+    let (protection, shared) = (libc::PROT_READ, libc::MAP_SHARED);
+    unsafe {
+        sys(libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK));
+        let at = libc::mmap(std::ptr::null_mut(), 4096, protection, shared, file.as_raw_fd(), 0);
+        check!(at != libc::MAP_FAILED);
+    }
+    ready();
+    check_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLEASE) }, libc::F_WRLCK);
+}
+
+/// An interface that a program makes packets for.
+pub(super) fn tun() {
+    const TUNSETIFF: u64 = 0x4004_54ca;
+    let file = did(File::options().read(true).write(true).open("/dev/net/tun"));
+    let mut request = [0u8; 40];
+    request[..10].copy_from_slice(b"standstill");
+    // IFF_TUN, IFF_NO_PI
+    request[16..18].copy_from_slice(&0x1001u16.to_ne_bytes());
+    sys(unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, request.as_mut_ptr()) });
+    ready();
+    check!(unsafe { libc::if_nametoindex(c"standstill".as_ptr()) } != 0);
+}

@@ -305,3 +305,22 @@ fn peers_outside_the_tree() {
     let mut cx = RestoreFiles::read(&opts, &images).unwrap();
     assert!(cx.open(ids[0]).is_err());
 }
+
+#[test]
+fn peers_come_first() {
+    let socket = |ino, peer| {
+        let usk = UnixSkEntry { ino, peer, opts: options::unknown(), fown: no_owner(), ..UnixSkEntry::default() };
+        FileEntry { id: ino, usk: Some(usk), ..FileEntry::default() }
+    };
+    let order = |peers: &[(u32, u32)]| -> Vec<u32> {
+        let entries = peers.iter().map(|&(ino, peer)| socket(ino, peer)).collect();
+        peers_first(entries).iter().map(|e| e.id).collect()
+    };
+    // a chain, a pair, one that sends to itself, a ring, one whose peer is not there
+    assert_eq!(order(&[(1, 2), (2, 3), (3, 0)]), [3, 2, 1]);
+    assert_eq!(order(&[(1, 2), (2, 1), (3, 2)]), [1, 2, 3]);
+    assert_eq!(order(&[(1, 1), (2, 9)]), [1, 2]);
+    let mut ring = order(&[(1, 2), (2, 3), (3, 1)]);
+    ring.sort_unstable();
+    assert_eq!(ring, [1, 2, 3]);
+}
