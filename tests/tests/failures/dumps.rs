@@ -178,10 +178,10 @@ pub(crate) fn no_work_folder() -> Option<String> {
 }
 
 /// A small file system for images.
-struct Small(PathBuf);
+pub(crate) struct Small(pub(crate) PathBuf);
 
 impl Small {
-    fn mount(path: PathBuf, options: &str) -> Option<Small> {
+    pub(crate) fn mount(path: PathBuf, options: &str) -> Option<Small> {
         fs::create_dir_all(&path).ok()?;
         let status = Command::new("mount").args(["-t", "tmpfs", "-o", options, "standstill-small"]).arg(&path).status();
         if !status.is_ok_and(|s| s.success()) {

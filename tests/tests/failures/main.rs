@@ -168,6 +168,12 @@ failures! {
     restores::no_work_folder_at_restore: "Can't change directory to …: No such file or directory",
         "the folder of `-W` is not there",
         "`mkdir` it";
+    restores::no_room_for_deleted: "…: No space left on device",
+        "a deleted file of the program comes back where it was, and there is no room",
+        "make room there";
+    restores::nothing_given: "… is external: say which file it is with --inherit-fd fd[N]:…",
+        "`--external` named it at the dump, so the checkpoint has nothing of it",
+        "open one, and give its number: `--inherit-fd 'fd[5]:file[1b:2c]' 5<data`";
     restores::cpu_lacks_feature: "…, which the checkpoint has in use and this CPU lacks, cannot be carried",
         "it was dumped on a newer CPU",
         "restore on a CPU that has it; next time start the program where it finds less";
@@ -186,6 +192,16 @@ failures! {
     images::newer_version: "Not supported images version …",
         "a newer program made the checkpoint",
         "restore with that one";
+}
+
+#[test]
+fn names_of_link_remap() {
+    restores::names_of_link_remap();
+}
+
+#[test]
+fn a_full_log() {
+    restores::full_log();
 }
 
 const BEGIN: &str = "<!-- made by tests/tests/failures -->\n";

@@ -10,6 +10,7 @@ use standstill_tests::process;
 use standstill_tests::program::{free_port, program, Program, LIMIT};
 use standstill_tests::skip::skip;
 
+use crate::dumps::Small;
 use crate::support::*;
 
 /// A program that was dumped, and is dead.
@@ -244,6 +245,85 @@ pub(crate) fn no_work_folder_at_restore() -> Option<String> {
     let text = restore_fails(&program, &["-W", &missing]);
     comes_back(&program, &[]);
     Some(text)
+}
+
+/// A deleted file of the program is to come back where there is no room.
+pub(crate) fn no_room_for_deleted() -> Option<String> {
+    drop(Small::mount(std::env::temp_dir().join(format!("standstill-{}-room", std::process::id())), "size=1m")?);
+    let code =
+        "mkdir 'small'; system('mount', '-t', 'tmpfs', '-o', 'size=1m', 'standstill-small', 'small') == 0 or die; \
+                open(F, '+>', 'small/gone') or die; print F 'x' x 300000; F->flush; unlink 'small/gone'";
+    let program = dumped(code, &[]);
+    let small = Small(program.folder.join("small"));
+    let filler = small.0.join("filler");
+    let full = fs::write(&filler, vec![1; 2 << 20]);
+    assert!(full.is_err_and(|e| e.kind() == io::ErrorKind::StorageFull));
+    let text = restore_fails(&program, &[]);
+    let left: Vec<_> = fs::read_dir(&small.0).ok()?.flatten().map(|e| e.path()).collect();
+    assert_eq!(left, std::slice::from_ref(&filler), "names were left behind");
+    fs::remove_file(&filler).ok()?;
+    comes_back(&program, &[]);
+    Some(text)
+}
+
+/// A file that `--external` named at dump, and nobody gives.
+pub(crate) fn nothing_given() -> Option<String> {
+    use std::os::unix::fs::MetadataExt as _;
+    let mut program = counting("open(O, '>', 'data'); print O 'content'; close O; open(F, '<', 'data')");
+    let path = program.folder.join("data");
+    let fds = fs::read_dir(format!("/proc/{}/fd", program.pid)).ok()?.flatten();
+    let fd = fds.into_iter().find(|fd| fs::read_link(fd.path()).is_ok_and(|to| to == path))?.file_name();
+    let info = fs::read_to_string(format!("/proc/{}/fdinfo/{}", program.pid, fd.display())).ok()?;
+    let mount: u32 = info.lines().find_map(|l| l.strip_prefix("mnt_id:"))?.trim().parse().ok()?;
+    let key = format!("file[{mount:x}:{:x}]", fs::metadata(&path).ok()?.ino());
+    program.dump(&["--external", &key]);
+    let text = restore_fails(&program, &[]);
+    let file = fs::File::open(&path).ok()?;
+    rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty()).ok()?;
+    let number = std::os::fd::AsRawFd::as_raw_fd(&file);
+    comes_back(&program, &["--inherit-fd", &format!("fd[{number}]:{key}")]);
+    Some(text)
+}
+
+/// Names that a dump with `--link-remap` made stay until the program is back, a failed restore in between or not; a failed
+/// dump leaves none.
+pub(crate) fn names_of_link_remap() {
+    let code =
+        "open(F, '>', 'gone'); print F 'x'; F->flush; link 'gone', 'other'; unlink 'gone'; open(O, '>', 'data'); \
+                print O 'content'; close O; open(D, '<', 'data')";
+    let mut program = counting(code);
+    let links = |program: &Program| {
+        let names = fs::read_dir(&program.folder).into_iter().flatten().flatten().map(|e| e.file_name());
+        names.filter(|n| n.to_string_lossy().starts_with("link_remap.")).count()
+    };
+    let script = program.folder.join("says-no");
+    let no = "#!/bin/sh\n[ $CRTOOLS_SCRIPT_ACTION != post-dump ]\n";
+    let written = fs::write(&script, no).and_then(|()| fs::set_permissions(&script, fs::Permissions::from_mode(0o755)));
+    written.unwrap_or_else(|e| panic!("{e}"));
+    let (pid, script) = (program.pid.to_string(), script.display().to_string());
+    let options = ["-t", &pid, "--link-remap", "--action-script", &script];
+    fails(&mut Engine::ours().command("dump", &images(&program), &options), &images(&program).join("dump.log"));
+    program.moves(20);
+    assert_eq!(links(&program), 0, "a dump that failed at its very end left names");
+    program.dump(&["--link-remap"]);
+    assert_eq!(links(&program), 1);
+    let data = program.folder.join("data");
+    fs::write(&data, "more content").unwrap_or_else(|e| panic!("{e}"));
+    restore_fails(&program, &["--link-remap"]);
+    assert_eq!(links(&program), 1, "the checkpoint is of no use without it");
+    fs::write(&data, "content").unwrap_or_else(|e| panic!("{e}"));
+    comes_back(&program, &["--link-remap"]);
+    assert_eq!(links(&program), 0, "the program is back, and so is the name");
+}
+
+/// The log has no room: that hinders nobody.
+pub(crate) fn full_log() {
+    let mut program = counting("");
+    let Some(small) = Small::mount(program.folder.join("small"), "size=64k") else { return };
+    let _ = fs::write(small.0.join("filler"), vec![1; 128 << 10]);
+    let folder = small.0.display().to_string();
+    program.dump(&["-W", &folder]);
+    comes_back(&program, &["-W", &folder]);
 }
 
 /// Bound registers, which no CPU has any more.
