@@ -55,6 +55,7 @@ guests! {
     creds_threads
     cwd
     cwd_deleted
+    cwd_renamed
     cwd_root
     cwd_shared
     devices
@@ -188,6 +189,7 @@ guests! {
     unix_names
     unix_options
     unix_pairs
+    unix_path_only
     unix_rights
     unix_waiting
     waits

@@ -547,6 +547,10 @@ pub(super) fn ghost_of(sdev: u32, ino: u64, cx: &mut RestoreFiles<'_>) -> Result
 
 /// Opens a file as its entry says.
 pub fn open(e: &RegFileEntry, cx: &mut RestoreFiles<'_>) -> Result<OwnedFd> {
+    if e.mode.is_some_and(|mode| FileType::from_raw_mode(mode) == FileType::Socket) {
+        // the file of the dump goes when its socket is bound again
+        crate::sockets::unix::make(cx)?;
+    }
     let fd = open_as(cx, e, e.flags)?;
     // one that stands for it is as it was given
     if stand_in(cx, e).is_none() && e.flags & libc::O_PATH as u32 == 0 {

@@ -38,7 +38,7 @@ mod connect;
 mod name;
 mod restore;
 
-pub use restore::{open, Restored};
+pub use restore::{make, open, Restored};
 
 /// `uflags`: the peer of one of ours, outside the tree.
 pub const EXTERN: u32 = 1;

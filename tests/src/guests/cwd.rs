@@ -37,6 +37,25 @@ pub(super) fn folders() {
     check_eq!(wait(child), 0);
 }
 
+/// Folders that were renamed: the working one, and one that is open.
+pub(super) fn renamed() {
+    use std::os::fd::AsRawFd as _;
+    did(std::fs::create_dir_all("before/inside"));
+    did(std::fs::create_dir("open"));
+    let open = did(std::fs::File::open("open"));
+    let file = did(std::fs::File::create("before/inside/file"));
+    did(std::env::set_current_dir("before/inside"));
+    did(std::fs::rename(folder().join("open"), folder().join("open-after")));
+    did(std::fs::rename(folder().join("before"), folder().join("after")));
+    ready();
+    let link = |fd: i32| did(std::fs::read_link(format!("/proc/self/fd/{fd}")));
+    check_eq!(cwd(), did(folder().canonicalize()).join("after/inside"));
+    check!(link(open.as_raw_fd()).ends_with("open-after"));
+    check!(link(file.as_raw_fd()).ends_with("after/inside/file"));
+    sys(unsafe { libc::mkdirat(open.as_raw_fd(), c"new".as_ptr(), 0o755) });
+    check!(folder().join("open-after/new").is_dir());
+}
+
 /// A working folder that was deleted.
 pub(super) fn deleted() {
     did(std::fs::create_dir("gone"));

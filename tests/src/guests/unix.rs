@@ -331,3 +331,31 @@ pub(super) fn options() {
     check_eq!(unsafe { libc::fcntl(owned.0, libc::F_GETOWN) }, unsafe { libc::getpid() });
     check_eq!(unsafe { libc::fcntl(owned.0, 11) }, libc::SIGUSR1);
 }
+
+/// The files of sockets, open as paths only: one of its own, whose number comes before that of the socket, and one of nobody.
+pub(super) fn path_only() {
+    use std::os::fd::AsRawFd as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+    use std::os::unix::net::{UnixListener, UnixStream};
+    drop(did(UnixListener::bind("nobody")));
+    let listener = did(UnixListener::bind("listening"));
+    let open = |name: &str| did(std::fs::File::options().read(true).custom_flags(libc::O_PATH).open(name));
+    let (early, nobody) = (open("listening"), open("nobody"));
+    // the path before the socket
+    let socket = sys(unsafe { libc::fcntl(listener.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 50) });
+    drop(listener);
+    let late = open("listening");
+    ready();
+    for file in [&early, &late, &nobody] {
+        let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+        sys(unsafe { libc::fstat(file.as_raw_fd(), &raw mut stat) });
+        check_eq!(stat.st_mode & libc::S_IFMT, libc::S_IFSOCK);
+        check_eq!(stat.st_nlink, 1);
+        let reached = UnixStream::connect(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        check_eq!(reached.is_ok(), file.as_raw_fd() != nobody.as_raw_fd());
+        if reached.is_ok() {
+            let accepted = sys(unsafe { libc::accept(socket, std::ptr::null_mut(), std::ptr::null_mut()) });
+            unsafe { libc::close(accepted) };
+        }
+    }
+}

@@ -26,13 +26,19 @@ pub struct Restored {
 
 /// One of the sockets that were made, when it is first asked for.
 pub fn open(e: &UnixSkEntry, cx: &mut RestoreFiles<'_>) -> Result<OwnedFd> {
-    if !cx.unix.made {
-        cx.unix.made = true;
-        All::read(cx)?.make(cx)?;
-    }
+    make(cx)?;
     cx.opened
         .remove(&e.id)
         .ok_or_else(|| Error::lie("files.img", format!("unix socket {} belongs to nobody in the tree", e.ino)))
+}
+
+/// Makes all of them, if they are not there yet: with them come the files that they are bound to.
+pub fn make(cx: &mut RestoreFiles<'_>) -> Result<()> {
+    if cx.unix.made {
+        return Ok(());
+    }
+    cx.unix.made = true;
+    All::read(cx)?.make(cx)
 }
 
 /// What one socket is to the others.
