@@ -1,4 +1,5 @@
-//! Engines that die in the middle of a dump of what they must touch: nothing of it is lost, and nothing happens twice.
+//! Engines that die in the middle of a dump, or of a restore, of what they must touch: nothing of it is lost, and nothing
+//! happens twice.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -29,6 +30,32 @@ fn killed_all_over(name: &str) {
     run.check(How::Running);
 }
 
+/// Kills engines at moments all over a restore: it is as if they had not been there, or the guest is.
+fn restore_killed_all_over(name: &str) {
+    let mut run = Run::start(name);
+    let (engine, images) = (Engine::ours(), run.images("images"));
+    run.dump_with(&engine, &images, &["--file-locks", "--link-remap"]);
+    let mut whole = 0;
+    for n in 0..40u64 {
+        let mut command = engine.command("restore", &images, &["-d", "--file-locks", "--link-remap"]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut child = command.spawn().unwrap_or_else(|e| panic!("{e}"));
+        std::thread::sleep(Duration::from_micros(n * 1_597 % 60_000));
+        let _ = child.kill();
+        child.wait().unwrap_or_else(|e| panic!("{e}"));
+        if process::wait_gone(&run.tree, Duration::from_secs(1)).is_err() {
+            // it had been let go: then all of it is there
+            let now = process::tree(run.pid);
+            assert!(run.tree.iter().all(|pid| now.contains(pid)), "{name} is half there after restore {n}: {now:?}");
+            run.kill(&images);
+            whole += 1;
+        }
+    }
+    assert!(whole < 40, "none was killed early");
+    run.restore_with(&engine, &images, &["--file-locks", "--link-remap"]);
+    run.check(How::Restored);
+}
+
 macro_rules! killed {
     ($($name:ident)*) => {
         $(
@@ -37,6 +64,14 @@ macro_rules! killed {
                 killed_all_over(stringify!($name));
             }
         )*
+        mod restores {
+            $(
+                #[test]
+                fn $name() {
+                    crate::restore_killed_all_over(stringify!($name));
+                }
+            )*
+        }
     };
 }
 
@@ -46,7 +81,9 @@ killed! {
     inotify
     lease
     lease_breaking
+    locks_flock
     locks_ofd
+    locks_posix
     pipes_packets
     sysv
     tty_controlling
