@@ -217,6 +217,9 @@ fn seize(
         return Ok(false);
     }
     let Some(seized) = tree.get_mut(&pid) else { return Ok(false) };
+    if tid != pid && is_kernels(pid, tid, buffer) {
+        return Ok(false);
+    }
     match Held::seize(tid, 0) {
         Ok(held) => {
             known.insert(tid);
@@ -257,6 +260,15 @@ fn seize(
             }
         }
     }
+}
+
+/// Is it a thread that the kernel has put into the process, to carry out requests of an io_uring or to poll for them? Such a
+/// one has no code of the program, and a stop would end what it waits for. Its name does not tell: it has that of the thread
+/// that made it until it runs for the first time.
+fn is_kernels(pid: i32, tid: i32, buffer: &mut Vec<u8>) -> bool {
+    const PF_IO_WORKER: u64 = 0x10;
+    proc::read_proc(format!("/proc/{pid}/task/{tid}/stat").as_ref(), buffer).is_ok()
+        && proc::stat::parse(buffer).is_ok_and(|stat| stat.flags & PF_IO_WORKER != 0)
 }
 
 /// A task that does not stop in time, in words for people.
