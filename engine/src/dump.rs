@@ -45,7 +45,7 @@ mod reading;
 mod setup;
 mod snapshot;
 
-use entries::{dump_files, inventory, pstree_entry, set_filter, write_clocks};
+use entries::{complete_rings, dump_files, inventory, pstree_entry, set_filter, write_clocks};
 pub(crate) use entries::{ns_pid, run_id};
 use reading::read;
 pub(crate) use reading::{code_ends, read_vdso, suspend_seccomp_and_settle};
@@ -181,6 +181,10 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
         Some(tracking) => tracking.has_watch(),
         None => is_tracked(root, &tasks)?,
     };
+    if let Some(tracking) = &mut tracking {
+        tracking.trust_again();
+        living(&tasks).filter(|(_, a)| a.facts.status().pins()).for_each(|(task, _)| tracking.distrust(task.pid));
+    }
     // what `files` undoes when it is dropped must be undone before any of these goes on
     let mut infected = Vec::with_capacity(tasks.len());
     let mut files =
@@ -242,6 +246,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
         }
         files.ttys.read_queues(host)?;
     }
+    complete_rings(&tasks, &fdinfos, &mut infected, &mut files)?;
     infected.iter_mut().try_for_each(Infected::ask_to_halt)?;
     for host in &mut infected {
         // after the timers were asked: one that is over by now has left a signal, and one of the two is in the images

@@ -47,6 +47,7 @@ struct Task {
     id: u32,
     stat: crate::proc::stat::Stat,
     areas: Vec<Vma>,
+    pinned: bool,
 }
 
 /// Memory to be copied, the task's pid and the number of its pages in images.
@@ -105,6 +106,8 @@ pub(crate) fn pass(
         Some(tracking) => tracking,
         None => dump::begin_tracking(opts, root, stat, images)?.ok_or(Error::Gone)?,
     };
+    tracking.trust_again();
+    tasks.iter().filter(|t| t.pinned).for_each(|task| tracking.distrust(task.pid));
     let (mut drains, frozen) =
         scan(opts, &tasks, threads, &copies, &mut tracking, (&robust, freezer.as_mut()), frozen_at)?;
     mark("marking");
@@ -145,7 +148,7 @@ fn read(frozen: Vec<Frozen>) -> Result<(Vec<Task>, Vec<Vec<Stopped>>)> {
         let status = crate::proc::status::parse(&buffer).task(pid)?;
         let areas = flags::areas(pid, "maps")?;
         let id = dump::ns_pid(pid, Some(&status))?;
-        Ok((Task { pid, id, stat: f.stat, areas }, f.threads))
+        Ok((Task { pid, id, stat: f.stat, areas, pinned: status.pins() }, f.threads))
     };
     frozen.into_iter().filter(|f| f.dead.is_none()).map(one).collect()
 }

@@ -14,7 +14,7 @@ use standstill_restorer::plan::{Code, Expect};
 
 use crate::cgroups;
 use crate::error::{At, Call, Error, Place, Result};
-use crate::files::{fanotify, inotify, memfd, remove_names, tty, RestoreFiles};
+use crate::files::{fanotify, inotify, io_uring, memfd, remove_names, tty, RestoreFiles};
 use crate::guard::{Choice, Guard, List};
 use crate::memory::rebuild::{unmap_all_but, Figures, Numbers};
 use crate::memory::sysv;
@@ -263,7 +263,7 @@ fn build<'r>(
     }
     let mut draft = read_tables(images, tree)?;
     let count = tree.nodes.len() + tree.alive().map(|(_, _, a)| a.threads.len()).sum::<usize>();
-    let len = arena_size(tree, &draft.tables, files.locks.len(), count);
+    let len = arena_size(tree, &draft.tables, files.locks.len(), io_uring::room(files), count);
     let start = free_address(tree, Arena::span(len))?;
     let mut arena = Arena::new(Arena::base_in(start), len, robust)?;
     let mut slots: Vec<Slot> = Vec::with_capacity(tree.nodes.len());
@@ -353,6 +353,10 @@ fn build<'r>(
         tree.alive().find(|(_, n, _)| of(n.sid)).map(|(_, n, _)| n.pid).or(job)
     };
     tty::plan_controlling(&draft.late_ids, own_numbers, member, files)?;
+    // behind one for each of those, which are fewer
+    let ring_numbers = own_numbers + i32::try_from(draft.late_ids.len()).unwrap_or(0);
+    let is_task = |pid: i32| tree.alive().any(|(_, node, _)| node.pid == pid);
+    io_uring::plan_owners(ring_numbers, is_task, files)?;
     let placeholder = File::open("/dev/null").call("open(/dev/null)")?;
     let mut late: HashMap<u32, OwnedFd> = HashMap::new();
     for id in draft.late_ids.drain(..) {
@@ -376,7 +380,8 @@ fn build<'r>(
 
     let parked = birth.vdso.layout.moved(arena.parking());
     let base = draft.base;
-    if transfer.list.len() >= usize::try_from(draft.room).unwrap_or(0) {
+    let last_ring = ring_numbers - base + i32::try_from(files.io_uring.count()).unwrap_or(0);
+    if transfer.list.len() >= usize::try_from(draft.room).unwrap_or(0) || last_ring >= draft.room {
         return Err(Error::Usage { what: "more descriptors than numbers for them".into() });
     }
     let table = Table {
@@ -409,7 +414,7 @@ fn build<'r>(
     }
     drop(script);
     drop(table);
-    expect(tree, &mut arena);
+    expect(tree, files, &mut arena);
     phases.mark("planning");
 
     let mut preamble = preamble(
@@ -672,13 +677,19 @@ fn birth() -> Result<Birth> {
     Ok(Birth { status, policy, limits, oom_score_adj, loginuid, vdso: Vdso { layout, pieces, bytes }, personality })
 }
 
-fn arena_size(tree: &Tree, tables: &HashMap<u32, Vec<FdinfoEntry>>, locks: usize, tasks: usize) -> usize {
+fn arena_size(
+    tree: &Tree,
+    tables: &HashMap<u32, Vec<FdinfoEntry>>,
+    locks: usize,
+    io_urings: (usize, usize),
+    tasks: usize,
+) -> usize {
     let areas: usize = tree.alive().map(|(_, _, a)| a.memory.mm.vmas.len() * 8 + a.memory.operations()).sum();
     let fds: usize = tables.values().map(|t| t.len() * 12).sum::<usize>() * tree.nodes.len().min(4);
     let rings: u64 = tree.alive().flat_map(|(_, _, a)| a.memory.rings()).map(|e| e.end - e.start + (16 << 10)).sum();
     let rings = usize::try_from(rings).unwrap_or(usize::MAX >> 8);
-    let data = (64 << 10) * tasks + locks * 32 + rings + (8 << 20);
-    Arena::size_for(tasks, areas + fds + locks + tasks * 256 + rings / 16, data)
+    let data = (64 << 10) * tasks + locks * 32 + rings + io_urings.1 + (8 << 20);
+    Arena::size_for(tasks, areas + fds + locks + tasks * 256 + rings / 16 + io_urings.0, data)
 }
 
 /// A gap of `len` bytes that no task uses, nor a fresh process.
@@ -703,12 +714,16 @@ fn free_address(tree: &Tree, len: u64) -> Result<u64> {
 }
 
 /// Who comes to which stage.
-fn expect(tree: &Tree, arena: &mut Arena<'_>) {
+fn expect(tree: &Tree, files: &RestoreFiles<'_>, arena: &mut Arena<'_>) {
     let alive = tree.alive().count() as u32;
     let threads: u32 = tree.alive().map(|(_, _, a)| a.threads.len() as u32).sum();
     let helpers = tree.nodes.iter().filter(|n| matches!(n.kind, Kind::Helper)).count() as u32;
     arena.expect(FORKED, tree.nodes.len() as u32);
-    arena.expect(FILLED, alive + helpers);
+    // threads that have something to do for rings wait for files
+    let others = tree.alive().flat_map(|(_, _, a)| a.threads.iter().skip(1));
+    let with_rings =
+        others.filter(|(tid, _)| io_uring::Thread { tid: *tid, table: &[] }.has_work(files)).count() as u32;
+    arena.expect(FILLED, alive + helpers + with_rings);
     arena.expect(BEFORE_CREDS, threads);
     arena.expect(POWERLESS, threads);
     arena.expect(READY, threads);

@@ -300,6 +300,13 @@ unsafe fn step(c: &Control, op: &Op) -> i64 {
                 syscall(EXIT_GROUP, [a[0], 0, 0, 0, 0, 0]);
             },
             x if x == Code::Fill as u32 => fill(c, a),
+            x if x == Code::Place as u32 => {
+                copy(a[0].wrapping_add(a[1]), a[2], a[3]);
+                0
+            }
+            x if x == Code::Turn as u32 => turn(c, &*(a[0] as *const plan::Turn), a[1], a[2], a[3]),
+            x if x == Code::Peek as u32 => peek(a),
+            x if x == Code::Groups as u32 => groups(a[0], a[1] as *mut u32),
             _ => EPROTO,
         }
     }
@@ -570,6 +577,224 @@ unsafe fn timer(clock: usize, event: usize, wanted: i32) -> i64 {
                 return EPROTO;
             }
         }
+    }
+}
+
+const IO_URING_ENTER: usize = 426;
+const IO_URING_REGISTER: usize = 427;
+
+/// One word of a ring, which the kernel uses too.
+unsafe fn word<'a>(ring: usize, offset: u32) -> &'a core::sync::atomic::AtomicU32 {
+    // SAFETY: the engine maps the ring, and offsets are those that the kernel gives.
+    unsafe { &*((ring + offset as usize) as *const core::sync::atomic::AtomicU32) }
+}
+
+/// Brings a new io_uring to where another one was.
+unsafe fn turn(c: &Control, t: &plan::Turn, rings: usize, sqes: usize, file: usize) -> i64 {
+    const SKIP_SUCCESS: u8 = 1 << 6;
+    // SAFETY: rings and SQEs are mapped as large as the kernel made them for so many entries.
+    unsafe {
+        let mut i = 0;
+        while t.sq_array != 0 && i < t.entries {
+            word(rings, t.sq_array + 4 * i).store(i, Relaxed);
+            i += 1;
+        }
+        let r = complete_alone(c, t, rings, file);
+        if r < 0 {
+            return r;
+        }
+        let mut kind = 0;
+        while kind < 3 {
+            let mut left = if kind == 0 { t.taken } else if kind == 1 { t.quiet } else { t.overflow };
+            // IORING_OP_NOP is all zeros
+            i = 0;
+            while left > 0 && i < t.entries {
+                let sqe = (sqes + (i * t.sqe_size) as usize) as *mut u8;
+                let mut byte = 0;
+                while byte < t.sqe_size as usize {
+                    sqe.add(byte).write_volatile(0);
+                    byte += 1;
+                }
+                if kind == 1 {
+                    sqe.add(1).write_volatile(SKIP_SUCCESS);
+                }
+                i += 1;
+            }
+            let mut done = 0;
+            while left > 0 {
+                if !alive(c) || (c.arena != 0 && (*(c.arena as *const Arena)).failed.load(Relaxed) != 0) {
+                    return ECANCELED;
+                }
+                let tail = word(rings, t.sq_tail).load(Relaxed);
+                // one by one, where each is another
+                let n = if kind == 2 { 1 } else if left < t.entries { left } else { t.entries };
+                if kind == 2 {
+                    let sqe = sqes + ((tail & (t.entries - 1)) * t.sqe_size) as usize;
+                    let wanted = (t.list as *const u64).add(2 * done);
+                    // length and IORING_NOP_INJECT_RESULT: the result; then the user data
+                    ((sqe + 24) as *mut u32).write_volatile(*wanted.add(1) as u32);
+                    ((sqe + 28) as *mut u32).write_volatile(1);
+                    ((sqe + 32) as *mut u64).write_volatile(*wanted);
+                }
+                let r = submit(c, t, rings, n, if kind == 0 { n } else { 0 });
+                if r < 0 {
+                    return r;
+                }
+                if kind == 0 {
+                    word(rings, t.cq_head).store(word(rings, t.cq_tail).load(Acquire), Release);
+                }
+                left -= n;
+                done += 1;
+            }
+            kind += 1;
+        }
+        0
+    }
+}
+
+/// Submits the next `n` SQEs, and waits until the kernel has taken them and `completions` are there.
+unsafe fn submit(c: &Control, t: &plan::Turn, rings: usize, n: u32, completions: u32) -> i64 {
+    const SQ_WAKEUP: usize = 2;
+    // SAFETY: as in `turn`.
+    unsafe {
+        let tail = word(rings, t.sq_tail).load(Relaxed).wrapping_add(n);
+        let wanted = word(rings, t.cq_tail).load(Acquire).wrapping_add(completions);
+        word(rings, t.sq_tail).store(tail, SeqCst);
+        if t.polled == 0 {
+            loop {
+                let r = syscall(IO_URING_ENTER, [t.fd as usize, n as usize, 0, 0, 0, 0]);
+                if r == EINTR {
+                    continue;
+                }
+                return if r == n as i64 { 0 } else if r < 0 { r } else { EPROTO };
+            }
+        }
+        loop {
+            let head = word(rings, t.sq_head);
+            let seen = head.load(Acquire);
+            if seen == tail && word(rings, t.cq_tail).load(Acquire) == wanted {
+                return 0;
+            }
+            let r = syscall(IO_URING_ENTER, [t.fd as usize, n as usize, 0, SQ_WAKEUP, 0, 0]);
+            if r < 0 && r != EINTR && r != EAGAIN {
+                return r;
+            }
+            if !alive(c) {
+                return ECANCELED;
+            }
+            const SCHED_YIELD: usize = 24;
+            syscall(SCHED_YIELD, [0; 6]);
+        }
+    }
+}
+
+/// Completions that no submission brings: registered files with tags tell when they are not registered any more.
+unsafe fn complete_alone(c: &Control, t: &plan::Turn, rings: usize, file: usize) -> i64 {
+    const REGISTER_FILES2: usize = 13;
+    const UNREGISTER_FILES: usize = 3;
+    const AT_ONCE: usize = 64;
+    // SAFETY: the kernel reads the arrays, which live here, and only as far as they are filled.
+    unsafe {
+        let mut fds = core::mem::MaybeUninit::<[u32; AT_ONCE]>::uninit();
+        let mut tags = core::mem::MaybeUninit::<[u64; AT_ONCE]>::uninit();
+        let mut i = 0;
+        while i < AT_ONCE {
+            (fds.as_mut_ptr() as *mut u32).add(i).write_volatile(file as u32);
+            (tags.as_mut_ptr() as *mut u64).add(i).write_volatile(1);
+            i += 1;
+        }
+        let mut left = t.alone as usize;
+        while left > 0 {
+            if !alive(c) {
+                return ECANCELED;
+            }
+            // a queue of completions has room for two at least
+            let mut n = if left < AT_ONCE { left } else { AT_ONCE };
+            if n > t.entries as usize {
+                n = t.entries as usize;
+            }
+            let wanted = word(rings, t.cq_tail).load(Acquire).wrapping_add(n as u32);
+            let table = [n as u64, 0, fds.as_ptr() as u64, tags.as_ptr() as u64];
+            let args = [t.fd as usize, REGISTER_FILES2, table.as_ptr() as usize, 32, 0, 0];
+            let r = syscall(IO_URING_REGISTER, args);
+            if r < 0 {
+                return r;
+            }
+            let r = syscall(IO_URING_REGISTER, [t.fd as usize, UNREGISTER_FILES, 0, 0, 0, 0]);
+            if r < 0 {
+                return r;
+            }
+            while word(rings, t.cq_tail).load(Acquire) != wanted {
+                if !alive(c) {
+                    return ECANCELED;
+                }
+                let r = syscall(IO_URING_ENTER, [t.fd as usize, 0, 0, 1, 0, 0]);
+                if r < 0 && r != EINTR {
+                    return r;
+                }
+            }
+            word(rings, t.cq_head).store(wanted, Release);
+            left -= n;
+        }
+        0
+    }
+}
+
+/// The kernel prints what is in the queues, and how it does tells how large entries are. Heads are set back for that moment, in
+/// which no code of the program runs; the kernel has its own idea of them.
+unsafe fn peek(a: [usize; 6]) -> i64 {
+    const MMAP: usize = 9;
+    const MUNMAP: usize = 11;
+    const OPEN: usize = 2;
+    const READ: usize = 0;
+    const O_CLOEXEC: usize = 0o2_000_000;
+    let at = |n: usize| (a[4] >> (16 * n) & 0xffff) as u32;
+    // SAFETY: the words that are changed are in the page that is mapped here, and are put back.
+    unsafe {
+        let ring = syscall(MMAP, [0, 4096, 3, 1, a[0], 0]);
+        if ring < 0 && ring >= -4095 {
+            return ring;
+        }
+        let fd = syscall(OPEN, [a[1], O_CLOEXEC, 0, 0, 0, 0]);
+        let mut r = fd;
+        if fd >= 0 {
+            let (sq, cq) = (word(ring as usize, at(0)), word(ring as usize, at(2)));
+            let found = [sq.load(SeqCst), cq.load(SeqCst)];
+            let tails = [word(ring as usize, at(1)).load(SeqCst), word(ring as usize, at(3)).load(SeqCst)];
+            if found[0] == tails[0] {
+                sq.store(tails[0].wrapping_sub(1), SeqCst);
+            }
+            if found[1] == tails[1] {
+                cq.store(tails[1].wrapping_sub(1), SeqCst);
+            }
+            r = syscall(READ, [fd as usize, a[2], a[3], 0, 0, 0]);
+            sq.store(found[0], SeqCst);
+            cq.store(found[1], SeqCst);
+            syscall(CLOSE, [fd as usize, 0, 0, 0, 0, 0]);
+        }
+        syscall(MUNMAP, [ring as usize, 4096, 0, 0, 0, 0]);
+        r
+    }
+}
+
+unsafe fn groups(fd: usize, status: *mut u32) -> i64 {
+    const REGISTER_PBUF_STATUS: usize = 26;
+    const ENOENT: i64 = -2;
+    // SAFETY: the engine has made room for the structure.
+    unsafe {
+        // a kernel that does not know the question says so before it looks at its address
+        if syscall(IO_URING_REGISTER, [fd, REGISTER_PBUF_STATUS, 1, 1, 0, 0]) != -14 {
+            return ENOENT;
+        }
+        let mut group = 0;
+        while group < 1 << 16 {
+            status.write_volatile(group);
+            if syscall(IO_URING_REGISTER, [fd, REGISTER_PBUF_STATUS, status as usize, 1, 0, 0]) != ENOENT {
+                return group as i64;
+            }
+            group += 1;
+        }
+        ENOENT
     }
 }
 

@@ -42,6 +42,18 @@ pub enum Code {
     Guard = 14,
     /// The 64-bit word at `args[0]` + `args[1]` is the result.
     Load = 15,
+    /// Copy `args[3]` bytes from `args[2]` to `args[0]` + `args[1]`.
+    Place = 16,
+    /// Bring an io_uring to where it was, by the [`Turn`] at `args[0]`: its rings are mapped at `args[1]`, its SQEs at `args[2]`,
+    /// and `args[3]` is a descriptor of any file.
+    Turn = 17,
+    /// What `fdinfo` says of the io_uring `args[0]`, whose path is at `args[1]`, if its last submission and its last completion
+    /// were still there: the first bytes, at `args[2]`, at most `args[3]` of them. `args[4]` is where the words of a ring
+    /// are, 16 bits each: heads and tails of submissions and completions.
+    Peek = 18,
+    /// The first group of provided buffers that the io_uring `args[0]` has, or -ENOENT. The word at `args[1]` and those behind it
+    /// are a `struct io_uring_buf_status`.
+    Groups = 19,
 }
 
 /// How an operand is read.
@@ -190,6 +202,44 @@ pub struct Piece {
     pub count: u64,
 }
 const _: () = assert!(core::mem::size_of::<Piece>() == 32);
+
+/// How an io_uring is brought to where it was: requests that do nothing advance its heads and tails, all of them in the kernel's
+/// own memory as well.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Turn {
+    /// Its descriptor.
+    pub fd: u32,
+    /// Entries of its submission queue.
+    pub entries: u32,
+    /// Bytes of an SQE.
+    pub sqe_size: u32,
+    /// Not zero: a thread of the kernel polls for submissions.
+    pub polled: u32,
+    /// Where the array of indices is; 0 for none.
+    pub sq_array: u32,
+    /// Where the head of submissions is; its tail, and those of completions.
+    pub sq_head: u32,
+    /// Tail of submissions.
+    pub sq_tail: u32,
+    /// Head of completions.
+    pub cq_head: u32,
+    /// Tail of completions.
+    pub cq_tail: u32,
+    /// Completions without a submission.
+    pub alone: u32,
+    /// Submissions with a completion that is taken at once.
+    pub taken: u32,
+    /// Submissions without a completion.
+    pub quiet: u32,
+    /// Submissions whose completions find no room, that many…
+    pub overflow: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// … and where what they are to be is: two words each, user data and result.
+    pub list: u64,
+}
+const _: () = assert!(core::mem::size_of::<Turn>() == 64);
 
 /// From this length on, memory is asked for before it is filled (MADV_POPULATE_WRITE): one system call instead of a fault
 /// for each page.

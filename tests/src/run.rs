@@ -23,7 +23,8 @@ static IDS: Mutex<()> = Mutex::new(());
 pub struct Run {
     guest: &'static Guest,
     /// Held by guests with System V shared memory, terminals or cgroups, of whose numbers there is one set: one that a dumped guest
-    /// is to get back must not be given to another meanwhile.
+    /// is to get back must not be given to another meanwhile. By guests with timeouts of rings, too, and those that cannot be
+    /// told from such ones.
     _ids: Option<MutexGuard<'static, ()>>,
     /// Its files, and the images of it.
     pub folder: PathBuf,
@@ -39,7 +40,7 @@ impl Run {
     /// Starts a guest, and waits until its state stands.
     pub fn start(name: &str) -> Run {
         process::adopt();
-        let ids = ["sysv", "tty", "cgroup"]
+        let ids = ["sysv", "tty", "cgroup", "io_uring_counts", "refused_io_uring_timeout"]
             .iter()
             .any(|kind| name.starts_with(kind))
             .then(|| IDS.lock().unwrap_or_else(std::sync::PoisonError::into_inner));

@@ -187,6 +187,7 @@ chains! {
     track_given_back
     track_huge
     track_moved
+    track_pinned
     track_stacks
     track_words
     memory_cow

@@ -86,6 +86,13 @@ guests! {
     inet_udp
     inotify
     inotify_deleted
+    io_uring
+    io_uring_busy
+    io_uring_counts
+    io_uring_issuers
+    io_uring_polled
+    io_uring_registered
+    io_uring_shapes
     lease
     lease_breaking
     limits
@@ -170,6 +177,7 @@ guests! {
     track_given_back
     track_huge
     track_moved
+    track_pinned
     track_stacks
     track_words
     tree
@@ -207,7 +215,12 @@ refused! {
     refused_ebpf_filter
     refused_flying_pidfd
     refused_in_flight
-    refused_io_uring
+    refused_io_uring_buffers
+    refused_io_uring_file
+    refused_io_uring_memory
+    refused_io_uring_open
+    refused_io_uring_poll
+    refused_io_uring_timeout
     refused_lease
     refused_link
     refused_lock

@@ -6,14 +6,15 @@ use standstill_images::proto::{
 };
 use standstill_images::{ImageKind, Images};
 
-use super::{Kind, Task};
+use super::{living, Kind, Task};
 use crate::error::{At, Error, Place, Result};
-use crate::files::{fsnotify, locks, DumpFiles};
+use crate::files::{fsnotify, io_uring, locks, DumpFiles};
 use crate::memory;
 use crate::options::Options;
 use crate::sockets::packet;
 use crate::tasks::pids::Inner;
 use crate::tasks::{ids, seccomp};
+use crate::tracee::Infected;
 
 /// Descriptors, areas, exe, root and working folder, in CRIU's order of ids: areas first.
 pub(super) fn dump_files(tasks: &mut [Task], files: &mut DumpFiles<'_>) -> Result<Vec<(u32, Vec<FdinfoEntry>)>> {
@@ -22,6 +23,7 @@ pub(super) fn dump_files(tasks: &mut [Task], files: &mut DumpFiles<'_>) -> Resul
         let Kind::Alive(alive) = &task.kind else { continue };
         memory::sysv::reserve(&alive.facts.areas, files);
         locks::note(&alive.facts.descriptors, files);
+        io_uring::note(&alive.facts.descriptors, files);
     }
     let mut known = memory::areas::Known::default();
     for task in tasks {
@@ -68,7 +70,34 @@ pub(super) fn dump_files(tasks: &mut [Task], files: &mut DumpFiles<'_>) -> Resul
     }
     fsnotify::check(files)?;
     packet::check_rings(files)?;
+    io_uring::check(files)?;
     Ok(all)
+}
+
+/// Asks tasks about their rings, and waits for requests that are under way.
+pub(super) fn complete_rings(
+    tasks: &[Task],
+    tables: &[(u32, Vec<FdinfoEntry>)],
+    hosts: &mut [Infected<'_>],
+    files: &mut DumpFiles<'_>,
+) -> Result<()> {
+    if files.io_uring.is_empty() {
+        return Ok(());
+    }
+    let mut processes = Vec::with_capacity(tasks.len());
+    for (task, alive) in living(tasks) {
+        let facts = &alive.facts;
+        let id = |status: &crate::proc::status::Status| Ok((status.pid, ns_pid(status.pid, Some(status))?));
+        processes.push(io_uring::Process {
+            pid: task.pid,
+            threads: facts.threads.iter().map(|t| id(&t.status)).collect::<Result<_>>()?,
+            descriptors: &facts.descriptors,
+            entries: tables.iter().find(|(id, _)| *id == alive.ids.files_id).map_or(&[][..], |t| &t.1),
+            areas: &facts.areas,
+            pinned: facts.status().pins(),
+        });
+    }
+    io_uring::complete(hosts, &processes, files)
 }
 
 pub(super) fn set_filter(entry: &mut CoreEntry, last: Option<u32>, chains: &[seccomp::Chain]) {

@@ -33,6 +33,7 @@ pub mod fifo;
 pub mod fsnotify;
 pub mod ghost;
 pub mod inotify;
+pub mod io_uring;
 mod lease;
 pub mod locks;
 pub mod memfd;
@@ -143,6 +144,8 @@ pub struct DumpFiles<'a> {
     pub memory_is_tracked: bool,
     /// What inotify and fanotify watch.
     pub fsnotify: fsnotify::Dumped,
+    /// Rings.
+    pub io_uring: io_uring::Dumped,
     /// Segments of System V shared memory.
     pub sysv: crate::memory::sysv::Dumped,
     /// Id of the IPC namespace that they are in.
@@ -185,6 +188,7 @@ impl<'a> DumpFiles<'a> {
             locks: Default::default(),
             memory_is_tracked: false,
             fsnotify: Default::default(),
+            io_uring: Default::default(),
             sysv: Default::default(),
             ipc_ns: 0,
             net_ns,
@@ -256,7 +260,9 @@ impl<'a> DumpFiles<'a> {
 
     /// Can this file only be opened at restore when all tasks are there?
     pub fn opens_late(&self, id: u32) -> bool {
-        let late = |e: &FileEntry| pidfd::opens_late(e) || e.reg.as_ref().is_some_and(regular::is_of_task);
+        let late = |e: &FileEntry| {
+            pidfd::opens_late(e) || io_uring::opens_late(e) || e.reg.as_ref().is_some_and(regular::is_of_task)
+        };
         self.entries.iter().any(|e| e.id == id && late(e))
     }
 
@@ -264,6 +270,13 @@ impl<'a> DumpFiles<'a> {
     pub fn inet_changed(&mut self, now: &InetSkEntry) {
         if let Some(entry) = self.entries.iter_mut().find(|e| e.id == now.id) {
             entry.isk = Some(now.clone());
+        }
+    }
+
+    /// What is known of a ring now that its tasks were asked.
+    pub(crate) fn set_io_uring(&mut self, ring: standstill_images::proto::StandstillIoUringEntry) {
+        for entry in self.entries.iter_mut().filter(|e| e.id == ring.id) {
+            entry.standstill_io_uring = Some(ring.clone());
         }
     }
 
@@ -280,7 +293,8 @@ impl<'a> DumpFiles<'a> {
         let (id, kind) = match known {
             Some(known) => known,
             None => {
-                let id = sockets::packet::reserved(d, self).unwrap_or_else(|| self.new_id());
+                let reserved = sockets::packet::reserved(d, self).or_else(|| io_uring::reserved(d, self));
+                let id = reserved.unwrap_or_else(|| self.new_id());
                 let entry = self.dump(d, id)?;
                 let kind = entry.r#type();
                 self.add(entry);
@@ -321,9 +335,7 @@ impl<'a> DumpFiles<'a> {
                 b"anon_inode:inotify" => inotify::dump(d, id, self),
                 b"anon_inode:[pidfd]" => pidfd::dump(d, id, self),
                 link if link.starts_with(b"pidfd:[") => pidfd::dump(d, id, self),
-                b"anon_inode:[io_uring]" => {
-                    Err(d.refused("an io_uring", "let the program close its rings before the dump"))
-                }
+                io_uring::LINK => io_uring::dump(d, id, self),
                 b"anon_inode:[userfaultfd]" => {
                     Err(d.refused("a userfaultfd", "end the program's userfaultfd handling before the dump"))
                 }
@@ -388,6 +400,8 @@ pub struct RestoreFiles<'a> {
     pub locks: locks::Restored,
     /// Marks of fanotify.
     pub fanotify: fanotify::Restored,
+    /// Who makes rings.
+    pub io_uring: io_uring::Restored,
     /// Segments of System V shared memory.
     pub sysv: crate::memory::sysv::Restored,
     /// Network namespaces: ours, and those of the tree.
@@ -432,6 +446,7 @@ impl<'a> RestoreFiles<'a> {
             ttys: Default::default(),
             locks: Default::default(),
             fanotify: Default::default(),
+            io_uring: Default::default(),
             sysv: Default::default(),
             networks: Rc::new(Doors::ours(0)),
             net_ns: 0,
@@ -523,7 +538,9 @@ impl<'a> RestoreFiles<'a> {
 
     /// True for files that can be opened only when the tasks exist: below /proc/PID, and pidfds.
     pub fn opens_late(&self, id: u32) -> Result<bool> {
-        Ok(regular::opens_late(self, id) || tty::opens_late(id, self) || pidfd::opens_late(self.entry(id)?))
+        let entry = self.entry(id)?;
+        let of_task = pidfd::opens_late(entry) || io_uring::opens_late(entry);
+        Ok(of_task || regular::opens_late(self, id) || tty::opens_late(id, self))
     }
 
     /// A name is about to be made that a restore which fails, or whose engine is killed, must not leave behind.
@@ -565,6 +582,7 @@ impl<'a> RestoreFiles<'a> {
             FdTypes::Inetsk => sockets::inet::open(entry.isk.as_ref().ok_or_else(missing)?, self),
             FdTypes::Netlinksk => sockets::netlink::open(entry.nlsk.as_ref().ok_or_else(missing)?, self),
             FdTypes::Packetsk => sockets::packet::open(entry.psk.as_ref().ok_or_else(missing)?, self),
+            FdTypes::StandstillIoUring => io_uring::open(entry.standstill_io_uring.as_ref().ok_or_else(missing)?, self),
             FdTypes::Ns => nsfile::open(entry.nsf.as_ref().ok_or_else(missing)?, self),
             kind @ (FdTypes::Und
             | FdTypes::Tunf
@@ -632,6 +650,7 @@ fn owner_of(entry: &FileEntry) -> Option<&FownEntry> {
         .or(entry.isk.as_ref().map(|e| &e.fown))
         .or(entry.nlsk.as_ref().map(|e| &e.fown))
         .or(entry.psk.as_ref().map(|e| &e.fown))
+        .or(entry.standstill_io_uring.as_ref().map(|e| &e.fown))
 }
 
 /// F_SETSIG and F_SETOWN_EX, with the ids that the owner had when it was set (fcntl(2)).

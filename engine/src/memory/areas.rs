@@ -13,7 +13,7 @@ use standstill_images::proto::VmaEntry;
 
 use super::{status, sysv};
 use crate::error::{At, Call, Error, Place, Result};
-use crate::files::{memfd, regular, DumpFiles};
+use crate::files::{io_uring, memfd, regular, DumpFiles};
 use crate::proc::maps::{VmFlags, Vma, VmaName};
 use crate::sockets::packet;
 use crate::tracee::AREA_NAME;
@@ -128,6 +128,11 @@ fn entry(pid: i32, area: &Vma, known: &mut Known, files: &mut DumpFiles<'_>) -> 
         VmaName::Socket(ino) => {
             e.status = status::REGULAR | status::SOCKET;
             (e.shmid, e.pgoff, e.fdflags) = (packet::mapped(ino, files).into(), area.offset, Some(libc::O_RDWR as u32));
+            return Ok(e);
+        }
+        VmaName::AnonInode(_) if io_uring::is_ring(area) => {
+            e.status = status::REGULAR | status::IO_URING;
+            (e.shmid, e.pgoff) = (io_uring::mapped(area, files)?.into(), area.offset);
             return Ok(e);
         }
         VmaName::AnonInode(name) => {

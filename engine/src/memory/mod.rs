@@ -32,6 +32,8 @@ pub mod status {
     pub const SHSTK: u32 = 1 << 15;
     pub const GUARD: u32 = 1 << 16;
     pub const UPROBES: u32 = 1 << 17;
+    /// A ring of an io_uring; ours, which CRIU does not know.
+    pub const IO_URING: u32 = 1 << 27;
 }
 
 /// Bits of `pagemap_entry.flags`.

@@ -145,7 +145,12 @@ impl Memory {
                 return refuse("an area of unknown kind");
             }
             if e.status
-                & (status::ANON_PRIVATE | status::FILE_PRIVATE | status::SYSVIPC | status::AIORING | OPENED_LAST)
+                & (status::ANON_PRIVATE
+                    | status::FILE_PRIVATE
+                    | status::SYSVIPC
+                    | status::AIORING
+                    | status::IO_URING
+                    | OPENED_LAST)
                 == 0
             {
                 return lie(format!("area {:x}-{:x} is of no kind", e.start, e.end));
@@ -490,7 +495,7 @@ impl Memory {
                 plan.call("guard pages", libc::SYS_madvise, &[e.start.into(), len.into(), MADV_GUARD_INSTALL.into()]);
                 continue;
             }
-            if e.status & (status::VDSO | status::VVAR | status::VSYSCALL) != 0 {
+            if e.status & (status::VDSO | status::VVAR | status::VSYSCALL | status::IO_URING) != 0 {
                 continue;
             }
             for advice in (0..64).filter(|n| e.madv.unwrap_or(0) >> n & 1 == 1) {
@@ -632,7 +637,8 @@ const ALL_KNOWN: u32 = status::REGULAR
     | status::SYSVIPC
     | status::AIORING
     | status::SOCKET
-    | status::GUARD;
+    | status::GUARD
+    | status::IO_URING;
 /// Areas without pages of the task's own, which are made when all tasks exist.
 const OPENED_LAST: u32 = status::FILE_SHARED | status::SOCKET;
 

@@ -18,6 +18,10 @@ pub fn macro_name(code: u32) -> &'static str {
         13 => "Fill",
         14 => "Guard",
         15 => "Load",
+        16 => "Place",
+        17 => "Turn",
+        18 => "Peek",
+        19 => "Groups",
         _ => "unknown",
     }
 }

@@ -99,6 +99,10 @@ impl IoUring {
 
     /// Takes one line. Lists follow their key on lines that begin with space.
     pub(super) fn line(&mut self, at: Place, line: &[u8]) -> Result<(), ParseError> {
+        // behind a large completion
+        if line.is_empty() {
+            return Ok(());
+        }
         if line.first().is_some_and(u8::is_ascii_whitespace) {
             return self.item(at, line);
         }

@@ -115,6 +115,8 @@ pub struct Status {
     pub kthread: Option<bool>,
     /// Locked memory in KiB; this and the next are there only while the task has memory.
     pub vm_locked_kb: Option<u64>,
+    /// Pinned memory in KiB.
+    pub vm_pinned_kb: Option<u64>,
     /// Present memory in KiB.
     pub vm_rss_kb: Option<u64>,
     /// Memory in swap in KiB.
@@ -190,6 +192,7 @@ struct Draft {
     ns_sid: Option<Vec<i32>>,
     kthread: Option<bool>,
     vm_locked_kb: Option<u64>,
+    vm_pinned_kb: Option<u64>,
     vm_rss_kb: Option<u64>,
     vm_swap_kb: Option<u64>,
     hugetlb_kb: Option<u64>,
@@ -216,6 +219,14 @@ struct Draft {
     thread_features_locked: Option<ThreadFeatures>,
     cpus_allowed_list: Option<Vec<u8>>,
     mems_allowed_list: Option<Vec<u8>>,
+}
+
+impl Status {
+    /// Whether it has memory pinned.
+    #[must_use]
+    pub fn pins(&self) -> bool {
+        self.vm_pinned_kb.unwrap_or(0) > 0
+    }
 }
 
 /// Reads the file.
@@ -262,6 +273,7 @@ impl Draft {
             b"NSpgid" => at.once(&mut self.ns_pgid, ints(at, value, "NSpgid")?, "NSpgid"),
             b"NSsid" => at.once(&mut self.ns_sid, ints(at, value, "NSsid")?, "NSsid"),
             b"Kthread" => at.once(&mut self.kthread, at.flag(value, "Kthread")?, "Kthread"),
+            b"VmPin" => at.once(&mut self.vm_pinned_kb, kb(at, value, "VmPin")?, "VmPin"),
             b"VmLck" => at.once(&mut self.vm_locked_kb, kb(at, value, "VmLck")?, "VmLck"),
             b"VmRSS" => at.once(&mut self.vm_rss_kb, kb(at, value, "VmRSS")?, "VmRSS"),
             b"VmSwap" => at.once(&mut self.vm_swap_kb, kb(at, value, "VmSwap")?, "VmSwap"),
@@ -334,6 +346,7 @@ impl Draft {
             ns_sid: self.ns_sid.unwrap_or_default(),
             kthread: self.kthread,
             vm_locked_kb: self.vm_locked_kb,
+            vm_pinned_kb: self.vm_pinned_kb,
             vm_rss_kb: self.vm_rss_kb,
             vm_swap_kb: self.vm_swap_kb,
             hugetlb_kb: self.hugetlb_kb,

@@ -8,6 +8,7 @@ pub mod cpu;
 pub mod diag;
 pub mod futex;
 pub mod interrupt;
+pub mod io_uring;
 pub mod memory;
 pub mod mount;
 pub mod netlink;

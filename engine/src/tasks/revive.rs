@@ -21,7 +21,7 @@ use super::tree::{Alive, Kind, Node, Tree};
 use super::{core, creds, seccomp};
 use crate::error::{At, Call, Error, Result};
 use crate::files::locks::{self, Held};
-use crate::files::{regular, tty, RestoreFiles};
+use crate::files::{io_uring, regular, tty, RestoreFiles};
 use crate::memory::fill::Helpers;
 use crate::memory::rebuild::{Compared, Figures, Inherited, Memory, Numbers};
 use crate::memory::vdso::Layout;
@@ -184,6 +184,11 @@ impl Script<'_> {
                         let slot = *self.threads.get(tid).ok_or(Error::Gone)?;
                         let mut plan = Plan::new();
                         let (info, core) = core::parts(entry)?;
+                        let rings = io_uring::Thread { tid: *tid, table: self.entries(i)? };
+                        if rings.has_work(self.table.restore) {
+                            stage(FILLED, &mut plan);
+                            rings.work(self.table.restore, &mut plan).task(*tid)?;
+                        }
                         self.thread(node, core, info.clear_tid_addr, *tid, &mut plan).task(*tid)?;
                         arena.load(slot, *tid, plan)?;
                     }
@@ -341,6 +346,7 @@ impl Script<'_> {
         }
         self.before_late_files(node, &mut plan);
         tty::open_controlling(node.pid, self.table.restore, &mut plan)?;
+        io_uring::make(node.pid, self.table.restore, &mut plan);
         stage(FORKED, &mut plan);
         if node.pgid != node.pid && node.pgid != 0 {
             plan.call("process group", libc::SYS_setpgid, &[0.into(), node.pgid.into()]);
@@ -352,6 +358,10 @@ impl Script<'_> {
         if locks.is_some() {
             self.descriptors(i, first_holder, &mut plan)?;
         }
+        let parked = self.birth.vdso.pieces.iter().map(|&(start, len)| (self.parked_at(start), len));
+        let ours: Vec<_> =
+            [(keep.0, arena.parking())].into_iter().chain(parked.map(|(at, len)| (at, at + len))).collect();
+        io_uring::map_areas(&memory.mm.vmas, &ours, self.table.engine, &self.table.late, &mut plan)?;
         self.place_vdso(alive, &mut plan)?;
         self.describe_memory(alive, &mut plan)?;
         let (info, thread_core) = core::parts(&alive.threads[0].1)?;
@@ -365,6 +375,7 @@ impl Script<'_> {
         self.write_self("/proc/self/loginuid", loginuid, &mut plan);
         self.folders(node, &mut plan)?;
         stage(FILLED, &mut plan);
+        io_uring::Thread { tid: node.pid, table: self.entries(i)? }.work(self.table.restore, &mut plan)?;
         self.await_children(node, &mut plan);
         if let Some(&(fd, group)) = self.table.terminals.get(&node.pid) {
             tty::set_foreground(fd, group, &mut plan);

@@ -20,6 +20,7 @@ mod inet;
 mod inet_groups;
 mod inet_options;
 mod inotify;
+mod io_uring;
 mod lease;
 mod limits;
 mod locks;
@@ -161,6 +162,8 @@ const HOST_IPC: &str = "CRIU 4.2 refuses System V memory of the host's IPC names
 const PACKED: &str = "CRIU 4.2 knows no packed pages";
 const OTHER_USER: &str = "CRIU 4.2 dumps tasks of other users only with CAP_SYS_RESOURCE";
 
+const URING: Criu = Criu::Cannot("CRIU 4.2 refuses io_uring");
+
 /// Connections, kept.
 const CONNECTED: &[&str] = &["--tcp-established", "--network-lock", "nftables"];
 
@@ -217,6 +220,13 @@ pub const ALL: &[Guest] = &[
     locks("lease", lease::in_force).criu(Criu::DumpsOnly(BREAKS)),
     locks("lease_breaking", lease::breaking).criu(Criu::Cannot("CRIU 4.2 fails at it on Linux 6.18")),
     guest("inotify", inotify::watches).criu(Criu::DumpsOnly("CRIU 4.2 lets the program hear of the restore")),
+    guest("io_uring", io_uring::rings).criu(URING),
+    guest("io_uring_busy", io_uring::busy).changes("it goes on").criu(URING).dumps(10),
+    guest("io_uring_counts", io_uring::counts).criu(URING),
+    guest("io_uring_issuers", io_uring::issuers).criu(URING),
+    guest("io_uring_polled", io_uring::polled).criu(URING),
+    guest("io_uring_registered", io_uring::registered).criu(URING),
+    guest("io_uring_shapes", io_uring::shapes).criu(URING),
     guest("inotify_deleted", inotify::deleted)
         .dump(&["--link-remap"])
         .restore(&["--link-remap"])
@@ -330,6 +340,7 @@ pub const ALL: &[Guest] = &[
     guest("track_given_back", track::given_back).changes(WRITES),
     guest("track_huge", track::huge).changes(WRITES),
     guest("track_moved", track::moved).changes(WRITES),
+    guest("track_pinned", track::pinned).changes(WRITES).criu(URING),
     guest("track_stacks", track::stacks).changes(WRITES),
     guest("track_words", track::words).changes(WRITES),
     guest("tree", tree::tree),
@@ -384,7 +395,12 @@ pub const ALL: &[Guest] = &[
         .refused(&["a write lease on", "mapped too"]),
     guest("refused_tun", refused::tun).alone_in_network().refused(&["/dev/net/tun"]),
     guest("refused_in_flight", refused::in_flight).refused(&["TCP socket", "--skip-in-flight"]).dump(CONNECTED),
-    guest("refused_io_uring", refused::io_uring).refused(&["io_uring"]),
+    guest("refused_io_uring_buffers", io_uring::provided).refused(&["io_uring", "provided buffers"]),
+    guest("refused_io_uring_file", io_uring::hidden_file).refused(&["io_uring", "registered file 0", "hidden"]),
+    guest("refused_io_uring_memory", io_uring::own_memory).refused(&["io_uring", "own memory"]),
+    guest("refused_io_uring_open", io_uring::open_in_flight).refused(&["io_uring", "in flight", "worker"]),
+    guest("refused_io_uring_poll", io_uring::poll_in_flight).refused(&["io_uring", "in flight", "a poll"]),
+    guest("refused_io_uring_timeout", io_uring::timeout_in_flight).refused(&["io_uring", "in flight", "a timeout"]),
     guest("refused_lease", refused::lease).dump(&["--file-locks"]).refused(&["a lease on the deleted file"]),
     guest("refused_link", refused::link).dump(&["--link-remap"]).refused(&["a userfaultfd"]),
     guest("refused_lock", refused::lock).refused(&["--file-locks"]),

@@ -16,18 +16,6 @@ pub(super) fn big_ghost() {
     check_eq!(did(file.metadata()).len(), 20_000);
 }
 
-/// A ring for asynchronous input and output.
-pub(super) fn io_uring() {
-    let mut parameters = [0u32; 30];
-    let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, 4, parameters.as_mut_ptr()) };
-    if fd < 0 {
-        // switched off on this machine: something else that nobody carries
-        perf();
-        return;
-    }
-    ready();
-}
-
 /// A lease on a deleted file, which to read would break it.
 pub(super) fn lease() {
     did(std::fs::write("leased", b"x"));

@@ -65,6 +65,45 @@ pub(super) fn words() {
     }
 }
 
+/// Pages that the kernel writes behind the program's back: they are registered with an io_uring, for a while.
+pub(super) fn pinned() {
+    use super::io_uring::{Pages, Ring, Sqe, READ_FIXED};
+    use std::os::unix::fs::FileExt as _;
+    const PAGES: usize = 64;
+    let area = Pages::new(PAGES);
+    area.fill(0);
+    let file = did(std::fs::File::options().read(true).write(true).create(true).truncate(true).open("source"));
+    let ring = Ring::new(4, 0, 0, false);
+    let mut expected = vec![0u64; PAGES];
+    let mut state = 88_172_645_463_325_252;
+    let mut registered = false;
+    let vector = [area.at(0) as usize, PAGES * 4096];
+    until_asked(|turn| {
+        if turn % 128 == 1 {
+            check_eq!(ring.register(0, vector.as_ptr().cast(), 1), 0);
+            registered = true;
+        } else if turn % 128 == 97 {
+            // IORING_UNREGISTER_BUFFERS
+            check_eq!(ring.register(1, std::ptr::null(), 0), 0);
+            registered = false;
+        }
+        let n = next(&mut state) as usize % PAGES;
+        expected[n] = turn << 32 | n as u64;
+        let mut bytes = vec![0u8; 4096];
+        write(bytes.as_mut_ptr(), expected[n]);
+        did(file.write_all_at(&bytes, 0));
+        if registered {
+            let (fd, address) = (file.as_raw_fd(), area.at(n) as u64);
+            check_eq!(ring.run(Sqe { op: READ_FIXED, fd, address, length: 4096, ..Sqe::default() }), 4096);
+        } else {
+            write(area.at(n), expected[n]);
+        }
+    });
+    for (n, value) in expected.iter().enumerate() {
+        check!(holds(area.at(n), *value));
+    }
+}
+
 /// All pages again and again, as fast as can be, by two threads: more than any pass could copy. In between it looks whether
 /// anyone has given it children.
 pub(super) fn flood() {

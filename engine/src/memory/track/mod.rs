@@ -11,6 +11,8 @@
 //! that last pass; the [holder] knows which it was. A pass that fails in the middle leaves marks that nobody
 //! believes. A page is taken from the parent only if the parent has it.
 //!
+//! Memory that is pinned (VmPin) is written by others without a fault: the memory of such a process is whole in each pass.
+//!
 //! Shared memory has no marks: others may write it, too. It is not in a pre-dump and whole in each dump, and so are
 //! hugetlb areas.
 //!
@@ -22,7 +24,7 @@
 
 pub mod holder;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::OnceLock;
 
@@ -47,6 +49,8 @@ pub struct Tracking {
     marks: Option<Marks>,
     holder: Option<Holder>,
     watched: HashMap<i32, Watched>,
+    /// Processes whose pages devices or the kernel may write, which no mark tells.
+    pinned: HashSet<i32>,
     /// What the parent has, by pid in its images; `None` when the marks do not mean "since the parent".
     parent: Option<Images>,
     /// Pages are marked again, for the next pass.
@@ -134,6 +138,7 @@ impl Tracking {
             marks,
             holder,
             watched,
+            pinned: HashSet::new(),
             parent: trusted,
             again,
             running: false,
@@ -173,10 +178,25 @@ impl Tracking {
         self.holder.is_some() || !self.watched.is_empty()
     }
 
+    /// The process has memory pinned (registered buffers of an io_uring, RDMA): who has it pinned writes it without a fault, so
+    /// no mark is believed, and none is set. A pin that comes after a pass is a write of its own.
+    pub fn distrust(&mut self, pid: i32) {
+        self.grown |= self.watched.remove(&pid).is_some();
+        if self.pinned.insert(pid) {
+            tracing::info!("task {pid} has memory pinned: it is dumped whole");
+        }
+    }
+
+    /// The next pass finds out anew who has memory pinned.
+    pub fn trust_again(&mut self) {
+        self.pinned.clear();
+    }
+
     /// Whether the memory of a process can be watched only after [`Tracking::watch`].
     pub fn needs_watch(&self, pid: i32, stat: &Stat) -> bool {
         self.again
             && self.marks == Some(Marks::Protection)
+            && !self.pinned.contains(&pid)
             && self.watched.get(&pid).is_none_or(|w| w.start != stat.starttime)
     }
 
@@ -219,7 +239,7 @@ impl Tracking {
 
     /// What is known of the pages of one task; `id` is its pid in the images.
     pub fn marks(&self, pid: i32, id: u32) -> Result<Option<TaskMarks<'_>>> {
-        let Some(marks) = self.marks else { return Ok(None) };
+        let Some(marks) = self.marks.filter(|_| !self.pinned.contains(&pid)) else { return Ok(None) };
         let areas = match marks {
             Marks::Protection => match self.watched.get(&pid) {
                 Some(watched) => Some(watched.areas.as_slice()),

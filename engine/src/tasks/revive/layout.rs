@@ -11,6 +11,11 @@ use crate::plan::Plan;
 use crate::tasks::tree::Alive;
 
 impl Script<'_> {
+    /// Where a part of our vdso waits.
+    pub(super) fn parked_at(&self, at: u64) -> u64 {
+        at - self.birth.vdso.layout.start() + self.parked.start()
+    }
+
     pub(super) fn place_vdso(&self, alive: &Alive, plan: &mut Plan) -> Result<()> {
         let wanted = alive.memory.vdso();
         if wanted.vdso == 0 {
@@ -18,7 +23,7 @@ impl Script<'_> {
         }
         let ours = &self.birth.vdso;
         let old = alive.memory.vdso_bytes();
-        let shift = |at: u64| at - ours.layout.start() + self.parked.start();
+        let shift = |at: u64| self.parked_at(at);
         let same_vvar = wanted.vvar == 0 || wanted.vvar_end - wanted.vvar == ours.layout.vvar_end - ours.layout.vvar;
         let same_place = wanted.vvar == 0
             || wanted.vdso.wrapping_sub(wanted.vvar) == ours.layout.vdso.wrapping_sub(ours.layout.vvar);
