@@ -258,9 +258,15 @@ pub(super) fn high() {
     let file = did(File::open("data"));
     let all: Vec<i32> = (1..=8).map(|n| unsafe { sys(libc::dup2(file.as_raw_fd(), top - n)) }).collect();
     // one whose number is given while tasks live: a pidfd
-    let child = fork(|| loop {
-        unsafe { libc::pause() };
+    let shared = Shared::new();
+    let child = fork(|| {
+        // from here on, nothing about it is still being made
+        shared.set(0, 1);
+        loop {
+            unsafe { libc::pause() };
+        }
     });
+    shared.wait(0, 1);
     let pidfd = sys(unsafe { libc::syscall(libc::SYS_pidfd_open, child, 0) }) as i32;
     ready();
     for fd in all {
