@@ -190,9 +190,16 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     let mut files =
         DumpFiles::new(opts, images, heads.iter().map(|h| h.0).collect(), numbers.root.net_ns_id.unwrap_or(0));
     (files.pids, files.users) = (pids, users);
-    if let Some(id) = own.id(namespaces::Kind::Mnt) {
+    if own.has(namespaces::Kind::Mnt) {
         let own_cgroups = own.has(namespaces::Kind::Cgroup);
-        files.mounts = Some(Mounts::read(opts, &[mounts::dump::Namespace { id, pid: root, own_cgroups }])?);
+        let mut all: Vec<mounts::dump::Namespace> = Vec::new();
+        for (task, alive) in living(&tasks) {
+            let id = alive.ids.mnt_ns_id.unwrap_or(0);
+            if all.iter().all(|ns| ns.id != id) {
+                all.push(mounts::dump::Namespace { id, pid: task.pid, own_cgroups });
+            }
+        }
+        files.mounts = Some(Mounts::read(opts, &all)?);
     }
     files.ipc_ns = numbers.root.ipc_ns_id.unwrap_or(0);
     files.memory_is_tracked = tracked;

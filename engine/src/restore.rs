@@ -133,7 +133,8 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
     let tree = Tree::read(images, job)?;
     let own = own_namespaces(&inventory, &tree)?;
     let mut cgroups = cgroups::Restored::read(opts, images, &inventory, &tree)?;
-    let mounts = own.id(namespaces::Kind::Mnt).map(|id| mounts::restore::read(opts, images, &[id])).transpose()?;
+    let mounts = own.id(namespaces::Kind::Mnt).map(|_| mounts::restore::read(opts, images, &mount_namespaces(&tree)));
+    let mounts = mounts.transpose()?;
     let birth = birth()?;
     if opts.personality == crate::options::Persona::Standstill {
         check_limits(&birth, &tree)?;
@@ -374,6 +375,11 @@ fn build<'r>(
     } else {
         None
     };
+    let mut mount_doors = HashMap::new();
+    for (id, door) in files.mounts.iter().flat_map(|made| made.nested()) {
+        let door = door.try_clone().call("fcntl(F_DUPFD_CLOEXEC)")?;
+        mount_doors.insert(id, draft.base + transfer.add(door) as i32);
+    }
     let doors = networks.doors_for_tasks(tree, &files.networks, &mut transfer)?;
     let (unpacker, packed) = unpacker(tree, draft.base, &mut transfer)?;
     phases.mark("opening");
@@ -399,6 +405,7 @@ fn build<'r>(
         },
         exes: draft.exes.iter().map(|(&id, &i)| (id, base + i as i32)).collect(),
         terminals: draft.terminals.iter().map(|(&pid, &(i, group))| (pid, (base + i as i32, group))).collect(),
+        mounts: mount_doors,
         networks: doors.into_iter().map(|(id, i)| (id, base + i as i32)).collect(),
         folders: draft.folders.iter().map(|(&id, &i)| (id, base + i as i32)).collect(),
         tables: draft.tables,
@@ -601,8 +608,9 @@ fn own_namespaces(inventory: &InventoryEntry, tree: &Tree) -> Result<Own> {
         .task(tree.root().pid);
     }
     for (_, node, a) in tree.alive() {
-        // each task may be in a network namespace of its own
-        let nested = |kind: &namespaces::Kind| *kind != namespaces::Kind::Net && kind.id(&a.ids) != kind.id(&of_root);
+        // each task may be in a network namespace of its own, and in a mount namespace, if the root is in one
+        let may = |kind| kind == namespaces::Kind::Net || kind == namespaces::Kind::Mnt && own.has(kind);
+        let nested = |kind: &namespaces::Kind| !may(*kind) && kind.id(&a.ids) != kind.id(&of_root);
         if let Some(kind) = namespaces::Kind::ALL.into_iter().find(nested) {
             return Err(Error::refused(
                 format!("a nested {} namespace", kind.name()),
@@ -612,6 +620,17 @@ fn own_namespaces(inventory: &InventoryEntry, tree: &Tree) -> Result<Own> {
         }
     }
     Ok(own)
+}
+
+/// The mount namespaces of the tree, that of its root first.
+fn mount_namespaces(tree: &Tree) -> Vec<u32> {
+    let mut all = Vec::new();
+    for id in tree.alive().filter_map(|(_, _, a)| a.ids.mnt_ns_id) {
+        if !all.contains(&id) {
+            all.push(id);
+        }
+    }
+    all
 }
 
 /// Limits above those of the one who restores can be had with a capability only. CRIU leaves them as they are. So do we with

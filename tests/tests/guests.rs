@@ -121,6 +121,7 @@ guests! {
     memory_stack
     mount_hidden
     mount_kinds
+    mount_nested
     mount_shared
     mount_tmpfs
     netlink

@@ -49,7 +49,7 @@ const IMAGE: &str = "remap-fpath.img";
 pub struct Dumped {
     root: Option<Arc<OwnedFd>>,
     gpus: Option<CharMajors>,
-    shared: HashMap<(u64, u64, Vec<u8>), u32>,
+    shared: HashMap<(u64, u64, u64, Vec<u8>), u32>,
     ghosts: HashMap<(u64, u64), u32>,
     linked: HashMap<(u64, u64), u32>,
     dead: BTreeSet<i32>,
@@ -134,7 +134,8 @@ pub fn entry(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<RegFileE
 /// The id of a file that a task has mapped, runs, or has as its root or working folder. `file` is open in any way, `link`
 /// is what its link in `/proc/PID` reads.
 pub fn mapped(cx: &mut DumpFiles<'_>, file: impl AsFd, link: &[u8], stat: &Stat) -> Result<u32> {
-    let key = (stat.st_dev, stat.st_ino, link.to_vec());
+    let mount = if cx.mounts.is_some() { mount::id_of(file.as_fd())? } else { 0 };
+    let key = (mount, stat.st_dev, stat.st_ino, link.to_vec());
     if let Some(&id) = cx.regular.shared.get(&key) {
         return Ok(id);
     }
@@ -224,7 +225,16 @@ fn spot(mount: Option<u32>, path: &[u8], cx: &mut DumpFiles<'_>) -> Result<(Arc<
             return Ok((Arc::new(root), path));
         }
     }
-    Ok((root(cx)?, path.to_vec()))
+    Ok((root_for(mount, cx)?, path.to_vec()))
+}
+
+/// The root of the namespace that a mount is in.
+fn root_for(mount: Option<u32>, cx: &mut DumpFiles<'_>) -> Result<Arc<OwnedFd>> {
+    let nested = mount.zip(cx.mounts.as_ref()).and_then(|(id, mounts)| mounts.root(mounts.table.by_id(id)?.ns));
+    match nested {
+        Some(root) => Ok(Arc::new(root.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?)),
+        None => root(cx),
+    }
 }
 
 /// `file[MOUNT:INODE]`, if the caller said that this file is not ours to carry.
@@ -262,7 +272,7 @@ fn named(seen: &Seen<'_>, mount: Option<u32>, id: u32, cx: &mut DumpFiles<'_>) -
         return ghostly(seen, id, bare, cx).map(|()| bare.to_vec());
     }
     if fs == NFS && silly(path) {
-        return linked(seen, id, path, fs, cx).map(|()| path.to_vec());
+        return linked(seen, mount, id, path, fs, cx).map(|()| path.to_vec());
     }
     let (from, rest) = spot(mount, path, cx)?;
     let found = look(from.as_fd(), &rest, seen)?;
@@ -279,7 +289,7 @@ fn named(seen: &Seen<'_>, mount: Option<u32>, id: u32, cx: &mut DumpFiles<'_>) -
         if seen.kind() == FileType::Directory {
             return ghostly(seen, id, bare, cx).map(|()| bare.to_vec());
         }
-        return linked(seen, id, bare, fs, cx).map(|()| bare.to_vec());
+        return linked(seen, mount, id, bare, fs, cx).map(|()| bare.to_vec());
     }
     match found {
         Found::Other(other)
@@ -302,7 +312,7 @@ fn named(seen: &Seen<'_>, mount: Option<u32>, id: u32, cx: &mut DumpFiles<'_>) -
             format!("{}, which its path does not lead to,", shown()),
             "leave the folder before the dump",
         )),
-        Found::Nothing | Found::Same => linked(seen, id, path, fs, cx).map(|()| path.to_vec()),
+        Found::Nothing | Found::Same => linked(seen, mount, id, path, fs, cx).map(|()| path.to_vec()),
     }
 }
 
@@ -399,7 +409,7 @@ fn ghostly(seen: &Seen<'_>, id: u32, bare: &[u8], cx: &mut DumpFiles<'_>) -> Res
 }
 
 /// The file gets a name near its old one.
-fn linked(seen: &Seen<'_>, id: u32, bare: &[u8], fs: u64, cx: &mut DumpFiles<'_>) -> Result<()> {
+fn linked(seen: &Seen<'_>, mount: Option<u32>, id: u32, bare: &[u8], fs: u64, cx: &mut DumpFiles<'_>) -> Result<()> {
     let link = match cx.regular.linked.get(&seen.inode()) {
         Some(&link) => link,
         None => {
@@ -410,7 +420,7 @@ fn linked(seen: &Seen<'_>, id: u32, bare: &[u8], fs: u64, cx: &mut DumpFiles<'_>
                 });
             }
             let link = cx.new_id();
-            let (folder, mut path) = nearest(root(cx)?.as_fd(), bare)?;
+            let (folder, mut path) = nearest(root_for(mount, cx)?.as_fd(), bare)?;
             let name = format!("link_remap.{link}").into_bytes();
             if let Some(guard) = cx.guard {
                 let held = guard.hold(folder.as_fd())?;
@@ -427,7 +437,8 @@ fn linked(seen: &Seen<'_>, id: u32, bare: &[u8], fs: u64, cx: &mut DumpFiles<'_>
             }
             path.extend_from_slice(&name);
             cx.regular.links.push((folder, name));
-            let reg = RegFileEntry { id: link, fown: no_owner(), name: path, ..Default::default() };
+            let mnt_id = mount.map(|id| i32::try_from(id).unwrap_or(-1));
+            let reg = RegFileEntry { id: link, fown: no_owner(), name: path, mnt_id, ..Default::default() };
             cx.add(FileEntry { r#type: FdTypes::Reg as i32, id: link, reg: Some(reg), ..Default::default() });
             cx.regular.linked.insert(seen.inode(), link);
             link
@@ -684,11 +695,10 @@ fn restore_root(cx: &RestoreFiles<'_>) -> Result<Arc<OwnedFd>> {
 
 /// The restore worked: removes the names that `--link-remap` made.
 pub fn done(cx: &mut RestoreFiles<'_>) -> Result<()> {
-    let root = restore_root(cx)?;
     let linked = |to: &Remap| if let Remap::Linked(id) = to { Some(*id) } else { None };
     let links: BTreeSet<u32> = cx.regular.remaps.values().filter_map(linked).collect();
     for id in links {
-        let path = by_id(cx, id)?.name;
+        let (root, path) = place_of(cx, &by_id(cx, id)?)?;
         let (folder, name) = split(&path);
         let gone = open_below(root.as_fd(), folder, (libc::O_PATH | libc::O_DIRECTORY) as u32)
             .and_then(|folder| rustix::fs::unlinkat(folder, name, AtFlags::empty()));

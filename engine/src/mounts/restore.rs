@@ -88,6 +88,17 @@ impl Made {
         first.map(AsFd::as_fd).ok_or(Error::Gone)
     }
 
+    /// The root of a namespace.
+    pub fn root_of(&self, ns: u32) -> Result<BorrowedFd<'_>> {
+        self.roots.get(&ns).map(AsFd::as_fd).ok_or(Error::Gone)
+    }
+
+    /// The namespaces that are not the root task's.
+    pub fn nested(&self) -> impl Iterator<Item = (u32, &OwnedFd)> {
+        let first = self.table.namespaces.first().copied();
+        self.namespaces.iter().filter(move |(id, _)| Some(**id) != first).map(|(id, fd)| (*id, fd))
+    }
+
     /// From where a file is found, and by which path: from the root of its namespace, or from its mount, if that is hidden.
     pub fn place<'p>(&self, id: u32, path: &'p [u8]) -> Result<(BorrowedFd<'_>, &'p [u8])> {
         let lie = |what: &str| Error::lie("files.img", format!("{} is {what}", String::from_utf8_lossy(path)));

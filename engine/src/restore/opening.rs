@@ -103,11 +103,6 @@ pub(super) fn open_files(
             draft.terminals.insert(node.pid, (transfer.add(c.terminal), c.foreground));
         }
     }
-    // the root that tasks have anyway
-    let here = match &files.mounts {
-        Some(made) => rustix::fs::fstat(made.root()?).call("fstat")?,
-        None => rustix::fs::stat("/").call("stat(/)")?,
-    };
     let has_it = files.mounts.is_some() || opts.root.is_none();
     for (_, node, a) in tree.alive() {
         for key @ (id, mode) in a.memory.files() {
@@ -137,6 +132,11 @@ pub(super) fn open_files(
                 .ok_or(Error::Usage { what: "pages are not in a file; restore needs an image folder".into() })?;
             draft.pages.insert((pid, n), transfer.add_copy(file.as_fd())?);
         }
+        // the root that it has anyway
+        let here = match &files.mounts {
+            Some(made) => rustix::fs::fstat(made.root_of(a.ids.mnt_ns_id.unwrap_or(0))?).call("fstat")?,
+            None => rustix::fs::stat("/").call("stat(/)")?,
+        };
         if let Some(fs) = draft.fs.get(&node.pid) {
             for id in [fs.cwd_id, fs.root_id] {
                 if draft.late_ids.contains(&id) {

@@ -100,8 +100,9 @@ impl Ids {
             ))
             .task(pid);
         }
-        // each task may be in a network namespace of its own
-        let nested = |kind: &Kind| *kind != Kind::Net && kind.id(&e) != kind.id(&of_tree);
+        // each task may be in a network namespace of its own, and in a mount namespace, if the root is in one
+        let may = |kind: Kind| kind == Kind::Net || kind == Kind::Mnt && of_tree.mnt_ns_id != self.root.mnt_ns_id;
+        let nested = |kind: &Kind| !may(*kind) && kind.id(&e) != kind.id(&of_tree);
         if let Some(kind) = Kind::ALL.into_iter().find(nested) {
             return Err(Error::refused(
                 format!("a nested {} namespace", kind.name()),

@@ -106,6 +106,8 @@ pub struct Table<'a> {
     pub terminals: HashMap<i32, (i32, u32)>,
     /// Network namespaces by id, if the tree has several.
     pub networks: HashMap<u32, i32>,
+    /// Mount namespaces by id, but for that of the root.
+    pub mounts: HashMap<u32, i32>,
     /// Folders by file id.
     pub folders: HashMap<u32, i32>,
     /// Descriptor tables by id.
@@ -659,6 +661,11 @@ impl Script<'_> {
             let fd = self.table.folders.get(&id).copied();
             fd.map(Arg::from).ok_or_else(|| Error::lie("fs", format!("folder {id:#x} is missing")))
         };
+        if let Kind::Alive(a) = &node.kind {
+            if let Some(&fd) = self.table.mounts.get(&a.ids.mnt_ns_id.unwrap_or(0)) {
+                plan.call("mount namespace", libc::SYS_setns, &[fd.into(), libc::CLONE_NEWNS.into()]);
+            }
+        }
         let enter = |at: Arg, what: &'static str, plan: &mut Plan| {
             plan.call(what, libc::SYS_fchdir, &[at]);
             if matches!(at, Arg::Result(_)) {

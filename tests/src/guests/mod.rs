@@ -258,6 +258,7 @@ pub const ALL: &[Guest] = &[
     guest("memory_stack", memory::stack),
     guest("mount_hidden", mounts::hidden).changes(MOUNTS).criu(Criu::Cannot(BEFORE)),
     guest("mount_kinds", mounts::kinds).changes(MOUNTS).criu(Criu::Cannot(BEFORE)),
+    guest("mount_nested", mounts::nested).changes(MOUNTS).criu(Criu::Cannot(BEFORE)),
     guest("mount_shared", mounts::shared).changes(MOUNTS).criu(Criu::Cannot(BEFORE)),
     guest("mount_tmpfs", mounts::tmpfs).changes(MOUNTS).criu(Criu::Cannot(BEFORE)),
     guest("netlink", netlink::netlink),

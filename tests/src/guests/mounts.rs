@@ -197,6 +197,48 @@ pub(super) fn shared() {
     check_eq!(seen("before"), [false; 5]);
 }
 
+/// A child with mounts of its own, some of which are peers of its parent's.
+pub(super) fn nested() {
+    private();
+    let (s, own) = (place("s"), place("own"));
+    mount("tmpfs", &s, 0, "");
+    change(&s, libc::MS_SHARED);
+    for name in ["before", "after", "back"] {
+        check!(fs::create_dir(s.join(name)).is_ok());
+    }
+    let child = fork(|| {
+        sys(unsafe { libc::unshare(libc::CLONE_NEWNS) });
+        mount("tmpfs", &own, 0, "");
+        check!(fs::write(own.join("f"), "mine").is_ok());
+        let Ok(file) = fs::File::options().read(true).write(true).open(own.join("f")) else { fail("no file") };
+        check!(std::env::set_current_dir(&own).is_ok());
+        mount("tmpfs", &s.join("before"), 0, "");
+        let namespace = fs::read_link("/proc/self/ns/mnt").ok();
+        check!(
+            namespace.is_some()
+                && namespace != fs::read_link(format!("/proc/{}/ns/mnt", unsafe { libc::getppid() })).ok()
+        );
+        check!(fs::write(s.join("before/f"), "both").is_ok());
+        wait_for_check();
+        eventually("what the parent mounts", || s.join("after/f").exists());
+        check_eq!(text(Path::new("f")), "mine");
+        check!(file.write_all_at(b"M", 0).is_ok());
+        check_eq!(text(&own.join("f")), "Mine");
+        check_eq!(text(&s.join("before/f")), "both");
+        mount("tmpfs", &s.join("back"), 0, "");
+        check!(fs::write(s.join("back/f"), "").is_ok());
+        0
+    });
+    eventually("what the child mounts", || s.join("before/f").exists());
+    ready();
+    check!(!own.join("f").exists());
+    check_eq!(text(&s.join("before/f")), "both");
+    mount("tmpfs", &s.join("after"), 0, "");
+    check!(fs::write(s.join("after/f"), "").is_ok());
+    check_eq!(wait(child), 0);
+    check!(s.join("back/f").exists());
+}
+
 /// File systems that the kernel fills; a root whose folder is gone; and one that cannot be bound.
 pub(super) fn kinds() {
     private();
