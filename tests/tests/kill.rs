@@ -212,6 +212,13 @@ fn a_dump_of_connections_killed_at_each_request() {
     each_request_of_a_dump("tcp_streams", "dump", &["-R", "--tcp-established", "--network-lock", "nftables"]);
 }
 
+#[test]
+fn a_dump_of_rings_killed_at_each_request() {
+    let Some(()) = strace("a_dump_of_rings_killed_at_each_request") else { return };
+    let _alone = alone();
+    each_request_of_a_dump("io_uring_busy", "dump", &["-R"]);
+}
+
 /// Ends what a pre-dump that was complete has left running on purpose: the next one has to make it again.
 fn untrack(images: &Path, pid: &str) {
     let mut command = Engine::ours().command("untrack", images, &["-t", pid]);

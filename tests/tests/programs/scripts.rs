@@ -44,6 +44,16 @@ fn node() {
     counts("node", Command::new(path).arg(script("workers.js")).arg(&at), at, &[]);
 }
 
+/// With its rings: its own files are read and written by threads of the kernel that poll.
+#[test]
+fn node_rings() {
+    let Some(path) = program("node") else { return };
+    let at = folder("node_rings");
+    let mut command = Command::new(path);
+    command.env("UV_USE_IO_URING", "1").arg(script("workers.js")).arg(&at);
+    counts("node with rings", &mut command, at, &[]);
+}
+
 #[test]
 fn pools() {
     let (Some(path), Some(_), Some(_)) = (program("python3"), program("make"), program("cc")) else { return };
