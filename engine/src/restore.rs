@@ -520,6 +520,7 @@ fn build<'r>(
     if networks.locked().is_some() {
         stages.announce(Stage::NetworkUnlock, Some(pid));
     }
+    networks.unlock_nested(inventory, !connections.is_empty())?;
     let lifted = Lifted::lift(inventory, connections, files.guard, networks.locked())?;
     inet::repair_ends(files)?;
     sysv::settle(files)?;

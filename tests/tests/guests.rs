@@ -125,6 +125,8 @@ guests! {
     mount_shared
     mount_tmpfs
     netlink
+    network_namespace
+    network_namespaces
     outside
     outside_datagrams
     packed_family

@@ -79,6 +79,16 @@ impl Network {
         self.root.and_then(|id| self.networks.get(id))
     }
 
+    /// Opens those that this restore has made and locked, the root's excepted, which the dump may have locked as well.
+    pub(super) fn unlock_nested(&self, inventory: &InventoryEntry, connections: bool) -> Result<()> {
+        for id in self.networks.ids().filter(|id| connections && Some(*id) != self.root) {
+            if let Some(namespace) = self.networks.get(id) {
+                network::inside(namespace, || netlock::unlock_here(inventory))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Makes them, now that the root, `pid`, is there, and fills them.
     pub(super) fn fill(
         &mut self,

@@ -336,6 +336,18 @@ pub fn lock_here(inventory: &InventoryEntry) -> Result<()> {
     }
 }
 
+/// Takes that lock away, if it is there.
+pub fn unlock_here(inventory: &InventoryEntry) -> Result<()> {
+    match inventory.network_lock_method {
+        Some(1) => match Nftables::open()?.run(&nftables::delete(&table_in(inventory))) {
+            Err(e) if e.errno() == libc::ENOENT => Ok(()),
+            other => other,
+        },
+        Some(2) => Ok(()),
+        _ => unlock_all_by_rules(),
+    }
+}
+
 fn open_in(namespace: Option<BorrowedFd<'_>>) -> Result<Nftables> {
     match namespace {
         Some(namespace) => inside(namespace, Nftables::open),

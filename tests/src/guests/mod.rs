@@ -30,6 +30,7 @@ mod memory;
 mod mounts;
 mod namespaces;
 mod netlink;
+mod network_namespace;
 mod outside;
 mod packed;
 mod packet;
@@ -262,6 +263,8 @@ pub const ALL: &[Guest] = &[
     guest("mount_shared", mounts::shared).changes(MOUNTS).criu(Criu::Cannot(BEFORE)),
     guest("mount_tmpfs", mounts::tmpfs).changes(MOUNTS).criu(Criu::Cannot(BEFORE)),
     guest("netlink", netlink::netlink),
+    guest("network_namespace", network_namespace::namespace).dump(CONNECTED).restore(CONNECTED).changes(NUMBERS),
+    guest("network_namespaces", network_namespace::several).dump(CONNECTED).restore(CONNECTED).changes(NUMBERS),
     guest("outside", outside::outside),
     guest("outside_datagrams", outside::datagrams).dump(&["--ext-unix-sk"]).restore(&["--ext-unix-sk"]),
     guest("packed_family", packed::family).dump(&["--compress"]).criu(Criu::Cannot(PACKED)),
