@@ -173,3 +173,29 @@ fn ids_in_use() {
     run.restore(&engine, &images);
     run.check(How::Restored);
 }
+
+/// What the one who restores ignores (nohup(1)) is not what the program ignores.
+#[test]
+fn an_engine_that_ignores_signals() {
+    let mut run = Run::start("tree");
+    let images = run.images("images");
+    let ignored = |pid: i32| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        status.lines().find(|l| l.starts_with("SigIgn")).map(str::to_owned)
+    };
+    let before: Vec<_> = run.tree.iter().map(|p| (*p, ignored(*p))).filter(|(_, mask)| mask.is_some()).collect();
+    run.dump(&Engine::ours(), &images);
+    let restore = Engine::ours().command("restore", &images, &["-d"]);
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "trap '' HUP USR1 USR2; exec \"$0\" \"$@\""])
+        .arg(restore.get_program())
+        .args(restore.get_args());
+    let output = process::run(&mut command, Duration::from_secs(60)).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(output.code, Some(0), "{}", output.text);
+    for (pid, mask) in before.into_iter().filter(|(pid, _)| process::alive(*pid)) {
+        assert_eq!(ignored(pid), mask, "task {pid}");
+    }
+    run.look();
+    run.check(How::Restored);
+}

@@ -368,6 +368,11 @@ unsafe extern "C" fn child(errand: *mut libc::c_void) -> ! {
     unsafe {
         let e = &mut *errand.cast::<Errand>();
         raw(libc::SYS_close_range, [3, u32::MAX as usize, CLOSE_RANGE_CLOEXEC, 0, 0]);
+        // what the engine ignores would be ignored over clone3 and exec
+        let default = [0u64; 4];
+        for signal in 1..=64 {
+            raw(libc::SYS_rt_sigaction, [signal, default.as_ptr() as usize, 0, 8, 0]);
+        }
         let hold = &raw const e.hold;
         let mut patience = 0;
         loop {
