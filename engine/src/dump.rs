@@ -201,11 +201,14 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
         }
         files.mounts = Some(Mounts::read(opts, &all)?);
     }
-    files.ipc_ns = numbers.root.ipc_ns_id.unwrap_or(0);
+    files.ipc_ns = own.id(namespaces::Kind::Ipc).or(numbers.root.ipc_ns_id).unwrap_or(0);
     files.memory_is_tracked = tracked;
     files.guard = Some(&guard);
     files.lock = Lock::new(opts.network_lock, &run);
     find_networks(&tasks, &numbers, own.id(namespaces::Kind::Net), &mut files)?;
+    if let Some(id) = own.id(namespaces::Kind::Ipc) {
+        namespaces::ipc::dump(root, id, &mut files)?;
+    }
     let fdinfos = dump_files(&mut tasks, &mut files)?;
     if let Some(mounts) = &mut files.mounts {
         // after the files: names that those without one got are in there

@@ -145,8 +145,9 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
 
     let mut networks = read_networks(opts, images, &inventory, &tree)?;
     let mut files = RestoreFiles::read(opts, images)?;
-    let ipc_ns = inventory.root_ids.as_ref().and_then(|r| r.ipc_ns_id).unwrap_or(0);
-    sysv::read(ipc_ns, tree.alive().flat_map(|(_, _, a)| &a.memory.mm.vmas), &mut files)?;
+    let own_ipc = own.id(namespaces::Kind::Ipc);
+    let ipc_ns = own_ipc.or(inventory.root_ids.as_ref().and_then(|r| r.ipc_ns_id)).unwrap_or(0);
+    sysv::read(ipc_ns, own_ipc.is_some(), tree.alive().flat_map(|(_, _, a)| &a.memory.mm.vmas), &mut files)?;
     if let Some(id) = own.id(namespaces::Kind::User) {
         files.set_users(Users::read(id, images)?);
     }
@@ -324,6 +325,9 @@ fn build<'r>(
         stages.reach(Stage::SetupNamespaces, Some(pid))?;
         namespaces::fill(pid, own, images)?;
         networks.fill(opts, pid, inventory, files)?;
+        if let Some(id) = own.id(namespaces::Kind::Ipc) {
+            namespaces::ipc::restore(pid, id, &files.sysv, images)?;
+        }
         if let Some(table) = mounts {
             let made = mounts::restore::make(opts, images, table, &mounts::restore::Owners::of(pid, own)?)?;
             files.regular.set_root(made.root()?.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?);
@@ -524,6 +528,9 @@ fn build<'r>(
     let lifted = Lifted::lift(inventory, connections, files.guard, networks.locked())?;
     inet::repair_ends(files)?;
     sysv::settle(files)?;
+    if let Some(id) = own.id(namespaces::Kind::Ipc) {
+        namespaces::ipc::settle(pid, id, &files.sysv, images)?;
+    }
     phases.mark("registers");
     Ok(Poised { nursery, held, arena, stops, lifted, figures })
 }

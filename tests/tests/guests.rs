@@ -93,6 +93,7 @@ guests! {
     io_uring_polled
     io_uring_registered
     io_uring_shapes
+    ipc
     lease
     lease_breaking
     limits
@@ -224,6 +225,7 @@ refused! {
     refused_io_uring_open
     refused_io_uring_poll
     refused_io_uring_timeout
+    refused_posix_queue
     refused_lease
     refused_link
     refused_lock

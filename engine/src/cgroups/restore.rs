@@ -53,6 +53,15 @@ fn set_of(entry: &CoreEntry) -> u32 {
     own.or_else(|| entry.tc.as_ref().and_then(|tc| tc.cg_set)).unwrap_or(0)
 }
 
+/// Where a thread is: hierarchies and paths. To move someone to where he is takes the kernel some time all the same.
+fn groups_of(tid: i32) -> Result<Vec<(String, String)>> {
+    let mut text = Vec::new();
+    crate::proc::read_proc(format!("/proc/{tid}/cgroup").as_ref(), &mut text).call("read(/proc/PID/cgroup)")?;
+    let lossy = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let all = crate::proc::cgroup::parse(&text)?.into_iter();
+    Ok(all.map(|m| (lossy(&m.controllers.join(&b',')), lossy(&m.path))).collect())
+}
+
 fn below(path: &str, name: &str) -> String {
     match (path, name) {
         ("", name) => name.to_owned(),
@@ -346,7 +355,11 @@ impl<'o> Restored<'o> {
     }
 
     fn move_process(&self, pid: i32, set: &Set) -> Result<()> {
-        set.members.iter().try_for_each(|member| self.enter(&member.name, &member.path, "cgroup.procs", pid))
+        let there = groups_of(pid)?;
+        for member in set.members.iter().filter(|m| !there.contains(&(m.name.clone(), m.path.clone()))) {
+            self.enter(&member.name, &member.path, "cgroup.procs", pid)?;
+        }
+        Ok(())
     }
 
     fn enter(&self, controller: &str, path: &str, file: &str, id: i32) -> Result<()> {
@@ -397,7 +410,8 @@ impl<'o> Restored<'o> {
 
     /// Elsewhere than in hierarchies of threads, a thread is where its process is.
     fn move_thread(&self, tid: i32, set: &Set) -> Result<()> {
-        for member in &set.members {
+        let there = groups_of(tid)?;
+        for member in set.members.iter().filter(|m| !there.contains(&(m.name.clone(), m.path.clone()))) {
             let controller = &self.controllers[self.controller(&member.name)?];
             if !controller.threaded {
                 continue;

@@ -1,4 +1,5 @@
-//! System V shared memory of the IPC namespace that Standstill and the program live in (shmget(2), shmat(2)).
+//! System V shared memory (shmget(2), shmat(2)): of the IPC namespace that Standstill and the program live in, or of one that
+//! is the tree's own (`namespaces/ipc.rs`), all of whose segments are carried, attached or not.
 //!
 //! `maps` shows an attached segment as `/SYSVkkkkkkkk (deleted)`; the inode is its id, and IPC_STAT has the rest. A segment is
 //! the namespace's and not a task's: other programs may have it attached, and it stays when the tree is dead, unless it was
@@ -22,10 +23,11 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 
 use rustix::fs::FallocateFlags;
 use standstill_images::proto::{IpcDescEntry, IpcShmEntry, VmaEntry};
-use standstill_images::ImageKind;
+use standstill_images::{ImageKind, Images};
 
 use super::{status, PAGE};
 use crate::error::{At, Call, Error, Place, Result};
@@ -41,7 +43,8 @@ const SHM_DEST: u32 = 0o1000;
 /// Flags of shmget(2): huge pages, and the logarithm of their size.
 const SHM_HUGETLB: u32 = 0o4000;
 const HUGE_SHIFT: u32 = 26;
-const NEXT_ID: &str = "/proc/sys/kernel/shm_next_id";
+/// The number of the next segment (proc_sys_kernel(5)).
+pub const NEXT_ID: &str = "/proc/sys/kernel/shm_next_id";
 const IMAGE: &str = "ipcns-shm";
 const ELSEWHERE: &str = "restore in another IPC namespace, or remove what has it (ipcrm -m ID, ipcrm -M KEY)";
 
@@ -49,6 +52,56 @@ const ELSEWHERE: &str = "restore in another IPC namespace, or remove what has it
 #[derive(Debug, Default)]
 pub struct Dumped {
     segments: BTreeMap<u32, IpcShmEntry>,
+    /// They are of an IPC namespace of the tree's own, all of whose segments are known already.
+    own: bool,
+}
+
+/// A segment of a namespace that belongs to a tree.
+#[derive(Debug)]
+pub struct Found {
+    id: u32,
+    segment: Segment,
+    huge: Option<u64>,
+    size: u64,
+    file: OwnedFd,
+}
+
+/// All segments of this thread's IPC namespace. `forced`: who is not attached is removed (`shm_rmid_forced`).
+pub fn find(forced: bool) -> Result<Vec<Found>> {
+    const HUGETLBFS: i64 = 0x9584_58f6;
+    const HUGE: [u64; 2] = [2 << 20, 1 << 30];
+    let mut all = Vec::new();
+    for (id, segment) in shm::all()? {
+        let at = Place::Item("System V shared memory", id.unsigned_abs().into());
+        if segment.attached == 0 && (forced || segment.mode & SHM_DEST != 0) {
+            // looking at it would remove it
+            let what = "a segment that nobody has attached, and that is gone with its maker";
+            return Err(Error::refused(what, "attach it, or turn shm_rmid_forced off")).at(at);
+        }
+        let open = |page: u64| shm::open(id, segment.size.next_multiple_of(page));
+        let mut file = open(PAGE);
+        for page in HUGE {
+            if file.as_ref().is_err_and(|e| e.errno() == libc::ENOENT) {
+                file = open(page);
+            }
+        }
+        let file = file.at(at)?;
+        let size = rustix::fs::fstat(&file).call("fstat")?.st_size.unsigned_abs();
+        let system = rustix::fs::fstatfs(&file).call("fstatfs")?;
+        let huge = (system.f_type == HUGETLBFS).then_some(system.f_bsize.unsigned_abs());
+        all.push(Found { id: id.unsigned_abs(), segment, huge, size, file });
+    }
+    Ok(all)
+}
+
+impl Found {
+    /// The segment goes into images.
+    pub fn note(self, cx: &mut DumpFiles<'_>) {
+        cx.memfds.reserve(self.id);
+        cx.sysv.own = true;
+        cx.sysv.segments.insert(self.id, entry(self.id, &self.segment, self.huge));
+        memfd::add_job(cx, self.file, self.size, self.id, self.huge);
+    }
 }
 
 /// The id of an attached segment.
@@ -63,7 +116,7 @@ pub fn reserve(areas: &[Vma], cx: &mut DumpFiles<'_>) {
 
 /// Dumps one area, whose entry has all that is not special to it.
 pub fn area(pid: i32, area: &Vma, cx: &mut DumpFiles<'_>, e: &mut VmaEntry) -> Result<()> {
-    if cx.opts.personality == Persona::Criu {
+    if cx.opts.personality == Persona::Criu && !cx.sysv.own {
         let what = format!("Task {pid} with SysVIPC shmem map @{:x} doesn't live in IPC ns", area.start);
         return Err(Error::Usage { what });
     }
@@ -123,6 +176,8 @@ pub fn finish(cx: &mut DumpFiles<'_>) -> Result<()> {
 #[derive(Debug, Default)]
 pub struct Restored {
     segments: BTreeMap<u32, IpcShmEntry>,
+    /// They are of an IPC namespace of the tree's own.
+    own: bool,
     /// Segments that survived, and that nobody had.
     stale: Vec<u32>,
     made: Made,
@@ -158,6 +213,25 @@ impl Restored {
         self.segments.iter().map(|(&id, e)| (id, Attach { bytes: whole_size(e), page: page_size(e) })).collect()
     }
 
+    /// Makes all of them, in this thread's IPC namespace, which is new.
+    pub fn make_all(&self, images: &Images) -> Result<()> {
+        let mut made = Made::default();
+        for e in self.segments.values() {
+            let at = Place::Item("System V shared memory", e.desc.id.into());
+            make(e, None, &mut made).and_then(|()| fill(e, images)).at(at)?;
+        }
+        made.keep();
+        Ok(())
+    }
+
+    /// All have attached what they have: marks for removal.
+    pub fn mark_removed(&self) -> Result<()> {
+        for e in self.segments.values().filter(|e| e.desc.mode & SHM_DEST != 0) {
+            shm::remove(e.desc.id.cast_signed()).at(Place::Item("System V shared memory", e.desc.id.into()))?;
+        }
+        Ok(())
+    }
+
     /// What has been made so far: to be removed if the restore fails after all.
     pub fn take_made(&mut self) -> Made {
         std::mem::take(&mut self.made)
@@ -182,9 +256,17 @@ fn whole_size(e: &IpcShmEntry) -> u64 {
 }
 
 /// Reads `ipcns-shm-N.img` and checks what the tasks have attached.
-pub fn read<'v>(ns: u32, areas: impl Iterator<Item = &'v VmaEntry>, cx: &mut RestoreFiles<'_>) -> Result<()> {
+///
+/// `own`: the namespace is the tree's.
+pub fn read<'v>(
+    ns: u32,
+    own: bool,
+    areas: impl Iterator<Item = &'v VmaEntry>,
+    cx: &mut RestoreFiles<'_>,
+) -> Result<()> {
     let mut attached = areas.filter(|e| e.status & status::SYSVIPC != 0).peekable();
-    if attached.peek().is_none() {
+    cx.sysv.own = own;
+    if attached.peek().is_none() && !(own && cx.images.exists(ImageKind::IpcnsShm, ns)?) {
         return Ok(());
     }
     let image = cx.images.open(ImageKind::IpcnsShm, ns)?;
@@ -212,6 +294,9 @@ pub fn read<'v>(ns: u32, areas: impl Iterator<Item = &'v VmaEntry>, cx: &mut Res
 
 /// Finds the segments that survived, and makes the others again.
 pub fn prepare(cx: &mut RestoreFiles<'_>) -> Result<()> {
+    if cx.sysv.own {
+        return Ok(());
+    }
     for e in cx.sysv.segments.values() {
         let id = e.desc.id;
         let at = Place::Item("System V shared memory", id.into());
@@ -225,7 +310,7 @@ pub fn prepare(cx: &mut RestoreFiles<'_>) -> Result<()> {
             }
             Ok(_) => return Err(Error::refused("an id that another segment has by now", ELSEWHERE)).at(at),
             Err(e) if e.errno() != libc::EINVAL && e.errno() != libc::EIDRM => return Err(e).at(at),
-            Err(_) => make(e, cx.guard, &mut cx.sysv.made).and_then(|()| fill(e, cx)).at(at)?,
+            Err(_) => make(e, cx.guard, &mut cx.sysv.made).and_then(|()| fill(e, cx.images)).at(at)?,
         }
     }
     Ok(())
@@ -267,10 +352,10 @@ fn make(e: &IpcShmEntry, guard: Option<&Guard<'_>>, made: &mut Made) -> Result<(
 }
 
 /// Puts the content of the dump into a segment.
-fn fill(e: &IpcShmEntry, cx: &RestoreFiles<'_>) -> Result<()> {
+fn fill(e: &IpcShmEntry, images: &Images) -> Result<()> {
     let file = shm::open(e.desc.id.cast_signed(), whole_size(e))?;
     let size = rustix::fs::fstat(&file).call("fstat")?.st_size.unsigned_abs();
-    memfd::fill(&file, e.desc.id, size, e.hugetlb_flag.is_some(), cx.images)
+    memfd::fill(&file, e.desc.id, size, e.hugetlb_flag.is_some(), images)
 }
 
 /// When all tasks are whole and none runs: the content of segments that survived, marks for removal.
@@ -282,14 +367,14 @@ pub fn settle(cx: &mut RestoreFiles<'_>) -> Result<()> {
             let size = whole_size(e);
             let all = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             rustix::fs::fallocate(&file, all, 0, size).call("fallocate(FALLOC_FL_PUNCH_HOLE)")?;
-            fill(e, cx)
+            fill(e, cx.images)
         };
         again().at(Place::Item("System V shared memory", id.into()))?;
     }
-    for e in cx.sysv.segments.values().filter(|e| e.desc.mode & SHM_DEST != 0) {
-        shm::remove(e.desc.id.cast_signed()).at(Place::Item("System V shared memory", e.desc.id.into()))?;
+    if cx.sysv.own {
+        return Ok(());
     }
-    Ok(())
+    cx.sysv.mark_removed()
 }
 
 /// Attaches a task's segments; all else of its memory is there already, but what lies in `keep` is not its own.

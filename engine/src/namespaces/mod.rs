@@ -15,6 +15,7 @@ use standstill_images::Images;
 
 use crate::error::{Call, Result};
 
+pub mod ipc;
 pub mod user;
 pub mod uts;
 
@@ -95,8 +96,7 @@ impl Kind {
     #[must_use]
     pub fn is_carried(self) -> bool {
         match self {
-            Self::Uts | Self::Pid | Self::Net | Self::Mnt | Self::User | Self::Cgroup => true,
-            Self::Ipc => false,
+            Self::Uts | Self::Pid | Self::Net | Self::Mnt | Self::Ipc | Self::User | Self::Cgroup => true,
         }
     }
 }

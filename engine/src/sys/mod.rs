@@ -9,6 +9,7 @@ pub mod diag;
 pub mod futex;
 pub mod interrupt;
 pub mod io_uring;
+pub mod ipc;
 pub mod memory;
 pub mod mount;
 pub mod netlink;

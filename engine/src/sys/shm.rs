@@ -42,9 +42,38 @@ fn ds(id: i32) -> Result<libc::shmid_ds> {
 
 /// The segment with this id.
 pub fn stat(id: i32) -> Result<Segment> {
-    let ds = ds(id)?;
+    Ok(segment(&ds(id)?))
+}
+
+/// All segments of this thread's IPC namespace, by id.
+pub fn all() -> Result<Vec<(i32, Segment)>> {
+    const SHM_STAT: i32 = 13;
+    const SHM_INFO: i32 = 14;
+    let mut found = Vec::new();
+    // SAFETY: a structure of integers, which may be zero.
+    let mut ds: libc::shmid_ds = unsafe { std::mem::zeroed() };
+    // SAFETY: `struct shm_info`, which SHM_INFO writes, is smaller.
+    let last = unsafe { libc::shmctl(0, SHM_INFO, &raw mut ds) };
+    if last < 0 {
+        return Err(Error::last("shmctl(SHM_INFO)"));
+    }
+    for index in 0..=last {
+        // SAFETY: the pointer is to a structure of the size that SHM_STAT writes.
+        match unsafe { libc::shmctl(index, SHM_STAT, &raw mut ds) } {
+            id @ 0.. => found.push((id, segment(&ds))),
+            _ => match Error::last("shmctl(SHM_STAT)") {
+                // nothing has this index
+                e if [libc::EINVAL, libc::EIDRM].contains(&e.errno()) => {}
+                e => return Err(e),
+            },
+        }
+    }
+    Ok(found)
+}
+
+fn segment(ds: &libc::shmid_ds) -> Segment {
     let p = &ds.shm_perm;
-    Ok(Segment {
+    Segment {
         key: p.__key.cast_unsigned(),
         uid: p.uid,
         gid: p.gid,
@@ -55,7 +84,7 @@ pub fn stat(id: i32) -> Result<Segment> {
         creator: ds.shm_cpid,
         changed: ds.shm_ctime,
         attached: ds.shm_nattch,
-    })
+    }
 }
 
 /// A new segment: its id.
@@ -69,9 +98,14 @@ pub fn create(key: u32, size: usize, flags: i32) -> Result<i32> {
 
 /// As [`create`], with this user and group as the ones who make it.
 pub fn create_as(uid: u32, gid: u32, key: u32, size: usize, flags: i32) -> Result<i32> {
+    as_creator(uid, gid, || create(key, size, flags))
+}
+
+/// Does something as this user and group.
+pub fn as_creator<T>(uid: u32, gid: u32, make: impl FnOnce() -> Result<T>) -> Result<T> {
     let (own_uid, own_gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     if (uid, gid) == (own_uid, own_gid) {
-        return create(key, size, flags);
+        return make();
     }
     // raw calls: for this thread alone
     let set = |uid: u32, gid: u32| {
@@ -86,7 +120,7 @@ pub fn create_as(uid: u32, gid: u32, key: u32, size: usize, flags: i32) -> Resul
             Ok(())
         }
     };
-    let made = set(uid, gid).and_then(|()| create(key, size, flags));
+    let made = set(uid, gid).and_then(|()| make());
     // SAFETY: as above; the real and the saved user are still the engine's, so that the way back is always open.
     unsafe {
         libc::syscall(libc::SYS_setresuid, -1, own_uid, -1);

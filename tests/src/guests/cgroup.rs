@@ -39,9 +39,11 @@ pub(super) fn groups() {
     let groups = ["a", "a/b", "a/empty"];
     let up = Shared::new();
     let child = fork(|| {
+        up.set(1, 1);
         up.wait(0, 1);
         i32::from(own(&name_of(unsafe { libc::getppid() })) != Some("/a/b".into()))
     });
+    up.wait(1, 1);
     {
         let hierarchy = did(Hierarchy::mount(&name));
         groups.iter().for_each(|group| did(hierarchy.make(group)));
@@ -77,10 +79,13 @@ pub(super) fn namespace() {
         unsafe { sys(libc::unshare(libc::CLONE_NEWCGROUP)) };
         did(hierarchy.enter("root/below", 0));
     }
+    let up = Shared::new();
     let child = fork(|| {
+        up.set(0, 1);
         unsafe { libc::pause() };
         0
     });
+    up.wait(0, 1);
     check_eq!(own(&name), Some("/below".into()));
     ready();
     check_eq!(own(&name), Some("/below".into()));

@@ -21,6 +21,7 @@ mod inet_groups;
 mod inet_options;
 mod inotify;
 mod io_uring;
+mod ipc;
 mod lease;
 mod limits;
 mod locks;
@@ -218,6 +219,7 @@ pub const ALL: &[Guest] = &[
         .alone_in_network()
         .criu(Criu::Cannot("CRIU 4.2 does not connect raw and ping sockets")),
     guest("inet_udp", inet::udp),
+    guest("ipc", ipc::namespace).criu(Criu::Cannot("CRIU 4.2 sends no message that is larger than 8192 bytes")),
     locks("lease", lease::in_force).criu(Criu::DumpsOnly(BREAKS)),
     locks("lease_breaking", lease::breaking).criu(Criu::Cannot("CRIU 4.2 fails at it on Linux 6.18")),
     guest("inotify", inotify::watches).criu(Criu::DumpsOnly("CRIU 4.2 lets the program hear of the restore")),
@@ -405,6 +407,7 @@ pub const ALL: &[Guest] = &[
     guest("refused_io_uring_open", io_uring::open_in_flight).refused(&["io_uring", "in flight", "worker"]),
     guest("refused_io_uring_poll", io_uring::poll_in_flight).refused(&["io_uring", "in flight", "a poll"]),
     guest("refused_io_uring_timeout", io_uring::timeout_in_flight).refused(&["io_uring", "in flight", "a timeout"]),
+    guest("refused_posix_queue", ipc::posix).refused(&["POSIX message queue /standstill"]),
     guest("refused_lease", refused::lease).dump(&["--file-locks"]).refused(&["a lease on the deleted file"]),
     guest("refused_link", refused::link).dump(&["--link-remap"]).refused(&["a userfaultfd"]),
     guest("refused_lock", refused::lock).refused(&["--file-locks"]),
