@@ -326,7 +326,7 @@ fn build<'r>(
         namespaces::fill(pid, own, images)?;
         networks.fill(opts, pid, inventory, files)?;
         if let Some(id) = own.id(namespaces::Kind::Ipc) {
-            namespaces::ipc::restore(pid, id, &files.sysv, images)?;
+            namespaces::ipc::restore(pid, id, &files.sysv, &files.users, images)?;
         }
         if let Some(table) = mounts {
             let made = mounts::restore::make(opts, images, table, &mounts::restore::Owners::of(pid, own)?)?;

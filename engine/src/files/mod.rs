@@ -470,6 +470,9 @@ impl<'a> RestoreFiles<'a> {
     pub fn set_users(&mut self, users: Users) {
         memfd::translate(&users, &mut self.memfds);
         tty::translate(&users, &mut self.ttys);
+        if self.sysv.is_own() {
+            self.sysv.translate(&users);
+        }
         for perms in self.entries.values_mut().filter_map(|entry| entry.usk.as_mut()?.file_perms.as_mut()) {
             (perms.uid, perms.gid) = (users.outer_user(perms.uid), users.outer_group(perms.gid));
         }

@@ -33,6 +33,7 @@ use super::{status, PAGE};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{memfd, DumpFiles, RestoreFiles};
 use crate::guard::{Act, Guard, List};
+use crate::namespaces::{ipc, user::Users};
 use crate::options::Persona;
 use crate::plan::Plan;
 use crate::proc::maps::{Vma, VmaName};
@@ -99,7 +100,9 @@ impl Found {
     pub fn note(self, cx: &mut DumpFiles<'_>) {
         cx.memfds.reserve(self.id);
         cx.sysv.own = true;
-        cx.sysv.segments.insert(self.id, entry(self.id, &self.segment, self.huge));
+        let mut entry = entry(self.id, &self.segment, self.huge);
+        ipc::to_own(&mut entry.desc, &cx.users);
+        cx.sysv.segments.insert(self.id, entry);
         memfd::add_job(cx, self.file, self.size, self.id, self.huge);
     }
 }
@@ -211,6 +214,16 @@ impl Restored {
     /// How much memory a task gets that attaches a segment, by id.
     pub fn sizes(&self) -> BTreeMap<u32, Attach> {
         self.segments.iter().map(|(&id, e)| (id, Attach { bytes: whole_size(e), page: page_size(e) })).collect()
+    }
+
+    /// Are they of an IPC namespace of the tree's own?
+    pub fn is_own(&self) -> bool {
+        self.own
+    }
+
+    /// The tree has ids of users of its own: owners become ours.
+    pub fn translate(&mut self, users: &Users) {
+        self.segments.values_mut().for_each(|e| ipc::to_ours(&mut e.desc, users));
     }
 
     /// Makes all of them, in this thread's IPC namespace, which is new.

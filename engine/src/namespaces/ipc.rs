@@ -22,6 +22,7 @@
 use standstill_images::proto::{IpcDescEntry, IpcMsg, IpcMsgEntry, IpcSemEntry, IpcVarEntry};
 use standstill_images::{ImageKind, Images};
 
+use super::user::Users;
 use super::{inside, Kind};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::DumpFiles;
@@ -64,7 +65,7 @@ pub fn dump(pid: i32, id: u32, cx: &mut DumpFiles<'_>) -> Result<()> {
         let mut image = cx.images.create(ImageKind::IpcnsMsg, id)?;
         for (queue, messages) in &found.queues {
             let entry = IpcMsgEntry {
-                desc: describe(queue.id, &queue.perm),
+                desc: describe(queue.id, &queue.perm, &cx.users),
                 qbytes: u32::try_from(queue.most).unwrap_or(u32::MAX),
                 qnum: u32::try_from(messages.len()).unwrap_or(u32::MAX),
             };
@@ -80,16 +81,30 @@ pub fn dump(pid: i32, id: u32, cx: &mut DumpFiles<'_>) -> Result<()> {
         let mut image = cx.images.create(ImageKind::IpcnsSem, id)?;
         for (set, values) in &found.semaphores {
             let nsems = u32::try_from(values.len()).unwrap_or(u32::MAX);
-            image.write_with_payload(&IpcSemEntry { desc: describe(set.id, &set.perm), nsems }, values)?;
+            image.write_with_payload(&IpcSemEntry { desc: describe(set.id, &set.perm, &cx.users), nsems }, values)?;
         }
         image.finish()?;
     }
     Ok(())
 }
 
-fn describe(id: i32, perm: &Perm) -> IpcDescEntry {
+fn describe(id: i32, perm: &Perm, users: &Users) -> IpcDescEntry {
     let Perm { key, uid, gid, cuid, cgid, mode } = *perm;
-    IpcDescEntry { key, uid, gid, cuid, cgid, mode, id: id.cast_unsigned() }
+    let mut desc = IpcDescEntry { key, uid, gid, cuid, cgid, mode, id: id.cast_unsigned() };
+    to_own(&mut desc, users);
+    desc
+}
+
+/// Owner and creator as the tree sees them.
+pub fn to_own(desc: &mut IpcDescEntry, users: &Users) {
+    (desc.uid, desc.gid) = (users.user(desc.uid), users.group(desc.gid));
+    (desc.cuid, desc.cgid) = (users.user(desc.cuid), users.group(desc.cgid));
+}
+
+/// Owner and creator as we see them.
+pub fn to_ours(desc: &mut IpcDescEntry, users: &Users) {
+    (desc.uid, desc.gid) = (users.outer_user(desc.uid), users.outer_group(desc.gid));
+    (desc.cuid, desc.cgid) = (users.outer_user(desc.cuid), users.outer_group(desc.cgid));
 }
 
 fn perm(desc: &IpcDescEntry) -> Perm {
@@ -245,11 +260,12 @@ struct Stored {
     semaphores: Vec<(IpcSemEntry, Vec<u16>)>,
 }
 
-fn read(id: u32, images: &Images) -> Result<Stored> {
+fn read(id: u32, users: &Users, images: &Images) -> Result<Stored> {
     let vars = images.read_one(ImageKind::IpcVar, id)?;
     let mut queues = Vec::new();
     if let Some(image) = images.open_if_there(ImageKind::IpcnsMsg, id)? {
-        for (entry, messages) in image.reader()?.all_with_payload::<IpcMsgEntry>()? {
+        for (mut entry, messages) in image.reader()?.all_with_payload::<IpcMsgEntry>()? {
+            to_ours(&mut entry.desc, users);
             let messages = messages.into_iter().map(|(m, bytes)| (m.mtype.cast_signed(), bytes.to_vec())).collect();
             queues.push((entry, messages));
         }
@@ -257,14 +273,15 @@ fn read(id: u32, images: &Images) -> Result<Stored> {
     let mut semaphores = Vec::new();
     if let Some(image) = images.open_if_there(ImageKind::IpcnsSem, id)? {
         semaphores = image.reader()?.all_with_payload::<IpcSemEntry>()?;
+        semaphores.iter_mut().for_each(|(entry, _)| to_ours(&mut entry.desc, users));
     }
     Ok(Stored { vars, queues, semaphores })
 }
 
 /// Fills the fresh namespace that process `pid` was born into from images of namespace `id`. `segments` are those of
 /// `ipcns-shm-N.img`.
-pub fn restore(pid: i32, id: u32, segments: &sysv::Restored, images: &Images) -> Result<()> {
-    let stored = read(id, images)?;
+pub fn restore(pid: i32, id: u32, segments: &sysv::Restored, users: &Users, images: &Images) -> Result<()> {
+    let stored = read(id, users, images)?;
     inside(pid, Kind::Ipc, || {
         write_vars(&stored.vars)?;
         segments.make_all(images)?;
