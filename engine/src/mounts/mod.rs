@@ -1,6 +1,6 @@
 //! Mount namespaces: the mounts of a tree that has its own.
 //!
-//! The kernel exposes them in `/proc/PID/mountinfo`. Images: `mountpoints-N.img` has one [`MntEntry`] a mount, N is the
+//! The kernel exposes them in `/proc/PID/mountinfo`. Images: `mountpoints-N.img` has one `MntEntry` a mount, N is the
 //! namespace's id; `tmpfs-dev-D.tar.gz.img` what is in the tmpfs with the device number D (`tmpfs.rs`). Flags are those of
 //! mount(2), also for propagation; super block flags are apart; a device number has 20 bits for the minor part. A mount
 //! whose root was deleted says so. `ext_key` names what is brought from outside: a name that the caller gave, or one of two
