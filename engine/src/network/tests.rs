@@ -96,7 +96,7 @@ fn there_and_back(name: &str, spaces: &[OwnedFd], opts: &Options, questions: &[&
     for (name, bytes) in &first {
         // addresses say when they were made, and so do routes that end, tracked connections how long they last
         if !["ifaddr", "route6", "netns-ct"].iter().any(|kind| name.starts_with(kind)) {
-            assert!(*bytes == second[name], "{name} differs");
+            assert!(without_moments(name, bytes) == without_moments(name, &second[name]), "{name} differs");
         }
     }
 }
@@ -319,6 +319,16 @@ fn a_firewall_and_connections_come_back() {
     let fresh = create().unwrap();
     run(&fresh, "nft add table inet mine; nft 'add chain inet mine in { type filter hook input priority 0 ; }'");
     there_and_back("firewall", &[space], &Options::default(), &questions);
+}
+
+/// iptables-save notes when it ran, and packets are counted: neighbours are looked for all the time.
+fn without_moments(name: &str, bytes: &[u8]) -> Vec<u8> {
+    if !name.contains("tables") || name.starts_with("nftables") {
+        return bytes.to_vec();
+    }
+    let text = String::from_utf8_lossy(bytes);
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    lines.map(|line| line.split('[').next().unwrap_or("").to_owned() + "\n").collect::<String>().into_bytes()
 }
 
 #[test]

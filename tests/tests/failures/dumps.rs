@@ -106,8 +106,12 @@ pub(crate) fn traced() -> Option<String> {
     Some(text)
 }
 
-pub(crate) fn other_namespace() -> Option<String> {
-    let program = counting_as("namespace", "", |c| wrapped(c, &["unshare", "--ipc"]));
+pub(crate) fn nested_namespace() -> Option<String> {
+    let nested = "unshare --uts sleep 1000 & exec \"$@\"";
+    let program = counting_as("namespace", "", |c| wrapped(c, &["sh", "-c", nested, "sh"]));
+    let other =
+        |pid: &i32| fs::read_link(format!("/proc/{pid}/ns/uts")).ok() != fs::read_link("/proc/self/ns/uts").ok();
+    eventually("a namespace", || process::children(program.pid).iter().any(other));
     Some(dump_fails(&program, &[]))
 }
 

@@ -78,9 +78,9 @@ failures! {
     dumps::traced: "a task that process … traces cannot be carried",
         "a debugger or strace is attached",
         "detach it";
-    dumps::other_namespace: "another … namespace than ours cannot be carried",
-        "it is in a container, or was started by `unshare`",
-        "run Standstill inside (`nsenter -a -t PID`)";
+    dumps::nested_namespace: "a nested … namespace cannot be carried",
+        "a process of the tree has a namespace of its own that its root is not in",
+        "dump that process alone, or end it";
     dumps::no_such_process: "there is no process …",
         "it has ended, or has another id in this PID namespace",
         "`pgrep NAME`";

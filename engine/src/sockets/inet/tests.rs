@@ -133,7 +133,9 @@ fn not_connected() {
     let socket = |family| rustix::net::socket(family, rustix::net::SocketType::STREAM, None).unwrap();
     let (plain, bound) = (socket(rustix::net::AddressFamily::INET), socket(rustix::net::AddressFamily::INET6));
     super::IPV6_V6ONLY.set(bound.as_fd(), 1).unwrap();
-    rustix::net::bind(&bound, &"[::1]:0".parse::<SocketAddr>().unwrap()).unwrap();
+    // a port that the kernel gives to nobody else meanwhile
+    let port = 20_000 + std::process::id() % 10_000;
+    rustix::net::bind(&bound, &format!("[::1]:{port}").parse::<SocketAddr>().unwrap()).unwrap();
     let before = rustix::net::getsockname(&bound).unwrap();
     let [_plain, bound] = again(&Options::default(), [plain, bound]);
     assert_eq!(rustix::net::getsockname(&bound).unwrap(), before);
