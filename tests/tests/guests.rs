@@ -186,6 +186,7 @@ guests! {
     track_words
     tree
     tree_100
+    tree_orphan_of_session
     tree_orphans
     tree_sessions
     tree_stopped

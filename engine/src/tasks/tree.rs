@@ -11,7 +11,7 @@ use standstill_images::proto::{CoreEntry, PstreeEntry, TaskKobjIdsEntry};
 use standstill_images::{ImageKind, Images};
 
 use super::core;
-use crate::error::{At, Error, Result};
+use crate::error::{At, Call, Error, Result};
 use crate::memory::rebuild::Memory;
 
 /// So many images are worth being read side by side.
@@ -32,6 +32,8 @@ pub struct Node {
     pub sid: i32,
     /// The session that it must be born in, if it is not any.
     pub born_sid: Option<i32>,
+    /// Who takes in the children of a helper when it ends; `None`: its parent.
+    pub orphans_to: Option<usize>,
     /// What it is.
     pub kind: Kind,
 }
@@ -109,7 +111,16 @@ impl Tree {
                 tree.nodes[p].children.push(at);
             }
             let (pgid, sid) = (id(e.pgid).unwrap_or(0), id(e.sid).unwrap_or(0));
-            tree.nodes.push(Node { pid, parent, children: Vec::new(), pgid, sid, born_sid: None, kind });
+            tree.nodes.push(Node {
+                pid,
+                parent,
+                children: Vec::new(),
+                pgid,
+                sid,
+                born_sid: None,
+                orphans_to: None,
+                kind,
+            });
         }
         if tree.nodes.is_empty() {
             return Err(lie("no tasks".into()));
@@ -135,6 +146,7 @@ impl Tree {
                     pgid,
                     sid,
                     born_sid: None,
+                    orphans_to: None,
                     kind: Kind::Helper,
                 });
             }
@@ -192,9 +204,15 @@ impl Tree {
         for i in 1..self.nodes.len() {
             let (pid, sid) = (self.nodes[i].pid, self.nodes[i].sid);
             let Some(parent) = self.nodes[i].parent else { continue };
-            if sid == 0
-                || leaders.contains(&sid) && self.nodes.iter().all(|n| n.pid != sid || !matches!(n.kind, Kind::Helper))
-            {
+            if sid == 0 {
+                continue;
+            }
+            let leader = self.nodes.iter().position(|n| n.pid == sid && !matches!(n.kind, Kind::Helper));
+            if let Some(leader) = leader {
+                let alive = matches!(self.nodes[leader].kind, Kind::Alive(_));
+                if alive && !self.descends(i, leader) && self.nodes[parent].sid != sid {
+                    self.add_orphan(i, parent, leader)?;
+                }
                 continue;
             }
             if (ours && sid == job_sid) || self.nodes[parent].sid == sid {
@@ -221,6 +239,7 @@ impl Tree {
                     pgid: sid,
                     sid,
                     born_sid: None,
+                    orphans_to: None,
                     kind: Kind::Helper,
                 });
             }
@@ -248,10 +267,62 @@ impl Tree {
                 pgid,
                 sid,
                 born_sid: None,
+                orphans_to: None,
                 kind: Kind::Helper,
             });
         }
         Ok(())
+    }
+
+    /// Whether node `i` is below node `above`, or is it.
+    fn descends(&self, i: usize, above: usize) -> bool {
+        let mut at = Some(i);
+        while let Some(n) = at {
+            if n == above {
+                return true;
+            }
+            at = self.nodes[n].parent;
+        }
+        false
+    }
+
+    /// Node `i` is in the session of a task that lives and is none of its ancestors: it was made below `leader`, by someone who
+    /// ended, and whoever takes in orphans took it in. A helper does what that one did.
+    fn add_orphan(&mut self, i: usize, parent: usize, leader: usize) -> Result<()> {
+        let sid = self.nodes[leader].pid;
+        let known = self.nodes.iter().position(|n| n.parent == Some(leader) && n.orphans_to == Some(parent));
+        let helper = match known {
+            Some(helper) => helper,
+            None => {
+                let helper = self.nodes.len();
+                let pid = self.spare_id()?;
+                self.nodes[leader].children.push(helper);
+                self.nodes.push(Node {
+                    pid,
+                    parent: Some(leader),
+                    children: Vec::new(),
+                    pgid: 0,
+                    sid,
+                    born_sid: None,
+                    orphans_to: Some(parent),
+                    kind: Kind::Helper,
+                });
+                helper
+            }
+        };
+        self.nodes[parent].children.retain(|&c| c != i);
+        self.nodes[helper].children.push(i);
+        self.nodes[i].parent = Some(helper);
+        Ok(())
+    }
+
+    /// An id that nobody in the tree is to have, and nobody outside has.
+    fn spare_id(&self) -> Result<i32> {
+        let taken = self.ids();
+        let text = std::fs::read_to_string("/proc/sys/kernel/pid_max").call("read(/proc/sys/kernel/pid_max)")?;
+        let highest: i32 = text.trim().parse().unwrap_or(1 << 15);
+        let free = |id: &i32| !taken.contains(id) && !crate::sys::ptrace::exists(*id);
+        (1000..highest).rev().find(free).ok_or(Error::Gone)
     }
 
     /// The task whose memory a node's is cloned from: helpers have none of their own.
@@ -277,10 +348,8 @@ impl Tree {
 
     /// Tasks that a helper made, and that its parent takes in when the helper ends.
     pub fn adopts(&self, i: usize) -> bool {
-        self.nodes[i]
-            .children
-            .iter()
-            .any(|&c| matches!(self.nodes[c].kind, Kind::Helper) && !self.nodes[c].children.is_empty())
+        let helpers = self.nodes.iter().filter(|n| matches!(n.kind, Kind::Helper) && !n.children.is_empty());
+        helpers.into_iter().any(|n| n.orphans_to.or(n.parent) == Some(i))
     }
 
     /// Finds out who must be born in which session, children before parents.

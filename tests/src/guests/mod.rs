@@ -351,6 +351,8 @@ pub const ALL: &[Guest] = &[
     guest("track_words", track::words).changes(WRITES),
     guest("tree", tree::tree),
     guest("tree_100", tree::hundred),
+    guest("tree_orphan_of_session", tree::orphan_of_session)
+        .criu(Criu::DumpsOnly("CRIU 4.2 gives one of them to another parent")),
     guest("tree_orphans", tree::orphans)
         .changes("orphans are taken in in another order")
         .criu(Criu::DumpsOnly("CRIU 4.2 gives one of them to another parent")),

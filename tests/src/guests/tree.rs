@@ -149,6 +149,41 @@ pub(super) fn orphans() {
     check_eq!(libc::WEXITSTATUS(wait(shared.get(20) as i32)), 5);
 }
 
+/// An orphan in the session of a task that lives beside it: both are children of who takes orphans in.
+pub(super) fn orphan_of_session() {
+    sys(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) });
+    let me = std::process::id() as i32;
+    let shared = Shared::new();
+    let leader = fork(|| {
+        sys(unsafe { libc::setsid() });
+        let between = fork(|| {
+            let orphan = fork(|| {
+                eventually("another parent", || unsafe { libc::getppid() } == me);
+                stand(shared);
+                0
+            });
+            shared.set(10, orphan as u64);
+            0
+        });
+        check_eq!(wait(between), 0);
+        stand(shared);
+        0
+    });
+    eventually("all", || shared.get(0) == 2);
+    let orphan = shared.get(10) as i32;
+    let sessions = || [leader, orphan].map(|pid| unsafe { (libc::getsid(pid), libc::getpgid(pid)) });
+    check_eq!(sessions(), [(leader, leader); 2]);
+    ready();
+    check_eq!(sessions(), [(leader, leader); 2]);
+    let mut subreaper = 0;
+    sys(unsafe { libc::prctl(libc::PR_GET_CHILD_SUBREAPER, &raw mut subreaper, 0, 0, 0) });
+    check_eq!(subreaper, 1);
+    shared.set(1, 1);
+    all_well(&[leader, orphan]);
+    check_eq!(unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) }, -1);
+    check_eq!(errno(), libc::ECHILD);
+}
+
 /// A child that stands still stays so, one that went on again goes on.
 pub(super) fn stopped() {
     let shared = Shared::new();
