@@ -277,7 +277,9 @@ pub const ALL: &[Guest] = &[
     guest("personality", personality::personality).criu(Criu::DumpsOnly("CRIU 4.2 does not restore the persona")),
     guest("personality_names", personality::names),
     guest("pidfd", pidfd::processes),
-    guest("pid_namespace", namespaces::pid_namespace).within(libc::CLONE_NEWPID),
+    guest("pid_namespace", namespaces::pid_namespace)
+        .within(libc::CLONE_NEWPID)
+        .criu(Criu::DumpsOnly("CRIU 4.2 gives out ids from the lowest on")),
     guest("pipes", pipes::pipes),
     guest("pipes_full", pipes::full),
     guest("pipes_halves", pipes::halves),
@@ -369,7 +371,8 @@ pub const ALL: &[Guest] = &[
         .criu(Criu::Cannot("CRIU 4.2 gives children of a session's leader no terminal")),
     guest("tty_data", tty::data).criu(Criu::Cannot("CRIU 4.2 lets lines run together")),
     guest("user_namespace", namespaces::user_namespace)
-        .within(libc::CLONE_NEWUSER | libc::CLONE_NEWPID | libc::CLONE_NEWUTS),
+        .within(libc::CLONE_NEWUSER | libc::CLONE_NEWPID | libc::CLONE_NEWUTS)
+        .criu(Criu::Cannot("CRIU 4.2 needs a /proc of the tree's own in a user namespace")),
     guest("uts_namespace", namespaces::uts_namespace),
     guest("unix_dgram", unix::dgram),
     guest("unix_listening", unix::listening),
