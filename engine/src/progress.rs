@@ -37,6 +37,7 @@ pub const PHASES: &[(Verb, &str, &str)] = &[
     (Verb::PreDump, "memory", "copy memory"),
     (Verb::PreDump, "inventory", "complete the images"),
     (Verb::Restore, "reading", "read and check the images"),
+    (Verb::Restore, "birth", "the first task, and what is in its namespaces"),
     (Verb::Restore, "opening", "open files, sockets, terminals"),
     (Verb::Restore, "planning", "write plans"),
     (Verb::Restore, "forking", "make the tasks and their memory"),

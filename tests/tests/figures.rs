@@ -63,7 +63,7 @@ fn events_of_a_dump_and_a_restore() {
         let restored = output(&engine, "restore", &images, &["-d", "--progress", "json:2"]);
         let restore = events(&restored.stderr, "restore");
         assert!(restored.status.success(), "{restore:?}");
-        let order = ["reading", "opening", "planning", "forking", "filling", "settling", "registers", "going"];
+        let order = ["reading", "birth", "opening", "planning", "forking", "filling", "settling", "registers", "going"];
         assert_eq!(phases(&restore), order);
         assert_eq!(restore.last().map(|e| &e["event"]), Some(&Value::from("done")));
         run.check(How::Restored);

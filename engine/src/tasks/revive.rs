@@ -162,7 +162,7 @@ impl Script<'_> {
             let node = &self.tree.nodes[i];
             let plan = match &node.kind {
                 Kind::Helper => self.helper(node, arena)?,
-                Kind::Dead { status, comm } => self.dead(node, *status, comm)?,
+                Kind::Dead { status, comm } => self.dead(node, *status, comm, arena)?,
                 Kind::Alive(alive) => {
                     let inherited = self.tree.memory_parent(i).and_then(|p| made.get(&p));
                     let owns_table = seen_tables.get(&self.files_id(i)) == Some(&node.pid);
@@ -263,9 +263,12 @@ impl Script<'_> {
     }
 
     /// A zombie ends as it had ended.
-    fn dead(&self, node: &Node, status: i32, comm: &[u8]) -> Result<Plan> {
+    fn dead(&self, node: &Node, status: i32, comm: &[u8], arena: &Arena<'_>) -> Result<Plan> {
         let mut plan = Plan::new();
         self.join(node, &mut plan);
+        for &c in &node.children {
+            self.clone_child(None, c, arena, &mut plan)?;
+        }
         stage(FORKED, &mut plan);
         if node.pgid != node.pid && node.pgid != 0 {
             plan.call("process group", libc::SYS_setpgid, &[0.into(), node.pgid.into()]);

@@ -32,7 +32,7 @@ pub struct Node {
     pub sid: i32,
     /// The session that it must be born in, if it is not any.
     pub born_sid: Option<i32>,
-    /// Who takes in the children of a helper when it ends; `None`: its parent.
+    /// Who takes in the children of a helper or a zombie when it ends; `None`: its parent.
     pub orphans_to: Option<usize>,
     /// What it is.
     pub kind: Kind,
@@ -209,8 +209,7 @@ impl Tree {
             }
             let leader = self.nodes.iter().position(|n| n.pid == sid && !matches!(n.kind, Kind::Helper));
             if let Some(leader) = leader {
-                let alive = matches!(self.nodes[leader].kind, Kind::Alive(_));
-                if alive && !self.descends(i, leader) && self.nodes[parent].sid != sid {
+                if !self.descends(i, leader) && self.nodes[parent].sid != sid {
                     self.add_orphan(i, parent, leader)?;
                 }
                 continue;
@@ -286,12 +285,16 @@ impl Tree {
         false
     }
 
-    /// Node `i` is in the session of a task that lives and is none of its ancestors: it was made below `leader`, by someone who
-    /// ended, and whoever takes in orphans took it in. A helper does what that one did.
+    /// Node `i` is in the session of a task that is none of its ancestors: it was made below `leader`, by someone who ended,
+    /// and whoever takes in orphans took it in. A helper does what that one did, or the leader itself, if it is a zombie.
     fn add_orphan(&mut self, i: usize, parent: usize, leader: usize) -> Result<()> {
         let sid = self.nodes[leader].pid;
         let known = self.nodes.iter().position(|n| n.parent == Some(leader) && n.orphans_to == Some(parent));
         let helper = match known {
+            _ if matches!(self.nodes[leader].kind, Kind::Dead { .. }) => {
+                self.nodes[leader].orphans_to = Some(parent);
+                leader
+            }
             Some(helper) => helper,
             None => {
                 let helper = self.nodes.len();
@@ -328,7 +331,7 @@ impl Tree {
     /// The task whose memory a node's is cloned from: helpers have none of their own.
     pub fn memory_parent(&self, i: usize) -> Option<usize> {
         let mut at = self.nodes[i].parent?;
-        while matches!(self.nodes[at].kind, Kind::Helper) {
+        while !matches!(self.nodes[at].kind, Kind::Alive(_)) {
             at = self.nodes[at].parent?;
         }
         Some(at)
@@ -339,7 +342,7 @@ impl Tree {
         let mut all = Vec::new();
         for &c in &self.nodes[i].children {
             all.push(c);
-            if matches!(self.nodes[c].kind, Kind::Helper) {
+            if !matches!(self.nodes[c].kind, Kind::Alive(_)) {
                 all.extend(&self.nodes[c].children);
             }
         }
@@ -348,8 +351,8 @@ impl Tree {
 
     /// Tasks that a helper made, and that its parent takes in when the helper ends.
     pub fn adopts(&self, i: usize) -> bool {
-        let helpers = self.nodes.iter().filter(|n| matches!(n.kind, Kind::Helper) && !n.children.is_empty());
-        helpers.into_iter().any(|n| n.orphans_to.or(n.parent) == Some(i))
+        let mut makers = self.nodes.iter().filter(|n| !matches!(n.kind, Kind::Alive(_)) && !n.children.is_empty());
+        makers.any(|n| n.orphans_to.or(n.parent) == Some(i))
     }
 
     /// Finds out who must be born in which session, children before parents.

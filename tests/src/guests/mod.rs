@@ -354,6 +354,7 @@ pub const ALL: &[Guest] = &[
     guest("tree", tree::tree),
     guest("tree_100", tree::hundred),
     guest("tree_orphan_of_session", tree::orphan_of_session)
+        .changes("children are in another order, and with them the numbers of what they have")
         .criu(Criu::DumpsOnly("CRIU 4.2 gives one of them to another parent")),
     guest("tree_orphans", tree::orphans)
         .changes("orphans are taken in in another order")

@@ -149,37 +149,52 @@ pub(super) fn orphans() {
     check_eq!(libc::WEXITSTATUS(wait(shared.get(20) as i32)), 5);
 }
 
-/// An orphan in the session of a task that lives beside it: both are children of who takes orphans in.
+/// Orphans in the sessions of tasks beside them, one of which lives: all are children of who takes orphans in.
 pub(super) fn orphan_of_session() {
     sys(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) });
     let me = std::process::id() as i32;
     let shared = Shared::new();
-    let leader = fork(|| {
-        sys(unsafe { libc::setsid() });
-        let between = fork(|| {
-            let orphan = fork(|| {
-                eventually("another parent", || unsafe { libc::getppid() } == me);
-                stand(shared);
+    let session = |slot: usize, lives: bool| {
+        fork(|| {
+            sys(unsafe { libc::setsid() });
+            let between = fork(|| {
+                let orphan = fork(|| {
+                    eventually("another parent", || unsafe { libc::getppid() } == me);
+                    stand(shared);
+                    0
+                });
+                shared.set(slot, orphan as u64);
                 0
             });
-            shared.set(10, orphan as u64);
+            check_eq!(wait(between), 0);
+            if lives {
+                stand(shared);
+            }
             0
-        });
-        check_eq!(wait(between), 0);
-        stand(shared);
-        0
-    });
-    eventually("all", || shared.get(0) == 2);
-    let orphan = shared.get(10) as i32;
-    let sessions = || [leader, orphan].map(|pid| unsafe { (libc::getsid(pid), libc::getpgid(pid)) });
-    check_eq!(sessions(), [(leader, leader); 2]);
+        })
+    };
+    let leaders = [session(10, true), session(11, false)];
+    eventually("all", || shared.get(0) == 3);
+    let dead = || {
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+        sys(unsafe { libc::waitid(libc::P_PID, leaders[1] as u32, &raw mut info, flags) });
+        unsafe { info.si_pid() == leaders[1] }
+    };
+    eventually("a zombie", dead);
+    let orphans = [10, 11].map(|slot| shared.get(slot) as i32);
+    let sessions =
+        || [leaders[0], orphans[0], orphans[1]].map(|pid| unsafe { (libc::getsid(pid), libc::getpgid(pid)) });
+    let expected = [leaders[0], leaders[0], leaders[1]].map(|leader| (leader, leader));
+    check_eq!(sessions(), expected);
     ready();
-    check_eq!(sessions(), [(leader, leader); 2]);
+    check_eq!(sessions(), expected);
+    check!(dead());
     let mut subreaper = 0;
     sys(unsafe { libc::prctl(libc::PR_GET_CHILD_SUBREAPER, &raw mut subreaper, 0, 0, 0) });
     check_eq!(subreaper, 1);
     shared.set(1, 1);
-    all_well(&[leader, orphan]);
+    all_well(&[leaders[0], leaders[1], orphans[0], orphans[1]]);
     check_eq!(unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) }, -1);
     check_eq!(errno(), libc::ECHILD);
 }
