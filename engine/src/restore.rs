@@ -34,7 +34,7 @@ use crate::sockets::netlock::Lifted;
 use crate::stages::{Stage, Stages};
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
-use crate::sys::{calls, ptrace, spawn};
+use crate::sys::{calls, ptrace, spawn, thread};
 use crate::tasks::pids::Hosts;
 use crate::tasks::revive::{Birth, Script, Table, Vdso, BEFORE_CREDS, FILLED, FORKED, POWERLESS, READY};
 use crate::tasks::tree::{Alive, Kind, Tree};
@@ -72,10 +72,7 @@ pub fn run(opts: &Options) -> Result<RestoreReport> {
 pub fn run_with(opts: &Options, stages: &Stages<'_>) -> Result<RestoreReport> {
     opts.refuse_unsupported().map_err(|e| Error::Usage { what: e.to_string() })?;
     let images = Images::new(FolderStore::open(&opts.images_dir)?);
-    let report = std::thread::scope(|scope| match scope.spawn(|| restore(opts, stages, &images)).join() {
-        Ok(result) => result,
-        Err(panic) => std::panic::resume_unwind(panic),
-    })?;
+    let report = thread::apart(|| restore(opts, stages, &images))?;
     if opts.restore_detach || opts.restore_sibling || !opts.exec_cmd.is_empty() {
         return Ok(report);
     }
@@ -474,15 +471,14 @@ fn build<'r>(
     arena.gather(FILLED, STAGE_LIMIT, alive)?;
     phases.mark("filling");
     memfd::seal(files)?;
+    // threads, too
+    files.hosts.learn(pid)?;
     if let Some(cgroups) = &cgroups {
-        files.hosts.learn(pid)?;
         cgroups.threads(tree, |tid| files.hosts.id(tid))?;
     }
     arena.go(FILLED);
     arena.gather(BEFORE_CREDS, STAGE_LIMIT, alive)?;
     drop(late);
-    // threads, too
-    files.hosts.learn(pid)?;
     let hosts = &files.hosts;
     let mut held = release::Seized::default();
     for (_, _, a) in tree.alive() {
@@ -608,25 +604,7 @@ fn own_namespaces(inventory: &InventoryEntry, tree: &Tree) -> Result<Own> {
     let Some(engine) = &inventory.root_ids else { return Err(Error::lie("inventory.img", "no ids")) };
     let Some(of_root) = tree.alive().next().map(|(_, _, a)| a.ids) else { return Ok(Own::default()) };
     let own = Own::of(&of_root, engine);
-    if let Some(kind) = own.kinds().find(|kind| !kind.is_carried()) {
-        return Err(Error::refused(
-            format!("another {} namespace than ours", kind.name()),
-            "such namespaces cannot be restored yet",
-        ))
-        .task(tree.root().pid);
-    }
-    for (_, node, a) in tree.alive() {
-        // each task may be in a network namespace of its own, and in a mount namespace, if the root is in one
-        let may = |kind| kind == namespaces::Kind::Net || kind == namespaces::Kind::Mnt && own.has(kind);
-        let nested = |kind: &namespaces::Kind| !may(*kind) && kind.id(&a.ids) != kind.id(&of_root);
-        if let Some(kind) = namespaces::Kind::ALL.into_iter().find(nested) {
-            return Err(Error::refused(
-                format!("a nested {} namespace", kind.name()),
-                "all tasks of a tree must be in that of its root",
-            ))
-            .task(node.pid);
-        }
-    }
+    tree.alive().try_for_each(|(_, node, a)| own.refuse_nested(&a.ids, &of_root).task(node.pid))?;
     Ok(own)
 }
 

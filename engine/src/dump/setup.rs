@@ -5,7 +5,7 @@ use standstill_images::{FolderStore, ImageKind, Images};
 
 use crate::error::{Call, Error, Result};
 use crate::options::Options;
-use crate::sys::interrupt;
+use crate::sys::{interrupt, thread};
 
 /// The folder that images go to, linked to the checkpoint that they build on.
 pub(crate) fn open_images(opts: &Options) -> Result<Images> {
@@ -33,10 +33,7 @@ pub(crate) fn open_images(opts: &Options) -> Result<Images> {
 pub(crate) fn with_own_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     // SIGINT and the like end a dump in order, where that can be seen to; the threads that we start have them blocked, too
     let _interrupts = interrupt::Watch::new()?;
-    std::thread::scope(|scope| match scope.spawn(work).join() {
-        Ok(result) => result,
-        Err(panic) => std::panic::resume_unwind(panic),
-    })
+    thread::apart(work)
 }
 
 /// An older checkpoint in the same folder is none any more: its inventory goes first, then all else of it, so that nothing

@@ -13,6 +13,7 @@ use std::collections::HashSet;
 use standstill_restorer::plan::{Code, Expect};
 
 use crate::plan::{Data, Plan};
+use crate::tasks::pids;
 
 /// Bytes of a piece, about.
 const PIECE: u64 = 2 << 20;
@@ -38,25 +39,20 @@ impl Helpers {
     pub fn new(jobs: Option<usize>, taken: HashSet<i32>) -> Helpers {
         let processors = || std::thread::available_parallelism().map_or(1, usize::from);
         let count = (jobs.unwrap_or_else(processors).max(1) - 1).min(MOST_HELPERS);
-        let limit = std::fs::read_to_string("/proc/sys/kernel/pid_max").ok().and_then(|t| t.trim().parse::<i32>().ok());
+        let limit = pids::limit();
         Helpers { count: if limit.is_some() { count } else { 0 }, taken, next: limit.unwrap_or(0) }
     }
 
     /// Ids that nobody has now.
     fn ids(&mut self, n: usize) -> Vec<i32> {
         let mut ids = Vec::with_capacity(n);
-        while ids.len() < n && self.next > 1000 {
-            self.next -= 1;
-            if !self.taken.contains(&self.next) && !in_use(self.next) {
-                ids.push(self.next);
-            }
+        while ids.len() < n {
+            let Some(id) = pids::unused(self.next, &self.taken) else { break };
+            self.next = id;
+            ids.push(id);
         }
         ids
     }
-}
-
-fn in_use(id: i32) -> bool {
-    std::path::Path::new(&format!("/proc/{id}")).exists()
 }
 
 /// A range of a file, and where it goes.
@@ -196,7 +192,7 @@ mod tests {
         helpers.taken.insert(31_999);
         let ids = helpers.ids(3);
         assert_eq!(ids.len(), 3);
-        assert!(ids.iter().all(|id| *id < 31_999 && !in_use(*id)));
+        assert!(ids.iter().all(|id| *id < 31_999 && !pids::in_use(*id)));
     }
 
     #[test]

@@ -8,12 +8,12 @@
 //!
 //! A thread of the engine goes in by setns(2), does its work and ends: the engine's other threads stay where they are.
 
-use std::os::fd::AsFd;
-
+use nix::sched::CloneFlags;
 use standstill_images::proto::TaskKobjIdsEntry;
 use standstill_images::Images;
 
-use crate::error::{Call, Result};
+use crate::error::{Call, Error, Result};
+use crate::sys::thread;
 
 pub mod ipc;
 pub mod user;
@@ -91,14 +91,6 @@ impl Kind {
             Self::Cgroup => ids.cgroup_ns_id,
         }
     }
-
-    /// Whether a tree may have one of its own; the others are refused by name.
-    #[must_use]
-    pub fn is_carried(self) -> bool {
-        match self {
-            Self::Uts | Self::Pid | Self::Net | Self::Mnt | Self::Ipc | Self::User | Self::Cgroup => true,
-        }
-    }
 }
 
 /// The namespaces that a tree has of its own, with their numbers in images.
@@ -128,6 +120,19 @@ impl Own {
     /// The kinds.
     pub fn kinds(&self) -> impl Iterator<Item = Kind> + '_ {
         self.0.iter().map(|(kind, _)| *kind)
+    }
+
+    /// Refuses a task, with these ids, that is in a namespace that the root, with those, is not in. It may be in a network
+    /// namespace of its own, and in a mount namespace, if the root is in one.
+    pub fn refuse_nested(&self, ids: &TaskKobjIdsEntry, of_root: &TaskKobjIdsEntry) -> Result<()> {
+        let may = |kind: Kind| kind == Kind::Net || kind == Kind::Mnt && self.has(kind);
+        match Kind::ALL.into_iter().find(|kind| !may(*kind) && kind.id(ids) != kind.id(of_root)) {
+            Some(kind) => Err(Error::refused(
+                format!("a nested {} namespace", kind.name()),
+                "all tasks of a tree must be in that of its root",
+            )),
+            None => Ok(()),
+        }
     }
 
     /// What clone3 makes the root with. A cgroup namespace is not among them: its root is where the task is when it is made,
@@ -160,31 +165,11 @@ pub fn dump(pid: i32, own: &Own, users: &user::Users, images: &Images) -> Result
 
 /// Runs `work` in a thread of its own that is in a namespace of process `pid`.
 pub fn inside<T: Send>(pid: i32, kind: Kind, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    inside_all(pid, &[kind], work)
-}
-
-/// Runs `work` in a thread of its own that is in these namespaces of process `pid`.
-pub fn inside_all<T: Send>(pid: i32, kinds: &[Kind], work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     use rustix::fs::{Mode, OFlags};
-    let mut doors = Vec::with_capacity(kinds.len());
-    for &kind in kinds {
-        let path = format!("/proc/{pid}/ns/{}", kind.file());
-        let door =
-            rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).call("open(/proc/PID/ns)")?;
-        doors.push((door, kind));
-    }
-    let enter = move || {
-        if kinds.contains(&Kind::Mnt) {
-            // who shares its working folder with others may not change the tree of mounts
-            crate::sys::calls::unshare(libc::CLONE_FS)?;
-        }
-        for (door, kind) in &doors {
-            crate::sys::calls::setns(door.as_fd(), kind.flag())?;
-        }
+    let path = format!("/proc/{pid}/ns/{}", kind.file());
+    let door = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).call("open(/proc/PID/ns)")?;
+    thread::apart(|| {
+        nix::sched::setns(&door, CloneFlags::from_bits_retain(kind.flag())).call("setns")?;
         work()
-    };
-    std::thread::scope(|scope| match scope.spawn(enter).join() {
-        Ok(result) => result,
-        Err(panic) => std::panic::resume_unwind(panic),
     })
 }

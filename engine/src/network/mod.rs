@@ -27,8 +27,8 @@ use standstill_images::{ImageKind, Images};
 
 use crate::error::{At, Call, Error, Place, Result};
 use crate::options::{NamespaceKind, Options};
-use crate::sys::calls;
 use crate::sys::netlink::{self, Message, Netlink, HEADER};
+use crate::sys::{calls, thread};
 
 pub mod doors;
 pub mod firewall;
@@ -66,13 +66,9 @@ pub fn born_in<T>(namespace: Option<BorrowedFd<'_>>, work: impl FnOnce() -> Resu
 
 /// Does something in a network namespace, in a thread that is never anywhere else again.
 pub fn inside<T: Send>(namespace: BorrowedFd<'_>, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    let thread = || {
+    thread::apart(|| {
         setns(namespace, CloneFlags::CLONE_NEWNET).call("setns(CLONE_NEWNET)")?;
         work()
-    };
-    std::thread::scope(|scope| match scope.spawn(thread).join() {
-        Ok(result) => result,
-        Err(panic) => std::panic::resume_unwind(panic),
     })
 }
 
@@ -92,13 +88,9 @@ fn open(path: &str) -> Result<OwnedFd> {
 
 /// A new network namespace.
 pub fn create() -> Result<OwnedFd> {
-    let thread = || {
+    thread::apart(|| {
         unshare(CloneFlags::CLONE_NEWNET).call("unshare(CLONE_NEWNET)")?;
         own()
-    };
-    std::thread::scope(|scope| match scope.spawn(thread).join() {
-        Ok(result) => result,
-        Err(panic) => std::panic::resume_unwind(panic),
     })
 }
 
@@ -310,10 +302,7 @@ impl Networks {
             links::join_bridges(&mut host_netlink, opts)?;
             Ok(order)
         };
-        self.order = std::thread::scope(|scope| match scope.spawn(work).join() {
-            Ok(result) => result,
-            Err(panic) => std::panic::resume_unwind(panic),
-        })?;
+        self.order = thread::apart(work)?;
         self.planned = planned;
         Ok(())
     }

@@ -32,18 +32,6 @@ pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: i32) -> Result<OwnedFd> {
     }
 }
 
-/// This thread enters a namespace (setns(2)); `kind` is its CLONE_NEW flag.
-pub fn setns(door: BorrowedFd<'_>, kind: i32) -> Result<()> {
-    // SAFETY: no memory is involved.
-    answer("setns", unsafe { libc::setns(door.as_raw_fd(), kind) }.into()).map(drop)
-}
-
-/// This thread stops sharing something with the others (unshare(2)).
-pub fn unshare(flags: i32) -> Result<()> {
-    // SAFETY: no memory is involved; descriptor tables, which others may count on, are not what callers name.
-    answer("unshare", unsafe { libc::unshare(flags) }.into()).map(drop)
-}
-
 /// prlimit(2): sets a resource limit of another process.
 pub fn set_limit(pid: i32, resource: u32, current: u64, maximum: u64) -> Result<()> {
     let limit = [current, maximum];

@@ -18,4 +18,5 @@ pub mod probe;
 pub mod ptrace;
 pub mod shm;
 pub mod spawn;
+pub mod thread;
 pub mod uffd;

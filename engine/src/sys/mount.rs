@@ -99,15 +99,9 @@ pub fn id_of(fd: BorrowedFd<'_>) -> Result<u64> {
 /// Runs `work` in a thread with a root and a working folder of its own, which may enter other namespaces: the process
 /// stays where it is. It takes over the span of logs, not the namespaces of the caller's thread.
 pub fn apart<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).call("unshare(CLONE_FS)")?;
-            work()
-        });
-        match thread.join() {
-            Ok(result) => result,
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
+    super::thread::apart(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).call("unshare(CLONE_FS)")?;
+        work()
     })
 }
 

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use standstill_images::proto::TaskKobjIdsEntry;
 
 use crate::error::{At, Call, Error, Result};
-use crate::namespaces::{Kind, Own};
+use crate::namespaces::Own;
 use crate::sys::calls::{self, Kcmp};
 
 /// Kinds in the order in which ids are given out.
@@ -93,23 +93,7 @@ impl Ids {
         }
         let e = self.with_namespaces(pid, e, TIME_LAST)?;
         let of_tree = *self.tree.get_or_insert(e);
-        if let Some(kind) = Own::of(&of_tree, &self.root).kinds().find(|kind| !kind.is_carried()) {
-            return Err(Error::refused(
-                format!("another {} namespace than ours", kind.name()),
-                "such namespaces cannot be carried yet; run standstill inside it (nsenter) instead",
-            ))
-            .task(pid);
-        }
-        // each task may be in a network namespace of its own, and in a mount namespace, if the root is in one
-        let may = |kind: Kind| kind == Kind::Net || kind == Kind::Mnt && of_tree.mnt_ns_id != self.root.mnt_ns_id;
-        let nested = |kind: &Kind| !may(*kind) && kind.id(&e) != kind.id(&of_tree);
-        if let Some(kind) = Kind::ALL.into_iter().find(nested) {
-            return Err(Error::refused(
-                format!("a nested {} namespace", kind.name()),
-                "all tasks of a tree must be in that of its root",
-            ))
-            .task(pid);
-        }
+        Own::of(&of_tree, &self.root).refuse_nested(&e, &of_tree).task(pid)?;
         Ok(e)
     }
 }

@@ -4,7 +4,7 @@
 //! and says of each task in `status` which ids it has in the namespaces below (NSpid, NSpgid, NSsid). What is outside of the
 //! namespace has the number 0 there. A namespace begins with its init and ends with it: the tree's root must be that.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use standstill_images::proto::FownEntry;
 
@@ -13,6 +13,24 @@ use super::freeze;
 use crate::error::{At, Call, Error, Result};
 use crate::proc::stat::Stat;
 use crate::proc::{self, status};
+
+/// What ids are below (proc(5), pid_max); none if the kernel does not say.
+#[must_use]
+pub fn limit() -> Option<i32> {
+    std::fs::read_to_string("/proc/sys/kernel/pid_max").ok()?.trim().parse().ok()
+}
+
+/// Whether a process or a thread has this id.
+#[must_use]
+pub fn in_use(id: i32) -> bool {
+    std::path::Path::new(&format!("/proc/{id}")).exists()
+}
+
+/// The highest id below `below` that is not `taken`, and that nobody has now.
+#[must_use]
+pub fn unused(below: i32, taken: &HashSet<i32>) -> Option<i32> {
+    (1000..below).rev().find(|id| !taken.contains(id) && !in_use(*id))
+}
 
 /// The tree's numbers by ours, at a dump.
 #[derive(Debug, Default)]

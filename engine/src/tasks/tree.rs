@@ -10,8 +10,8 @@ use rayon::prelude::*;
 use standstill_images::proto::{CoreEntry, PstreeEntry, TaskKobjIdsEntry};
 use standstill_images::{ImageKind, Images};
 
-use super::core;
-use crate::error::{At, Call, Error, Result};
+use super::{core, pids};
+use crate::error::{At, Error, Result};
 use crate::memory::rebuild::Memory;
 
 /// So many images are worth being read side by side.
@@ -321,11 +321,7 @@ impl Tree {
 
     /// An id that nobody in the tree is to have, and nobody outside has.
     fn spare_id(&self) -> Result<i32> {
-        let taken = self.ids();
-        let text = std::fs::read_to_string("/proc/sys/kernel/pid_max").call("read(/proc/sys/kernel/pid_max)")?;
-        let highest: i32 = text.trim().parse().unwrap_or(1 << 15);
-        let free = |id: &i32| !taken.contains(id) && !crate::sys::ptrace::exists(*id);
-        (1000..highest).rev().find(free).ok_or(Error::Gone)
+        pids::limit().and_then(|limit| pids::unused(limit, &self.ids())).ok_or(Error::Gone)
     }
 
     /// The task whose memory a node's is cloned from: helpers have none of their own.
