@@ -86,8 +86,7 @@ impl<'o> Dumped<'o> {
             freezer_state: None,
             own_namespace: false,
         };
-        let mut text = Vec::new();
-        proc::read_proc("/proc/thread-self/cgroup".as_ref(), &mut text).call("read(/proc/self/cgroup)")?;
+        let text = own_text()?;
         for member in proc::cgroup::parse(&text)? {
             let name = dumped.name(&member)?;
             let names: Vec<String> = name.split(',').filter(|n| !n.starts_with("name=")).map(str::to_owned).collect();
@@ -135,6 +134,7 @@ impl<'o> Dumped<'o> {
             return Ok(id);
         }
         let mut members = self.members(&text)?;
+        self.see_own_beside(&members)?;
         if self.known.is_empty() {
             self.prefixes = self.namespace(pid, &path, &members)?;
         }
@@ -160,6 +160,18 @@ impl<'o> Dumped<'o> {
         let id = u32::try_from(id).unwrap_or(u32::MAX) + 1;
         self.known.insert(text, id);
         Ok(id)
+    }
+
+    /// Whoever mounts a hierarchy puts everybody into it, us too: if there are others than when we looked, we look again.
+    fn see_own_beside(&mut self, members: &[Member]) -> Result<()> {
+        let same = |own: &Vec<Member>| own.iter().map(|m| &m.name).eq(members.iter().map(|m| &m.name));
+        if !self.sets.first().is_some_and(same) {
+            let own = self.members(&own_text()?)?;
+            if let Some(first) = self.sets.first_mut().filter(|_| same(&own)) {
+                *first = own;
+            }
+        }
+        Ok(())
     }
 
     /// How much of each path is the root of the cgroup namespace of a process.
@@ -283,6 +295,13 @@ impl Group {
             dir_perms: Some(self.perms),
         }
     }
+}
+
+/// Where this thread is.
+fn own_text() -> Result<Vec<u8>> {
+    let mut text = Vec::new();
+    proc::read_proc("/proc/thread-self/cgroup".as_ref(), &mut text).call("read(/proc/self/cgroup)")?;
+    Ok(text)
 }
 
 fn utf8(bytes: Vec<u8>) -> Result<String> {

@@ -21,7 +21,7 @@ use crate::namespaces::user::Users;
 use crate::network::doors::{Doors, Inside};
 use crate::options::Options;
 use crate::plan::Plan;
-use crate::proc::fdinfo::{self, FdInfo};
+use crate::proc::fdinfo::{self, FdDetail, FdInfo};
 use crate::sys::calls;
 use crate::tasks::pids::{Hosts, Inner};
 
@@ -81,8 +81,20 @@ impl Descriptor {
         let link = rustix::fs::readlink(format!("/proc/{pid}/fd/{fd}"), Vec::new())
             .call("readlink(/proc/PID/fd/N)")?
             .into_bytes();
-        crate::proc::read_proc(format!("/proc/{pid}/fdinfo/{fd}").as_ref(), buffer).call("read(/proc/PID/fdinfo/N)")?;
-        let info = fdinfo::parse(buffer)?;
+        let mut read = || -> Result<FdInfo> {
+            let path = format!("/proc/{pid}/fdinfo/{fd}");
+            crate::proc::read_proc(path.as_ref(), buffer).call("read(/proc/PID/fdinfo/N)")?;
+            Ok(fdinfo::parse(buffer)?)
+        };
+        let mut info = read()?;
+        // of a ring that it has locked for something of its own, the kernel says nothing (io_uring/fdinfo.c)
+        for _ in 0..100 {
+            if link != io_uring::LINK || matches!(info.detail, FdDetail::IoUring(_)) {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            info = read()?;
+        }
         let copy = calls::pidfd_getfd(pidfd, fd)?;
         let stat = rustix::fs::fstat(&copy).call("fstat")?;
         let cloexec = info.flags & libc::O_CLOEXEC as u32 != 0;
