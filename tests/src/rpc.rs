@@ -129,15 +129,19 @@ impl Client {
     /// If what comes is too long for clients, or is none.
     pub fn receive(&self) -> Option<CriuResp> {
         let mut buffer = vec![0u8; 8192];
-        // SAFETY: the length is that of the buffer.
-        let r = unsafe { libc::recv(self.socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
-        let len = match usize::try_from(r) {
-            Ok(0) => return None,
-            Ok(len) => len,
-            Err(_) => {
-                let e = io::Error::last_os_error();
-                assert!(e.kind() == io::ErrorKind::ConnectionReset, "no answer: {e}");
-                return None;
+        let len = loop {
+            // SAFETY: the length is that of the buffer.
+            let r = unsafe { libc::recv(self.socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+            match usize::try_from(r) {
+                Ok(0) => return None,
+                Ok(len) => break len,
+                Err(_) => match io::Error::last_os_error() {
+                    // a receive with a limit is not begun again (signal(7)), and even a signal that nobody waits for wakes it
+                    // while another thread is just being made, with all signals blocked
+                    e if e.kind() == io::ErrorKind::Interrupted => {}
+                    e if e.kind() == io::ErrorKind::ConnectionReset => return None,
+                    e => panic!("no answer: {e}"),
+                },
             }
         };
         assert!(len < 1024, "an answer of {len} bytes");

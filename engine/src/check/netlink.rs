@@ -56,7 +56,10 @@ pub(super) fn ask(protocol: SockProtocol, bytes: &[u8], mut look: impl FnMut(u16
     sendto(sk.as_raw_fd(), bytes, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
     let mut buf = vec![0u8; 64 << 10];
     loop {
-        let len = recv(sk.as_raw_fd(), &mut buf, MsgFlags::empty())?;
+        let len = match recv(sk.as_raw_fd(), &mut buf, MsgFlags::empty()) {
+            Err(Errno::EINTR) => continue,
+            other => other?,
+        };
         let mut rest = &buf[..len];
         while let Some(head) = rest.first_chunk::<16>() {
             let [a, b, c, d, e, f, ..] = *head;
