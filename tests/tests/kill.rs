@@ -219,6 +219,30 @@ fn a_dump_of_rings_killed_at_each_request() {
     each_request_of_a_dump("io_uring_busy", "dump", &["-R"]);
 }
 
+/// What the kernel has a holder of, and no dump may let go or answer: locks, watches with events, a terminal with text.
+#[test]
+fn a_dump_of_locks_killed_at_each_request() {
+    let Some(()) = strace("a_dump_of_locks_killed_at_each_request") else { return };
+    let _alone = alone();
+    for guest in ["locks_waiting", "lease"] {
+        each_request_of_a_dump(guest, "dump", &["-R", "--file-locks"]);
+    }
+}
+
+#[test]
+fn a_dump_of_watches_killed_at_each_request() {
+    let Some(()) = strace("a_dump_of_watches_killed_at_each_request") else { return };
+    let _alone = alone();
+    each_request_of_a_dump("inotify", "dump", &["-R"]);
+}
+
+#[test]
+fn a_dump_of_terminals_killed_at_each_request() {
+    let Some(()) = strace("a_dump_of_terminals_killed_at_each_request") else { return };
+    let _alone = alone();
+    each_request_of_a_dump("tty_data", "dump", &["-R"]);
+}
+
 /// Ends what a pre-dump that was complete has left running on purpose: the next one has to make it again.
 fn untrack(images: &Path, pid: &str) {
     let mut command = Engine::ours().command("untrack", images, &["-t", pid]);
