@@ -301,28 +301,11 @@ fn random_kills_of_a_dump(guest: &str, options: &[&str]) {
     let images = watch.run.images("images");
     fs::create_dir_all(&images).unwrap_or_else(|e| panic!("{e}"));
     let pid = watch.run.pid.to_string();
-    let engine = Engine::ours();
-    let dump = || {
-        let mut command = engine.command("dump", &images, &[&["-R", "-t", &pid][..], options].concat());
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        command.spawn().unwrap_or_else(|e| panic!("{e}"))
-    };
-    let mut longest = Duration::ZERO;
-    for _ in 0..5 {
-        let began = Instant::now();
-        let status = dump().wait().unwrap_or_else(|e| panic!("{e}"));
-        assert!(status.success(), "a dump that nobody disturbs failed");
-        longest = longest.max(began.elapsed());
-    }
-    let mut state = seed();
+    let mut dump = Engine::ours().command("dump", &images, &[&["-R", "-t", &pid][..], options].concat());
+    let mut moments = Moments::of(&mut dump);
     let (kills, mut hit) = (number("STANDSTILL_KILLS", 200), 0);
     for n in 0..kills {
-        let mut child = dump();
-        let micros = u64::try_from(longest.as_micros()).unwrap_or(u64::MAX);
-        std::thread::sleep(Duration::from_micros(random(&mut state) % micros));
-        let _ = child.kill();
-        let status = child.wait().unwrap_or_else(|e| panic!("{e}"));
-        hit += u64::from(!status.success());
+        hit += u64::from(moments.kill(&mut dump));
         watch.check(&format!("random kill {n}"));
     }
     eprintln!("{hit} of {kills} dumps were killed in time");
@@ -394,15 +377,57 @@ fn dumped(name: &str) -> (Run, std::path::PathBuf, HashSet<i32>) {
     (run, images, children)
 }
 
-/// Starts an engine, and kills it after some time that is shorter than `longest`.
-fn killed_at_random(command: &mut Command, longest: Duration, state: &mut u64) -> bool {
+/// Random moments within the time that an engine takes. How long that is differs with what else the machine does, so it is
+/// learned all the time: from each engine that was done before its moment came, and a little more after each that was not.
+struct Moments {
+    longest: Duration,
+    state: u64,
+}
+
+impl Moments {
+    /// For engines that take that long.
+    fn within(longest: Duration) -> Moments {
+        Moments { longest, state: seed() }
+    }
+
+    /// For an engine that may run undisturbed first.
+    fn of(command: &mut Command) -> Moments {
+        let mut longest = Duration::ZERO;
+        for _ in 0..5 {
+            let began = Instant::now();
+            let mut child = start(command);
+            let status = child.wait().unwrap_or_else(|e| panic!("{e}"));
+            assert!(status.success(), "an engine that nobody disturbs failed");
+            longest = longest.max(began.elapsed());
+        }
+        Moments::within(longest)
+    }
+
+    /// Starts an engine, and kills it at such a moment; true if it was not done by then.
+    fn kill(&mut self, command: &mut Command) -> bool {
+        let began = Instant::now();
+        let mut child = start(command);
+        let micros = u64::try_from(self.longest.as_micros()).unwrap_or(u64::MAX).max(1);
+        let moment = Duration::from_micros(random(&mut self.state) % micros);
+        while let Some(left) = moment.checked_sub(began.elapsed()) {
+            if matches!(child.try_wait(), Ok(Some(_))) {
+                self.longest = (self.longest + began.elapsed()) / 2;
+                break;
+            }
+            std::thread::sleep(left.min(Duration::from_micros(200)));
+        }
+        let _ = child.kill();
+        let hit = !child.wait().is_ok_and(|s| s.success());
+        if hit {
+            self.longest += self.longest / 16;
+        }
+        hit
+    }
+}
+
+fn start(command: &mut Command) -> std::process::Child {
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    let mut child = command.spawn().unwrap_or_else(|e| panic!("{e}"));
-    std::thread::sleep(Duration::from_micros(
-        random(state) % u64::try_from(longest.as_micros()).unwrap_or(u64::MAX).max(1),
-    ));
-    let _ = child.kill();
-    !child.wait().is_ok_and(|s| s.success())
+    command.spawn().unwrap_or_else(|e| panic!("{e}"))
 }
 
 #[test]
@@ -437,13 +462,12 @@ fn a_restore_killed_at_random() {
         let engine = Engine::ours();
         let began = Instant::now();
         run.restore(&engine, &images);
-        let longest = began.elapsed();
+        let mut moments = Moments::within(began.elapsed());
         run.dump(&engine, &images);
-        let mut state = seed();
         let (kills, mut whole) = (number("STANDSTILL_KILLS", 200) / 4, 0);
         for n in 0..kills {
             let options: &[&str] = if guest == "storm" { &["-d"] } else { &["-d", "--tcp-established"] };
-            killed_at_random(&mut engine.command("restore", &images, options), longest, &mut state);
+            moments.kill(&mut engine.command("restore", &images, options));
             let when = format!("{guest}, random kill {n}");
             whole += usize::from(restored(&mut run, &images, &children, &when) == Outcome::Whole);
         }
@@ -500,14 +524,13 @@ fn a_dump_that_kills_killed_at_random() {
         run.restore(&engine, &images);
         let began = Instant::now();
         run.dump(&engine, &images);
-        let longest = began.elapsed();
+        let mut moments = Moments::within(began.elapsed());
         run.restore(&engine, &images);
         let pid = run.pid.to_string();
-        let mut state = seed();
         let (kills, mut dead) = (number("STANDSTILL_KILLS", 200) / 4, 0);
         for n in 0..kills {
             let mut dump = engine.command("dump", &images, &[&["-t", &pid][..], options].concat());
-            killed_at_random(&mut dump, longest, &mut state);
+            moments.kill(&mut dump);
             let when = format!("{guest}, random kill {n}");
             dead += usize::from(brought_back(&mut run, &images, &children, &when) == Outcome::Nothing);
         }

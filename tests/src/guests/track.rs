@@ -128,16 +128,9 @@ pub(super) fn flood() {
             at += 1;
         }
         (0..PAGES).all(|n| {
-            holds(
-                page(n),
-                if n < at {
-                    seed + turn
-                } else if turn == 1 {
-                    0
-                } else {
-                    seed + turn - 1
-                },
-            )
+            // the turn that wrote it; in turn 0, which ends before any page, and for the rest of turn 1, none has
+            let turn = if n < at { turn } else { turn.saturating_sub(1) };
+            holds(page(n), if turn == 0 { 0 } else { seed + turn })
         })
     };
     let threads = [1u64 << 40, 1 << 50].map(|seed| std::thread::spawn(move || writer(seed)));
