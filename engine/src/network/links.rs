@@ -479,7 +479,8 @@ pub fn needs(link: &Planned, id: u32, opts: &Options) -> Option<u32> {
     own.peer_ifindex.filter(|i| is_here && *i != own.ifindex)
 }
 
-/// Gives a link that was made its settings and its bridge. `accept_dad` is off until [`settle`].
+/// Gives a link that was made its settings and its bridge. Two come in [`settle`]: `accept_dad`, which is off until then, and
+/// IPv6's `mtu`, which begins anew when a link comes up.
 pub fn configure(link: &Planned, netns: &NetnsEntry, netlink: &mut Netlink, weak: bool) -> Result<()> {
     let (entry, name) = (&link.entry, &link.name);
     // the loopback link is older than what `default` says
@@ -495,7 +496,7 @@ pub fn configure(link: &Planned, netns: &NetnsEntry, netlink: &mut Netlink, weak
     let folder = sysctl::folder("ipv6", name);
     let default = default(&netns.def_conf6);
     for (key, value) in sysctl::planned(&IPV6, &entry.conf6, default.as_deref())? {
-        if key != "accept_dad" {
+        if !["accept_dad", sysctl::MTU].contains(&key) {
             sysctl::write_one(&folder, key, &value, weak)?;
         }
     }
@@ -518,9 +519,12 @@ pub fn raise(link: &Planned, netlink: &mut Netlink) -> Result<()> {
     netlink.change(message)
 }
 
-/// Sets `accept_dad`, when addresses are there.
+/// Sets what [`configure`] did not, when addresses are there.
 pub fn settle(link: &Planned, default: &[SysctlEntry], weak: bool) -> Result<()> {
     let own = sysctl::planned(&IPV6, &link.entry.conf6, None)?;
+    if let Some((key, value)) = own.iter().find(|(key, _)| *key == sysctl::MTU) {
+        sysctl::write_one(&sysctl::folder("ipv6", &link.name), key, value, weak)?;
+    }
     let value = own.into_iter().find(|(key, _)| *key == "accept_dad").map(|(_, value)| value);
     let of_default = || sysctl::planned(&IPV6, default, None).ok()?.into_iter().find(|(k, _)| *k == "accept_dad");
     match value.or_else(|| of_default().map(|(_, value)| value)) {

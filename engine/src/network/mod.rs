@@ -413,7 +413,7 @@ impl Networks {
             return Ok(());
         }
         let started = Instant::now();
-        while payload::unready(&mut netlink)? > space.payload.unready() {
+        while payload::unready(&mut netlink)? > 0 {
             if started.elapsed() > READY {
                 tracing::warn!("an IPv6 address is not ready after {} s", READY.as_secs());
                 break;
@@ -429,6 +429,7 @@ impl Networks {
                 links::settle(link, &space.netns.def_conf6, opts.weak_sysctls)?;
             }
         }
+        space.payload.ask_for_unready(&mut netlink)?;
         for (key, value) in sysctl::planned(&sysctl::IPV6, &space.netns.all_conf6, None)? {
             if key == "accept_dad" {
                 sysctl::write_one(&sysctl::folder("ipv6", "all"), key, &value, opts.weak_sysctls)?;

@@ -9,7 +9,8 @@
 //!   are, which `ip route save` leaves out. Routes are made in rounds, since one may need another to reach its gateway.
 //! - Rules for IPv6 are in there if they are not the two that every namespace is born with.
 //! - Next hops that are objects of their own (`ip nexthop`) are refused.
-//! - An IPv6 address is not asked for on its link again: the program had it already. See `links.rs`.
+//! - An IPv6 address is not asked for on its link again: the program had it already. See `links.rs`. One that was still being
+//!   asked for is, from the start.
 //!
 //! Not kept: neighbours that were learned, statistics.
 //!
@@ -208,7 +209,7 @@ impl Payload {
 
     /// Makes everything in the namespace that we are in, whose links are there and up.
     pub fn restore(&self, netlink: &mut Netlink) -> Result<()> {
-        for address in &self.addresses {
+        for address in self.addresses.iter().filter(|a| !is_unready(a)) {
             or_there(netlink.change(again(address)?)).at(Place::Step("an address"))?;
         }
         self.restore_routes(netlink)?;
@@ -248,9 +249,9 @@ impl Payload {
         Ok(())
     }
 
-    /// Takes away the addresses that the kernel gave to links when they came up, and that are not in the image.
+    /// Takes away the addresses that the kernel gave to links when they came up, and that were not ready to use before.
     pub fn remove_others(&self, netlink: &mut Netlink) -> Result<()> {
-        let known: Vec<_> = self.addresses.iter().map(|a| identity(a)).collect();
+        let known: Vec<_> = self.addresses.iter().filter(|a| !is_unready(a)).map(|a| identity(a)).collect();
         for address in netlink.list(&Message::new(GETADDR, 0, &[0; ADDRESS_BODY]))? {
             if is(&address, NEWADDR) && !known.contains(&identity(&address)) {
                 let delete = Message::new(DELADDR, 0, address.get(HEADER..).unwrap_or_default());
@@ -260,9 +261,12 @@ impl Payload {
         Ok(())
     }
 
-    /// IPv6 addresses that the program could not use, since the link was still asked whether they are taken.
-    pub fn unready(&self) -> usize {
-        self.addresses.iter().filter(|a| is_unready(a)).count()
+    /// Begins to ask for the IPv6 addresses that the program could not use yet, since it was not known whether they are taken.
+    pub fn ask_for_unready(&self, netlink: &mut Netlink) -> Result<()> {
+        for address in self.addresses.iter().filter(|a| is_unready(a)) {
+            or_there(netlink.change(again(address)?)).at(Place::Step("an address"))?;
+        }
+        Ok(())
     }
 }
 

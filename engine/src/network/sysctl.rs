@@ -108,7 +108,7 @@ const TEXTS: [&str; 2] = ["stable_secret", "ping_group_range"];
 /// The last to be written.
 const LAST: &str = "accept_redirects";
 /// Not like others: it follows the link's, so that of `default` says nothing of it.
-const MTU: &str = "mtu";
+pub const MTU: &str = "mtu";
 
 /// Where the settings of a protocol for `of` (a link, `default`, `all`) are.
 pub fn folder(protocol: &str, of: &str) -> String {
