@@ -28,6 +28,7 @@ use super::options::{self, Opt};
 use super::{netlock, tcp, CLOSE, ESTABLISHED, LISTEN};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{Descriptor, DumpFiles};
+use crate::options::Options;
 use crate::sys::diag::inet::{InetFamily, InetProtocol, InetSocket};
 use crate::sys::diag::{Diag, DiagError};
 
@@ -314,11 +315,11 @@ fn tcp_state(
             if listed.is_none() {
                 e.shutdown = unconnected_shutdown(fd)?;
             }
-            if e.dst_port != 0 && info.state == CLOSE && !cx.opts.tcp_close && is_over_unread(fd, e)? {
+            if e.dst_port != 0 && info.state == CLOSE && is_still_known(fd, e, cx.opts)? {
                 cx.inet.connections.push((e.clone(), fd.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?));
                 return Ok(());
             }
-            // one that was reset still says where it was connected to, and is connected no more
+            // it still says where it was connected to, and is connected no more
             (e.dst_addr, e.dst_port) = words(i32::try_from(e.family).unwrap_or(0), None);
             Ok(())
         }
@@ -370,7 +371,7 @@ fn as_it_is_now(fd: BorrowedFd<'_>, e: &mut InetSkEntry, cx: &mut DumpFiles<'_>)
     }
     tracing::debug!("{} went from state {} to {state}", called(e), e.state);
     e.state = state;
-    let lasts = state != CLOSE || is_over_unread(fd, e)?;
+    let lasts = state != CLOSE || is_still_known(fd, e, cx.opts)?;
     if !lasts {
         (e.dst_addr, e.dst_port) = words(i32::try_from(e.family).unwrap_or(0), None);
     }
@@ -378,13 +379,13 @@ fn as_it_is_now(fd: BorrowedFd<'_>, e: &mut InetSkEntry, cx: &mut DumpFiles<'_>)
     Ok(lasts)
 }
 
-/// It is over: has the program still something to read?
-fn is_over_unread(fd: BorrowedFd<'_>, e: &mut InetSkEntry) -> Result<bool> {
-    let unread = tcp::unread(fd)? != 0;
-    if unread {
+/// It is over. Is there still something to read, or does the caller want connections, whose ends such a one still says?
+fn is_still_known(fd: BorrowedFd<'_>, e: &mut InetSkEntry, opts: &Options) -> Result<bool> {
+    let known = !opts.tcp_close && (opts.tcp_established || tcp::unread(fd)? != 0);
+    if known {
         e.standstill_error = has_error(fd)?.then_some(true);
     }
-    Ok(unread)
+    Ok(known)
 }
 
 /// The ends of a connection.

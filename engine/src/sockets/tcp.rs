@@ -301,14 +301,15 @@ fn queue(fd: BorrowedFd<'_>, guard: Option<&Guarded<'_>>, which: u32, len: u32) 
     Ok((end, bytes))
 }
 
-/// Makes a connection of a socket that is bound and in repair mode.
+/// Makes a connection of a socket that is bound and in repair mode. False: it is over and everything of it was read, and
+/// what is left of it on this host has its place; it is as it was but does not say its other end.
 pub fn restore(
     repair: &mut Repair,
     e: &InetSkEntry,
     own: &SocketAddr,
     peer: &SocketAddr,
     images: &Images,
-) -> Result<()> {
+) -> Result<bool> {
     let fd = repair.fd.as_fd();
     let image = images.open(ImageKind::TcpStream, e.ino)?;
     let mut reader = image.reader()?;
@@ -337,11 +338,12 @@ pub fn restore(
         let asked = rustix::net::connect(fd, peer);
         REPAIR.set(fd, 1)?;
         return match asked {
-            Ok(()) | Err(Errno::INPROGRESS) => Ok(()),
+            Ok(()) | Err(Errno::INPROGRESS) => Ok(true),
             Err(e) => Err(e).call("connect"),
         };
     }
     match rustix::net::connect(fd, peer) {
+        Err(Errno::ADDRNOTAVAIL | Errno::ADDRINUSE) if e.state == CLOSE && received.is_empty() => return Ok(false),
         Err(Errno::ADDRNOTAVAIL | Errno::ADDRINUSE) => {
             return Err(Error::Changed { what: format!("the connection from {own} to {peer} is somebody else's now") });
         }
@@ -401,14 +403,14 @@ pub fn restore(
     if e.state == CLOSE {
         repair.over =
             Some((fin::Packet { flags: fin::RST | fin::ACK, ..packet }, *own, *peer, e.standstill_error == Some(true)));
-        return Ok(());
+        return Ok(true);
     }
     if e.shutdown.is_some_and(|bits| bits & 1 != 0) {
         rustix::net::shutdown(fd, Shutdown::Read).call("shutdown")?;
     }
     repair.closes = closed(e.state) && e.state != FIN_WAIT2;
     repair.unsent = unsent.to_vec();
-    Ok(())
+    Ok(true)
 }
 
 /// Puts bytes into a queue. The kernel makes one buffer of what it is given at once, so pieces get smaller where that fails.

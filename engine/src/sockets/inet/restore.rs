@@ -189,7 +189,13 @@ fn connects(socket: &mut Making, cx: &RestoreFiles<'_>) -> Result<()> {
         );
     }
     match &mut socket.repair {
-        Some(repair) => tcp::restore(repair, e, &own(e)?, &to, cx.images).at(Place::Step("TCP connection")),
+        Some(repair) => {
+            if !tcp::restore(repair, e, &own(e)?, &to, cx.images).at(Place::Step("TCP connection"))? {
+                tracing::warn!("{} does not say its other end any more", called(e));
+                socket.repair.take().map_or(Ok(()), tcp::Repair::resume)?;
+            }
+            Ok(())
+        }
         None if is_connection(e) => match rustix::net::shutdown(&socket.fd, rustix::net::Shutdown::Both) {
             // it counts all the same: what is read from it ends
             Err(Errno::NOTCONN) => Ok(()),
