@@ -22,7 +22,7 @@ use crate::memory::unpack::{Pipes, TaskEnds, Unpacker};
 use crate::memory::vdso::Layout;
 use crate::mounts;
 use crate::namespaces::user::{self, Users};
-use crate::namespaces::{self, Own};
+use crate::namespaces::{self, companion, Own};
 use crate::network;
 use crate::options::{FinalState, Options};
 use crate::plan::arena::{Arena, Slot};
@@ -276,13 +276,7 @@ fn build<'r>(
         }
     }
 
-    let (ours, theirs) = rustix::net::socketpair(
-        rustix::net::AddressFamily::UNIX,
-        rustix::net::SocketType::STREAM,
-        rustix::net::SocketFlags::CLOEXEC,
-        None,
-    )
-    .call("socketpair")?;
+    let (ours, theirs) = socket_pair()?;
     let sibling = opts.restore_sibling && opts.restore_detach;
     let root = tree.root().pid;
     for (_, node, a) in tree.alive() {
@@ -321,12 +315,20 @@ fn build<'r>(
     if own.kinds().next().is_some() || networks.is_some() {
         stages.reach(Stage::SetupNamespaces, Some(pid))?;
         namespaces::fill(pid, own, images)?;
-        networks.fill(opts, pid, inventory, files)?;
+        let is_owner = files.users.are_own();
+        let nested =
+            if is_owner { companion::make(pid, namespaces::Kind::Net, networks.to_make(opts)?)? } else { Vec::new() };
+        networks.fill(opts, pid, nested, inventory, files)?;
         if let Some(id) = own.id(namespaces::Kind::Ipc) {
             namespaces::ipc::restore(pid, id, &files.sysv, &files.users, images)?;
         }
         if let Some(table) = mounts {
-            let made = mounts::restore::make(opts, images, table, &mounts::restore::Owners::of(pid, own)?)?;
+            let mut owners = mounts::restore::Owners::of(pid, own)?;
+            if is_owner {
+                let nested = table.namespaces.len().saturating_sub(1);
+                owners.mounts.extend(companion::make(pid, namespaces::Kind::Mnt, nested)?);
+            }
+            let made = mounts::restore::make(opts, images, table, &owners)?;
             files.regular.set_root(made.root()?.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?);
             files.mounts = Some(made);
         }
@@ -347,8 +349,10 @@ fn build<'r>(
         stages.orphan_master(master.as_fd())?;
     }
     // a placeholder holds the number of each file that can be opened only when the tasks exist
-    // behind what is still added to the transfer: a pipe for each task with packed pages, and little else
-    let own_numbers = draft.base + i32::try_from(transfer.list.len() + tree.nodes.len() + 8).unwrap_or(0);
+    // behind what is still added to the transfer: a pipe for each task with packed pages, a socket, doors of namespaces
+    let spaces = tree.alive().count() + own.kinds().count();
+    let own_numbers =
+        draft.base + i32::try_from(transfer.list.len() + tree.nodes.len() * 2 + spaces * 2 + 8).unwrap_or(0);
     let job = opts.shell_job.then(|| tree.root().pid);
     let member = |sid: u32| {
         let of = |pid: i32| u32::try_from(pid) == Ok(sid);
@@ -381,14 +385,23 @@ fn build<'r>(
         let door = door.try_clone().call("fcntl(F_DUPFD_CLOEXEC)")?;
         mount_doors.insert(id, draft.base + transfer.add(door) as i32);
     }
+    let mut late_senders: HashMap<i32, OwnedFd> = HashMap::new();
+    let mut late_doors = HashMap::new();
+    if files.users.are_own() && !late.is_empty() {
+        for (_, node, _) in tree.alive() {
+            let (to, from) = socket_pair()?;
+            late_senders.insert(node.pid, to);
+            late_doors.insert(node.pid, draft.base + transfer.add(from) as i32);
+        }
+    }
     let doors = networks.doors_for_tasks(tree, &files.networks, &mut transfer)?;
     let (unpacker, packed) = unpacker(tree, draft.base, &mut transfer)?;
     phases.mark("opening");
 
     let parked = birth.vdso.layout.moved(arena.parking());
     let base = draft.base;
-    let last_ring = ring_numbers - base + i32::try_from(files.io_uring.count()).unwrap_or(0);
-    if transfer.list.len() >= usize::try_from(draft.room).unwrap_or(0) || last_ring >= draft.room {
+    let spare = ring_numbers - base + i32::try_from(files.io_uring.count()).unwrap_or(0) + 1;
+    if transfer.list.len() >= usize::try_from(draft.room).unwrap_or(0) || spare >= draft.room {
         return Err(Error::Usage { what: "more descriptors than numbers for them".into() });
     }
     let table = Table {
@@ -398,6 +411,9 @@ fn build<'r>(
         in_flight: draft.in_flight.iter().map(|&(id, i)| (id, base + i as i32)).collect(),
         late: late.iter().map(|(&id, fd)| (id, fd.as_raw_fd())).collect(),
         engine: base + engine as i32,
+        late_doors,
+        spare: base + spare,
+        wanted: Default::default(),
         numbers: Numbers {
             areas: draft.areas.iter().map(|(&k, &i)| (k, base + i as i32)).collect(),
             pages: draft.pages.iter().map(|(&k, &i)| (k, base + i as i32)).collect(),
@@ -421,6 +437,7 @@ fn build<'r>(
         eprintln!("{}task {}\n{root_plan}", arena.describe(), tree.root().pid);
     }
     drop(script);
+    let wanted = table.wanted.take();
     drop(table);
     expect(tree, files, &mut arena);
     phases.mark("planning");
@@ -466,8 +483,13 @@ fn build<'r>(
     phases.mark("forking");
     drop(transfer);
     open_late(files, &late)?;
+    files.mounts.as_mut().map_or(Ok(()), mounts::restore::Made::settle)?;
     cgroups.as_ref().map_or(Ok(()), |c| c.forked(tree, |pid| files.hosts.id(pid)))?;
     arena.go(FORKED);
+    for (of, id) in wanted {
+        let (to, fd) = late_senders.get(&of).zip(late.get(&id)).ok_or(Error::Gone)?;
+        send(to, &[fd.try_clone().call("fcntl(F_DUPFD_CLOEXEC)")?], &alive).task(of)?;
+    }
     arena.gather(FILLED, STAGE_LIMIT, alive)?;
     phases.mark("filling");
     memfd::seal(files)?;
@@ -529,6 +551,12 @@ fn build<'r>(
     }
     phases.mark("registers");
     Ok(Poised { nursery, held, arena, stops, lifted, figures })
+}
+
+/// What descriptors go through.
+fn socket_pair() -> Result<(OwnedFd, OwnedFd)> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType};
+    rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).call("socketpair")
 }
 
 /// The guard kills the tree, should we die before it is let go. The kernel does that too (PTRACE_O_EXITKILL), but task by

@@ -82,6 +82,7 @@ guests! {
     inet_groups
     inet_listening
     inet_options
+    inet_over
     inet_raw
     inet_udp
     inotify
@@ -196,6 +197,7 @@ guests! {
     tty_controlling
     tty_data
     user_namespace
+    user_namespace_nested
     uts_namespace
     unix_dgram
     unix_listening

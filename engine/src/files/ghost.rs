@@ -18,6 +18,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::fs::{major, minor, AtFlags, FileType, Gid, Mode, OFlags, Stat, Timespec, Timestamps, Uid, CWD};
 use rustix::io::Errno;
@@ -86,75 +87,93 @@ pub(super) fn origin(images: &Images, id: u32) -> Result<Option<(u32, u64)>> {
     Ok(entry.dev.zip(entry.ino))
 }
 
+/// A name of a file that comes back for a moment.
+#[derive(Debug)]
+pub(super) struct Placed {
+    /// Below the root that all are made in.
+    pub(super) path: Vec<u8>,
+    /// The mounts through which it is open, if there are mounts: from where, and by which path, each finds it.
+    pub(super) views: Vec<(Arc<OwnedFd>, Vec<u8>)>,
+}
+
 /// Makes ghost `id` again. Returns, for each of its `names`, an O_PATH descriptor of it by that name, which is gone again
-/// by then. `unnamed`: it came from O_TMPFILE.
+/// by then: one for each view, or one. `unnamed`: it came from O_TMPFILE.
 pub(super) fn make(
     images: &Images,
     guard: Option<&Guard<'_>>,
     root: BorrowedFd<'_>,
     id: u32,
-    names: &[&[u8]],
+    names: &[Placed],
     unnamed: bool,
     users: &Users,
-) -> Result<Vec<OwnedFd>> {
+) -> Result<Vec<Vec<OwnedFd>>> {
     let image = images.open(ImageKind::GhostFile, id)?;
     let (mut entry, content) = image.reader()?.ghost()?;
     (entry.uid, entry.gid) = (users.outer_user(entry.uid), users.outer_group(entry.gid));
     let kind = FileType::from_raw_mode(entry.mode);
-    let Some((&first, others)) = names.split_first() else { return Ok(Vec::new()) };
+    let Some((first, others)) = names.split_first() else { return Ok(Vec::new()) };
 
-    let mut spot = Spot::find(root, first, id, guard).at(place(first))?;
-    if unnamed && others.is_empty() && kind == FileType::RegularFile {
-        match nameless(&spot, &entry, &content) {
+    let mut spot = Spot::find(root, &first.path, id, guard).at(place(&first.path))?;
+    if unnamed && others.is_empty() && first.views.len() < 2 && kind == FileType::RegularFile {
+        match nameless(&spot, &first.views, &entry, &content) {
             Err(error) if [libc::EOPNOTSUPP, libc::EISDIR, libc::ENOENT].contains(&error.errno()) => {}
-            made => return made.at(place(first)).map(|fd| vec![fd]),
+            made => return made.at(place(&first.path)).map(|fd| vec![vec![fd]]),
         }
     }
-    let mut made = vec![make_named(&mut spot, kind, &entry, &content).at(place(first))?];
+    let own = make_named(&mut spot, kind, &entry, &content).at(place(&first.path))?;
     if kind == FileType::Directory && !others.is_empty() {
         return Err(Error::lie(IMAGE, format!("folder {id:x} has {} names", names.len())));
     }
+    let mut made = vec![spot.seen(&first.views)?];
     let mut spots = vec![spot];
     for name in others {
-        let (fd, spot) = link(root, made[0].as_fd(), name, id, guard).at(place(name))?;
-        made.push(fd);
+        let (fds, spot) = link(root, own.as_fd(), name, id, guard).at(place(&name.path))?;
+        made.push(fds);
         spots.push(spot);
     }
     spots.into_iter().try_for_each(Spot::clear)?;
     Ok(made)
 }
 
-/// An O_PATH descriptor of the inode behind `source`, by a name that is gone again.
+/// An O_PATH descriptor of the inode behind `source`, which is below the same root, by a name that is gone again.
 pub(super) fn relink(
     root: BorrowedFd<'_>,
     source: BorrowedFd<'_>,
-    name: &[u8],
+    name: &Placed,
     id: u32,
     guard: Option<&Guard<'_>>,
 ) -> Result<OwnedFd> {
-    let (fd, spot) = link(root, source, name, id, guard)?;
+    let (mut fds, spot) = link(root, source, name, id, guard)?;
     spot.clear()?;
-    Ok(fd)
+    fds.pop().ok_or(Error::Gone)
 }
 
 fn link<'g>(
     root: BorrowedFd<'_>,
     source: BorrowedFd<'_>,
-    name: &[u8],
+    name: &Placed,
     id: u32,
     guard: Option<&'g Guard<'g>>,
-) -> Result<(OwnedFd, Spot<'g>)> {
-    let mut spot = Spot::find(root, name, id, guard)?;
+) -> Result<(Vec<OwnedFd>, Spot<'g>)> {
+    let mut spot = Spot::find(root, &name.path, id, guard)?;
     spot.put(|folder, name| rustix::fs::linkat(CWD, magic_link(source), folder, name, AtFlags::SYMLINK_FOLLOW))
         .call("linkat")?;
-    Ok((spot.open()?, spot))
+    Ok((spot.seen(&name.views)?, spot))
 }
 
 /// A regular file without a name, which can still get one.
-fn nameless(spot: &Spot<'_>, entry: &GhostFileEntry, content: &GhostContent<'_>) -> Result<OwnedFd> {
+fn nameless(
+    spot: &Spot<'_>,
+    views: &[(Arc<OwnedFd>, Vec<u8>)],
+    entry: &GhostFileEntry,
+    content: &GhostContent<'_>,
+) -> Result<OwnedFd> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    let file =
-        File::from(rustix::fs::openat(&spot.folder, ".", flags, Mode::RUSR | Mode::WUSR).call("open(O_TMPFILE)")?);
+    let seen = views.first().and_then(|(from, path)| {
+        open_below(from.as_fd(), split(path).0, (libc::O_PATH | libc::O_DIRECTORY) as u32).ok()
+    });
+    let folder = seen.as_ref().unwrap_or(&spot.folder);
+    let file = File::from(rustix::fs::openat(folder, ".", flags, Mode::RUSR | Mode::WUSR).call("open(O_TMPFILE)")?);
     fill(&file, entry, content)?;
     let handle = reopen(file.as_fd(), libc::O_PATH as u32)?;
     describe(handle.as_fd(), FileType::RegularFile, entry)?;
@@ -342,6 +361,27 @@ impl<'g> Spot<'g> {
         rustix::fs::openat(&self.folder, &self.name, flags, Mode::empty()).call("open(O_PATH)")
     }
 
+    /// The same through each of the views, or as it is if there are none.
+    fn seen(&self, views: &[(Arc<OwnedFd>, Vec<u8>)]) -> Result<Vec<OwnedFd>> {
+        if views.is_empty() {
+            return Ok(vec![self.open()?]);
+        }
+        let see = |(from, path): &(Arc<OwnedFd>, Vec<u8>)| {
+            let own = self.open()?;
+            let path = [split(path).0, b"/", &self.name].concat();
+            let seen = open_below(from.as_fd(), &path, (libc::O_PATH | libc::O_NOFOLLOW) as u32);
+            let inode = |fd: &OwnedFd| rustix::fs::fstat(fd).map(|s| (s.st_dev, s.st_ino));
+            match seen {
+                Ok(seen) if inode(&seen) == inode(&own) => Ok(seen),
+                _ => {
+                    tracing::warn!(path = %String::from_utf8_lossy(&path), "what is mounted now hides a file's place: it is on no mount");
+                    Ok(own)
+                }
+            }
+        };
+        views.iter().map(see).collect()
+    }
+
     /// Takes everything away again.
     fn clear(mut self) -> Result<()> {
         self.remove().call("unlink")
@@ -381,6 +421,10 @@ mod tests {
     use std::os::unix::ffi::OsStrExt;
     use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 
+    fn names(paths: &[&[u8]]) -> Vec<Placed> {
+        paths.iter().map(|path| Placed { path: path.to_vec(), views: Vec::new() }).collect()
+    }
+
     fn root() -> OwnedFd {
         rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap()
     }
@@ -410,7 +454,11 @@ mod tests {
 
         let (a, b) = (format!("{}/a", dir.display()), format!("{}/gone/b", dir.display()));
         let made =
-            make(&images, None, root().as_fd(), 7, &[a.as_bytes(), b.as_bytes()], false, &Users::default()).unwrap();
+            make(&images, None, root().as_fd(), 7, &names(&[a.as_bytes(), b.as_bytes()]), false, &Users::default())
+                .unwrap()
+                .into_iter()
+                .flatten()
+                .collect::<Vec<_>>();
         assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0);
         assert_eq!(link_of(&made[0]), format!("{a} (deleted)"));
         assert_eq!(link_of(&made[1]), format!("{b} (deleted)"));
@@ -445,14 +493,21 @@ mod tests {
         for (id, fd) in [(1, &a), (2, &b), (3, &c)] {
             let old = rustix::fs::fstat(fd).unwrap();
             write(&images, id, fd.as_fd(), &old).unwrap();
-            let made =
-                make(&images, None, root().as_fd(), id, &[path.as_os_str().as_bytes()], false, &Users::default())
-                    .unwrap();
-            let new = rustix::fs::fstat(&made[0]).unwrap();
+            let made = make(
+                &images,
+                None,
+                root().as_fd(),
+                id,
+                &names(&[path.as_os_str().as_bytes()]),
+                false,
+                &Users::default(),
+            )
+            .unwrap();
+            let new = rustix::fs::fstat(&made[0][0]).unwrap();
             assert_eq!((old.st_mode, old.st_mtime), (new.st_mode, new.st_mtime));
-            assert_eq!(link_of(&made[0]), format!("{} (deleted)", path.display()));
+            assert_eq!(link_of(&made[0][0]), format!("{} (deleted)", path.display()));
             if id == 2 {
-                assert_eq!(rustix::fs::readlinkat(&made[0], "", Vec::new()).unwrap().to_bytes(), b"to here");
+                assert_eq!(rustix::fs::readlinkat(&made[0][0], "", Vec::new()).unwrap().to_bytes(), b"to here");
             }
         }
         std::fs::remove_dir(&dir).unwrap();
@@ -469,7 +524,11 @@ mod tests {
         write(&images, 1, file.as_fd(), &rustix::fs::fstat(&file).unwrap()).unwrap();
         std::fs::write(&path, "new").unwrap();
         let made =
-            make(&images, None, root().as_fd(), 1, &[path.as_os_str().as_bytes()], false, &Users::default()).unwrap();
+            make(&images, None, root().as_fd(), 1, &names(&[path.as_os_str().as_bytes()]), false, &Users::default())
+                .unwrap()
+                .into_iter()
+                .flatten()
+                .collect::<Vec<_>>();
         assert!(link_of(&made[0]).ends_with("/log.cr_link (deleted)"));
         assert_eq!(std::fs::read(magic_link(made[0].as_fd())).unwrap(), b"old");
         assert_eq!(std::fs::read(&path).unwrap(), b"new");
@@ -486,7 +545,11 @@ mod tests {
         };
         write(&images, 1, file.as_fd(), &rustix::fs::fstat(&file).unwrap()).unwrap();
         let name = format!("{}/#12", dir.display());
-        let made = make(&images, None, root().as_fd(), 1, &[name.as_bytes()], true, &Users::default()).unwrap();
+        let made = make(&images, None, root().as_fd(), 1, &names(&[name.as_bytes()]), true, &Users::default())
+            .unwrap()
+            .into_iter()
+            .flatten()
+            .collect::<Vec<_>>();
         rustix::fs::linkat(CWD, magic_link(made[0].as_fd()), CWD, dir.join("named"), AtFlags::SYMLINK_FOLLOW).unwrap();
         std::fs::remove_dir_all(&dir).unwrap();
     }

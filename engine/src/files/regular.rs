@@ -638,33 +638,48 @@ pub(super) fn open_as(cx: &mut RestoreFiles<'_>, e: &RegFileEntry, flags: u32) -
 /// An O_PATH descriptor of a file whose name is gone, or was another one.
 fn handle<'a>(cx: &'a mut RestoreFiles<'_>, e: &RegFileEntry, remap: Remap) -> Result<BorrowedFd<'a>> {
     if !cx.regular.handles.contains_key(&e.id) {
-        let (root, own_name) = place_of(cx, e)?;
         match remap {
             Remap::Linked(to) => {
-                let (_, name) = place_of(cx, &RegFileEntry { name: by_id(cx, to)?.name, ..e.clone() })?;
+                let (root, name) = bare_place_of(cx, &by_id(cx, to)?)?;
                 let flags = (libc::O_PATH | libc::O_NOFOLLOW) as u32;
                 let source = open_below(root.as_fd(), &name, flags).call("open").at(place(&name))?;
-                let handle = ghost::relink(root.as_fd(), source.as_fd(), &own_name, to, cx.guard)?;
+                let own = placed(cx, e)?;
+                let handle = ghost::relink(root.as_fd(), source.as_fd(), &own, to, cx.guard)?;
                 cx.regular.handles.insert(e.id, handle);
             }
             Remap::Ghost(id) => {
                 let ghosts = cx.regular.remaps.iter().filter(|(_, to)| **to == remap);
-                let users: Vec<_> = ghosts.filter_map(|(id, _)| cx.entries.get(id)?.reg.as_ref()).collect();
-                let mut placed = HashMap::new();
+                let mut users: Vec<_> = ghosts.filter_map(|(id, _)| cx.entries.get(id)?.reg.as_ref()).collect();
+                users.sort_by_key(|user| user.id);
+                // by name below the root of the file system, and by mount
+                let mut names: Vec<ghost::Placed> = Vec::new();
+                let mut places: Vec<(usize, usize)> = Vec::new();
+                let mut mounts: Vec<Vec<Option<i32>>> = Vec::new();
                 for user in &users {
-                    placed.insert(user.id, place_of(cx, user)?.1);
+                    let own = placed(cx, user)?;
+                    let n = match names.iter().position(|name| name.path == own.path) {
+                        Some(n) => n,
+                        None => {
+                            names.push(ghost::Placed { path: own.path, views: Vec::new() });
+                            mounts.push(Vec::new());
+                            names.len() - 1
+                        }
+                    };
+                    let view = match mounts[n].iter().position(|mount| *mount == user.mnt_id) {
+                        Some(view) => view,
+                        None => {
+                            mounts[n].push(user.mnt_id);
+                            names[n].views.extend(own.views);
+                            mounts[n].len() - 1
+                        }
+                    };
+                    places.push((n, if names[n].views.is_empty() { 0 } else { view }));
                 }
-                let mut names: Vec<&[u8]> = placed.values().map(Vec::as_slice).collect();
-                names.sort_unstable();
-                names.dedup();
+                let (root, _) = bare_place_of(cx, e)?;
                 let unnamed = users.iter().any(|user| user.flags & NAMELESS != 0);
                 let made = ghost::make(cx.images, cx.guard, root.as_fd(), id, &names, unnamed, &cx.users)?;
-                for user in users {
-                    let made = placed
-                        .get(&user.id)
-                        .and_then(|name| names.binary_search(&name.as_slice()).ok())
-                        .and_then(|at| made.get(at))
-                        .ok_or(Error::Gone)?;
+                for (user, (n, view)) in users.iter().zip(places) {
+                    let made = made.get(n).and_then(|views| views.get(view)).ok_or(Error::Gone)?;
                     cx.regular.handles.insert(user.id, made.try_clone().call("dup")?);
                 }
             }
@@ -673,9 +688,32 @@ fn handle<'a>(cx: &'a mut RestoreFiles<'_>, e: &RegFileEntry, remap: Remap) -> R
     cx.regular.handles.get(&e.id).map(AsFd::as_fd).ok_or(Error::Gone)
 }
 
+/// Where a file without its name is made: below what [`bare_place_of`] says, and as its mount shows it.
+fn placed(cx: &RestoreFiles<'_>, e: &RegFileEntry) -> Result<ghost::Placed> {
+    let (_, path) = bare_place_of(cx, e)?;
+    let views = if on_mount(cx, e).is_some() { vec![place_of(cx, e)?] } else { Vec::new() };
+    Ok(ghost::Placed { path, views })
+}
+
+/// The mount that a file is on, if the tree has mounts of its own.
+fn on_mount<'c>(cx: &'c RestoreFiles<'_>, e: &RegFileEntry) -> Option<(&'c crate::mounts::restore::Made, u32)> {
+    cx.mounts.as_ref().zip(e.mnt_id.and_then(|id| u32::try_from(id).ok()))
+}
+
+/// The root of a file's file system, with nothing mounted on it, and its path there.
+fn bare_place_of(cx: &RestoreFiles<'_>, e: &RegFileEntry) -> Result<(Arc<OwnedFd>, Vec<u8>)> {
+    match on_mount(cx, e) {
+        Some((made, id)) => {
+            let (from, path) = made.bare(id, &e.name)?;
+            Ok((Arc::new(from.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?), path))
+        }
+        None => place_of(cx, e),
+    }
+}
+
 /// From where a file is opened, and by which path.
 fn place_of(cx: &RestoreFiles<'_>, e: &RegFileEntry) -> Result<(Arc<OwnedFd>, Vec<u8>)> {
-    if let (Some(made), Some(id)) = (&cx.mounts, e.mnt_id.and_then(|id| u32::try_from(id).ok())) {
+    if let Some((made, id)) = on_mount(cx, e) {
         let (from, rest) = made.place(id, &e.name)?;
         let from = from.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?;
         return Ok((Arc::new(from), if rest.starts_with(b"/") { rest.to_vec() } else { [b"/", rest].concat() }));
@@ -698,7 +736,7 @@ pub fn done(cx: &mut RestoreFiles<'_>) -> Result<()> {
     let linked = |to: &Remap| if let Remap::Linked(id) = to { Some(*id) } else { None };
     let links: BTreeSet<u32> = cx.regular.remaps.values().filter_map(linked).collect();
     for id in links {
-        let (root, path) = place_of(cx, &by_id(cx, id)?)?;
+        let (root, path) = bare_place_of(cx, &by_id(cx, id)?)?;
         let (folder, name) = split(&path);
         let gone = open_below(root.as_fd(), folder, (libc::O_PATH | libc::O_DIRECTORY) as u32)
             .and_then(|folder| rustix::fs::unlinkat(folder, name, AtFlags::empty()));

@@ -1,12 +1,15 @@
 //! Mounts at dump: reading namespaces, what comes from outside, opening what is hidden, writing images.
 //!
 //! A mount is looked at through a clone of it (open_tree(2)), which has nothing mounted on it. Where no path leads to a
-//! mount, or it must not be cloned, a thread takes a copy of the namespace apart from the top, until each mount in turn is
-//! free. The tree's own namespaces are never changed.
+//! mount, or it must not be cloned, a thread takes away what hides it in a copy of the namespace. That copy must belong to the
+//! same user namespace (`namespaces/companion.rs`). Where a mount that hides another is older than the user namespace, nobody in
+//! there can take it away; but then the other is one of ours, too. The tree's own namespaces are never changed.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::UnmountFlags;
@@ -16,6 +19,7 @@ use standstill_images::{ImageKind, Images};
 use super::table::{below, Mount, Table, AUTODETECTED, EXTERNAL_DEVICE};
 use super::tmpfs;
 use crate::error::{At, Call, Error, Place, Result};
+use crate::namespaces::{companion, Kind};
 use crate::options::Options;
 use crate::proc::{self, mountinfo};
 use crate::sys::mount;
@@ -152,7 +156,6 @@ fn read_one(opts: &Options, ns: Namespace) -> Result<Vec<Mount>> {
 }
 
 fn same_path(a: &Path, b: &[u8]) -> bool {
-    use std::os::unix::ffi::OsStrExt;
     let parts = |path: &[u8]| -> Vec<Vec<u8>> {
         path.split(|&b| b == b'/').filter(|p| !matches!(*p, b"" | b".")).map(<[u8]>::to_vec).collect()
     };
@@ -254,59 +257,130 @@ fn open_clean(table: &Table, m: &Mount, pid: i32) -> Result<OwnedFd> {
     let read = OFlags::RDONLY | OFlags::CLOEXEC;
     let namespace =
         rustix::fs::open(format!("/proc/{pid}/ns/mnt"), read, Mode::empty()).call("open(/proc/PID/ns/mnt)")?;
-    mount::apart(|| {
-        // what is below this folder says what holds for this thread, wherever it is
-        let own = rustix::fs::open(c"/proc/thread-self", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
-            .call("open(/proc/thread-self)")?;
+    let seen = mount::apart(|| {
         mount::enter(namespace.as_fd())?;
         if let Ok(seen) = rustix::fs::open(m.point.as_slice(), PATH, Mode::empty()) {
             if mount::id_of(seen.as_fd())? == u64::from(m.id) {
                 match mount::clone_tree(seen.as_fd(), b"") {
-                    Ok(fd) => return Ok(fd),
+                    Ok(fd) => return Ok(Some(fd)),
                     Err(e) => tracing::debug!("{}: {e}, so a copy of all is taken apart", m.shown()),
                 }
             }
         }
-        mount::enter_private_copy()?;
-        let mut text = Vec::new();
-        let info = rustix::fs::openat(&own, c"mountinfo", read, Mode::empty()).call("open(mountinfo)")?;
-        std::io::Read::read_to_end(&mut std::fs::File::from(info), &mut text).call("read(mountinfo)")?;
-        let mut copy = Vec::new();
-        for line in mountinfo::parse(&text)? {
-            copy.push(Mount { id: line.id.unsigned_abs(), ..Mount::from_proc(m.ns, &line, &[])? });
+        Ok(None)
+    })?;
+    if let Some(seen) = seen {
+        return Ok(seen);
+    }
+    let is_elsewhere = companion::is_elsewhere(pid)?;
+    let copy = if is_elsewhere { companion::make(pid, Kind::Mnt, 1)?.pop() } else { None };
+    let found = mount::apart(|| {
+        let own = own_folder()?;
+        match &copy {
+            Some(copy) => {
+                mount::enter(copy.as_fd())?;
+                mount::make_private()?;
+            }
+            None => {
+                mount::enter(namespace.as_fd())?;
+                mount::enter_private_copy()?;
+            }
         }
-        let mut copied = Table::default();
-        copied.add(m.ns, copy)?;
-        let from = table.root(m.ns).ok_or(Error::Gone)?;
-        let to = copied.root(m.ns).ok_or(Error::Gone)?;
-        take_apart((table, from), (&copied, to), m.id)?.ok_or(Error::Gone)
-    })
+        uncover(&copied(own.as_fd(), m.ns)?, m.ns, &way(table, m))
+    });
+    match found {
+        Err(e) if is_elsewhere && e.errno() == libc::EINVAL => mount::apart(|| {
+            let own = own_folder()?;
+            mount::enter_private_copy()?;
+            let ours = copied(own.as_fd(), m.ns)?;
+            let same = ours.mounts.iter().find(|o| Table::same_fs(o, m) && o.root == m.root && o.options == m.options);
+            uncover(&ours, m.ns, &way(&ours, same.ok_or(e)?))
+        }),
+        found => found,
+    }
 }
 
-/// Unmounts what is on a mount, from the top, then it; stops when the wanted one is free. The first of each pair is the
-/// namespace that was copied, the second the copy.
-fn take_apart(from: (&Table, &Mount), to: (&Table, &Mount), wanted: u32) -> Result<Option<OwnedFd>> {
-    // higher ones hide those beside them
-    for child in to.0.children(to.1).into_iter().rev() {
-        let original = from.0.children(from.1).into_iter().find(|m| m.point == child.point);
-        // one that is left out at the dump goes with all that is on it
-        let Some(original) = original else {
-            unmount(child)?;
-            continue;
-        };
-        if let Some(found) = take_apart((from.0, original), (to.0, child), wanted)? {
-            return Ok(Some(found));
+/// What is below this folder says what holds for this thread, wherever it goes.
+fn own_folder() -> Result<OwnedFd> {
+    rustix::fs::open(c"/proc/thread-self", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .call("open(/proc/thread-self)")
+}
+
+/// The mounts that the thread with this folder has.
+fn copied(own: BorrowedFd<'_>, ns: u32) -> Result<Table> {
+    let read = OFlags::RDONLY | OFlags::CLOEXEC;
+    let mut text = Vec::new();
+    let info = rustix::fs::openat(own, c"mountinfo", read, Mode::empty()).call("open(mountinfo)")?;
+    std::io::Read::read_to_end(&mut std::fs::File::from(info), &mut text).call("read(mountinfo)")?;
+    let mut copy = Vec::new();
+    for line in mountinfo::parse(&text)? {
+        copy.push(Mount { id: line.id.unsigned_abs(), ..Mount::from_proc(ns, &line, &[])? });
+    }
+    let mut copied = Table::default();
+    copied.add(ns, copy)?;
+    Ok(copied)
+}
+
+/// The mount points from the root's to a mount's own.
+fn way(table: &Table, m: &Mount) -> Vec<Vec<u8>> {
+    let (mut at, mut way) = (m, Vec::new());
+    while let Some(parent) = table.by_id(at.parent).filter(|_| !at.is_root_of(table)) {
+        way.push(at.point.clone());
+        at = parent;
+    }
+    way.reverse();
+    way
+}
+
+/// Takes away what is on the mounts of a way from the root, as far as it hides the next, and all that is on the last. `copied` are
+/// the mounts here, which are ours to change.
+fn uncover(copied: &Table, ns: u32, way: &[Vec<u8>]) -> Result<OwnedFd> {
+    let mut chain = vec![copied.root(ns).ok_or(Error::Gone)?];
+    for point in way {
+        let from = chain.last().ok_or(Error::Gone)?;
+        let next = copied.children(from).into_iter().find(|m| m.point == *point);
+        chain.push(next.ok_or_else(|| Error::Changed { what: format!("{} is not there any more", from.shown()) })?);
+    }
+    let wanted = *chain.last().ok_or(Error::Gone)?;
+    let clear = |place: &Mount, keeps: &dyn Fn(&Mount) -> bool| loop {
+        let (fd, whole) = as_far_as_possible(&place.point)?;
+        let id = mount::id_of(fd.as_fd())?;
+        let top = copied.mounts.iter().find(|m| u64::from(m.id) == id).ok_or(Error::Gone)?;
+        if whole && keeps(top) {
+            return Ok::<_, Error>(fd);
         }
-        unmount(child)?;
+        if chain.iter().any(|m| m.id == top.id) {
+            return Err(Error::Changed { what: format!("no path leads to {}", wanted.shown()) });
+        }
+        unmount(top)?;
+    };
+    for (at, m) in chain.iter().enumerate() {
+        clear(m, &|top| chain[at..].iter().any(|next| next.id == top.id))?;
     }
-    if from.1.id != wanted {
-        return Ok(None);
+    for child in copied.children(wanted).into_iter().rev() {
+        clear(child, &|top| top.id == wanted.id)?;
     }
-    let fd = rustix::fs::open(to.1.point.as_slice(), PATH, Mode::empty()).call("open")?;
-    if mount::id_of(fd.as_fd())? != u64::from(to.1.id) {
-        return Err(Error::Changed { what: format!("no path leads to {}", from.1.shown()) });
+    clear(wanted, &|top| top.id == wanted.id)
+}
+
+/// What a path leads to, or the way to it as far as it is there; whether that is all of it.
+fn as_far_as_possible(path: &[u8]) -> Result<(OwnedFd, bool)> {
+    use rustix::io::Errno;
+    let mut end = path.len();
+    loop {
+        let part = if end == 0 { b"/" } else { &path[..end] };
+        match rustix::fs::open(part, PATH, Mode::empty()) {
+            Err(Errno::NOENT | Errno::NOTDIR) if end > 0 => {
+                end = path[..end].iter().rposition(|&b| b == b'/').unwrap_or(0);
+            }
+            found => {
+                return Ok((
+                    found.call("open").at(Place::Path(PathBuf::from(OsStr::from_bytes(part))))?,
+                    end == path.len(),
+                ))
+            }
+        }
     }
-    Ok(Some(fd))
 }
 
 fn unmount(m: &Mount) -> Result<()> {

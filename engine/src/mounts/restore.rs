@@ -39,8 +39,8 @@ const LONGEST: usize = 255;
 /// Namespaces of the root task that decide what a mounted file system shows.
 #[derive(Debug, Default)]
 pub struct Owners {
-    /// The mount namespace to fill; a new one if there is none.
-    pub mounts: Option<OwnedFd>,
+    /// The mount namespaces to fill, the root task's first; new ones where there are none.
+    pub mounts: Vec<OwnedFd>,
     /// For proc; ours if there is none.
     pub pids: Option<OwnedFd>,
     /// For sysfs, mqueue and cgroups, with the kind of each.
@@ -55,7 +55,7 @@ impl Owners {
             let flags = OFlags::RDONLY | OFlags::CLOEXEC;
             rustix::fs::open(path, flags, Mode::empty()).call("open(/proc/PID/ns)")
         };
-        let mut owners = Owners { mounts: Some(open(Kind::Mnt)?), ..Owners::default() };
+        let mut owners = Owners { mounts: vec![open(Kind::Mnt)?], ..Owners::default() };
         if own.has(Kind::Pid) {
             owners.pids = Some(open(Kind::Pid)?);
         }
@@ -79,6 +79,10 @@ pub struct Made {
     pub namespaces: HashMap<u32, OwnedFd>,
     /// The root folder of each.
     pub roots: HashMap<u32, OwnedFd>,
+    /// File systems by themselves, by the place in the table of the mount that stands for each.
+    sources: HashMap<usize, Source>,
+    /// Those that become read-only when all files are there.
+    writable: Vec<usize>,
 }
 
 impl Made {
@@ -97,6 +101,27 @@ impl Made {
     pub fn nested(&self) -> impl Iterator<Item = (u32, &OwnedFd)> {
         let first = self.table.namespaces.first().copied();
         self.namespaces.iter().filter(move |(id, _)| Some(**id) != first).map(|(id, fd)| (*id, fd))
+    }
+
+    /// The file system of a mount by itself, with nothing mounted on it, and a path of that mount as it is in there: files of all
+    /// mounts of a file system can be linked to each other there.
+    pub fn bare(&self, id: u32, path: &[u8]) -> Result<(BorrowedFd<'_>, Vec<u8>)> {
+        let lie = || Error::lie("files.img", format!("{} is not on mount {id}", String::from_utf8_lossy(path)));
+        let m = self.table.by_id(id).ok_or_else(lie)?;
+        let source = self.sources.get(&origin_of(&self.table, m)?.mount()).ok_or(Error::Gone)?;
+        let root = below(&m.root, &source.root).ok_or_else(lie)?;
+        let rest = below(path, &m.point).ok_or_else(lie)?;
+        let slash: &[u8] = if root.is_empty() { b"" } else { b"/" };
+        Ok((source.fd.as_fd(), [slash, root, b"/", rest].concat()))
+    }
+
+    /// Makes read-only what is to be: all files are there.
+    pub fn settle(&mut self) -> Result<()> {
+        for at in self.writable.drain(..) {
+            let source = self.sources.get(&at).ok_or(Error::Gone)?;
+            read_only(source.fd.as_fd())?;
+        }
+        Ok(())
     }
 
     /// From where a file is found, and by which path: from the root of its namespace, or from its mount, if that is hidden.
@@ -204,7 +229,7 @@ pub fn make(opts: &Options, images: &Images, table: Table, owners: &Owners) -> R
         maker.clones()?;
         let mut result = Made::default();
         for (at, &ns) in table.namespaces.iter().enumerate() {
-            let namespace = match owners.mounts.as_ref().filter(|_| at == 0) {
+            let namespace = match owners.mounts.get(at) {
                 Some(given) => {
                     mount::enter(given.as_fd())?;
                     mount::make_private()?;
@@ -222,6 +247,14 @@ pub fn make(opts: &Options, images: &Images, table: Table, owners: &Owners) -> R
         maker.share(&groups, &masters, &result.namespaces)?;
         maker.settle(&result.namespaces)?;
         result.mounts = maker.made;
+        let is_read_only = |m: &Mount| m.kind == Fstype::Tmpfs && m.sb_flags & libc::MS_RDONLY as u32 != 0;
+        for (&at, source) in &maker.origins {
+            let m = table.mounts.get(at).ok_or(Error::Gone)?;
+            if is_read_only(m) && source.is_new {
+                result.writable.push(at);
+            }
+        }
+        result.sources = maker.origins;
         result.table = table.clone();
         Ok(result)
     })
@@ -247,9 +280,12 @@ fn mount_of(path: &[u8]) -> Result<OwnedFd> {
 }
 
 /// An origin on the yard.
+#[derive(Debug)]
 struct Source {
     fd: OwnedFd,
     root: Vec<u8>,
+    /// We have made the file system.
+    is_new: bool,
 }
 
 struct Maker<'m> {
@@ -332,7 +368,7 @@ impl Maker<'_> {
         if let Origin::New(_) = origin {
             self.fill(m, fd.as_fd())?;
         }
-        Ok(Source { fd, root: m.root.clone() })
+        Ok(Source { fd, root: m.root.clone(), is_new: matches!(origin, Origin::New(_)) })
     }
 
     /// A new name on the yard.
@@ -381,12 +417,6 @@ impl Maker<'_> {
         }
         if !tmpfs::restore(self.images, m.dev, m.id, fd)? {
             return Err(Error::lie("tmpfs-dev.tar.gz.img", format!("there is none for device {:#x}", m.dev)));
-        }
-        if m.sb_flags & libc::MS_RDONLY as u32 != 0 {
-            let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
-            let picked = rustix::mount::fspick(fd, c"", flags).call("fspick")?;
-            rustix::mount::fsconfig_set_flag(picked.as_fd(), c"ro").call("fsconfig(ro)")?;
-            rustix::mount::fsconfig_reconfigure(picked.as_fd()).call("fsconfig(FSCONFIG_CMD_RECONFIGURE)")?;
         }
         Ok(())
     }
@@ -545,6 +575,13 @@ impl Maker<'_> {
         }
         Ok(())
     }
+}
+
+fn read_only(fs: BorrowedFd<'_>) -> Result<()> {
+    let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
+    let picked = rustix::mount::fspick(fs, c"", flags).call("fspick")?;
+    rustix::mount::fsconfig_set_flag(picked.as_fd(), c"ro").call("fsconfig(ro)")?;
+    rustix::mount::fsconfig_reconfigure(picked.as_fd()).call("fsconfig(FSCONFIG_CMD_RECONFIGURE)")
 }
 
 /// A place in a mount, not in one that is on it.

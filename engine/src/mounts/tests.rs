@@ -98,7 +98,9 @@ fn dump(opts: &Options, held: &Held, images: &Images) -> Mounts {
 
 fn remake(opts: &Options, images: &Images) -> Made {
     let table = restore::read(opts, images, &[NS]).unwrap();
-    restore::make(opts, images, table, &Owners::default()).unwrap()
+    let mut made = restore::make(opts, images, table, &Owners::default()).unwrap();
+    made.settle().unwrap();
+    made
 }
 
 /// The mounts of a namespace, as the kernel says them.

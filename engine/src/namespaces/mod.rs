@@ -15,6 +15,7 @@ use standstill_images::Images;
 use crate::error::{Call, Error, Result};
 use crate::sys::thread;
 
+pub mod companion;
 pub mod ipc;
 pub mod user;
 pub mod uts;

@@ -89,11 +89,21 @@ impl Network {
         Ok(())
     }
 
-    /// Makes them, now that the root, `pid`, is there, and fills them.
+    /// How many there are beside the root's that do not come from outside.
+    pub(super) fn to_make(&self, opts: &Options) -> Result<usize> {
+        let mut count = 0;
+        for id in self.networks.ids().filter(|id| self.root != Some(*id)) {
+            count += usize::from(self.networks.outside(id, opts)?.is_none());
+        }
+        Ok(count)
+    }
+
+    /// Makes them, now that the root, `pid`, is there, and fills them. `new` are used before others are made.
     pub(super) fn fill(
         &mut self,
         opts: &Options,
         pid: i32,
+        new: Vec<OwnedFd>,
         inventory: &InventoryEntry,
         files: &mut RestoreFiles<'_>,
     ) -> Result<()> {
@@ -102,11 +112,12 @@ impl Network {
             return Ok(());
         }
         let mut all = Vec::new();
+        let mut new = new.into_iter();
         for id in ids {
             let namespace = match self.networks.outside(id, opts)? {
                 Some(namespace) => namespace,
                 None if self.root == Some(id) => network::of_task(pid)?,
-                None => network::create()?,
+                None => new.next().map_or_else(network::create, Ok)?,
             };
             all.push((id, namespace.try_clone().call("fcntl(F_DUPFD_CLOEXEC)")?));
             self.networks.set(id, namespace);

@@ -306,6 +306,15 @@ pub fn spawn_kept(s: &Spawn<'_>) -> Result<Kept> {
     Ok(kept)
 }
 
+impl Kept {
+    /// The process itself.
+    pub fn pid(&self) -> i32 {
+        // SAFETY: `keep` lives, and nobody writes this any more.
+        let pid = unsafe { (&raw const (*self.keep).pid).read_volatile() };
+        pid as i32
+    }
+}
+
 // SAFETY: what it points to belongs to the process, and is touched by its drop only.
 unsafe impl Send for Kept {}
 

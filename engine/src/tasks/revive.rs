@@ -9,6 +9,7 @@
 //! | 4 | everyone has its credentials, each change of which made the process undumpable | |
 //! | 5 | nothing is left | sets registers, unmaps the executor, lets go |
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 
 use rayon::prelude::*;
@@ -98,6 +99,12 @@ pub struct Table<'a> {
     pub late: HashMap<u32, i32>,
     /// A pidfd of the engine, to take late files with.
     pub engine: i32,
+    /// In a user namespace of its own a task may not take from the engine: sockets that the engine sends late files to, by pid.
+    pub late_doors: HashMap<i32, i32>,
+    /// A number for a late file that came so.
+    pub spare: i32,
+    /// Who wants which late files through its socket, in this order.
+    pub wanted: RefCell<Vec<(i32, u32)>>,
     /// Behind areas, and pages images.
     pub numbers: Numbers,
     /// Executables by file id.
@@ -118,6 +125,21 @@ pub struct Table<'a> {
     pub own_root: Vec<u32>,
     /// The files themselves.
     pub restore: &'a RestoreFiles<'a>,
+}
+
+impl Table<'_> {
+    /// Lets task `pid` take a late file: its number there, for a moment. None if it is not one of them.
+    pub fn take(&self, pid: i32, id: u32, what: &'static str, plan: &mut Plan) -> Option<Arg> {
+        let &number = self.late.get(&id)?;
+        let Some(&door) = self.late_doors.get(&pid) else {
+            let got = plan.call(what, libc::SYS_pidfd_getfd, &[self.engine.into(), number.into(), 0.into()]);
+            return Some(Arg::Result(got.0));
+        };
+        self.wanted.borrow_mut().push((pid, id));
+        let args = [door.into(), self.spare.into(), 1.into()];
+        plan.op(Code::ReceiveFds, 0, &args, Expect::Exact, [1, 0], what);
+        Some(self.spare.into())
+    }
 }
 
 /// All that plans are made from.
@@ -315,7 +337,15 @@ impl Script<'_> {
         let mut plan = Plan::new();
         let memory = &alive.memory;
         let pid = u32::try_from(node.pid).unwrap_or(0);
-        if let Some(&fd) = self.table.networks.get(&alive.ids.net_ns_id.unwrap_or(0)) {
+        let network = |n: &Node| match &n.kind {
+            Kind::Alive(a) => a.ids.net_ns_id,
+            Kind::Dead { .. } | Kind::Helper => None,
+        };
+        // the root is born in its own, and a child of who is there as well; in a user namespace it may be that nobody can enter it
+        let is_there =
+            node.parent.is_none_or(|p| network(&self.tree.nodes[p]).is_some_and(|id| Some(id) == alive.ids.net_ns_id));
+        let network = self.table.networks.get(&alive.ids.net_ns_id.unwrap_or(0)).filter(|_| !is_there);
+        if let Some(&fd) = network {
             plan.call("network namespace", libc::SYS_setns, &[fd.into(), libc::CLONE_NEWNET.into()]);
         }
         let empty = Inherited::default();
@@ -366,7 +396,8 @@ impl Script<'_> {
         let parked = self.birth.vdso.pieces.iter().map(|&(start, len)| (self.parked_at(start), len));
         let ours: Vec<_> =
             [(keep.0, arena.parking())].into_iter().chain(parked.map(|(at, len)| (at, at + len))).collect();
-        io_uring::map_areas(&memory.mm.vmas, &ours, self.table.engine, &self.table.late, &mut plan)?;
+        let take = |id: u32, plan: &mut Plan| self.table.take(node.pid, id, "io_uring", plan);
+        io_uring::map_areas(&memory.mm.vmas, &ours, &take, &mut plan)?;
         self.place_vdso(alive, &mut plan)?;
         self.describe_memory(alive, &mut plan)?;
         let (info, thread_core) = core::parts(&alive.threads[0].1)?;
@@ -549,38 +580,19 @@ impl Script<'_> {
                 .filter(|&f| f >= 0 && !(self.table.base..self.table.base + self.table.room).contains(&f))
                 .ok_or_else(|| Error::lie("fdinfo", format!("descriptor {}", e.fd)))?;
             let cloexec = if e.flags & 1 != 0 { libc::O_CLOEXEC } else { 0 };
-            match (self.table.files.get(&e.id), self.table.late.get(&e.id)) {
-                (Some(&ours), _) => {
-                    plan.call_exact("descriptor", libc::SYS_dup3, &[ours.into(), fd.into(), cloexec.into()], fd.into());
-                }
-                (None, Some(&number)) => {
-                    let got = plan.call(
-                        "late descriptor",
-                        libc::SYS_pidfd_getfd,
-                        &[self.table.engine.into(), number.into(), 0.into()],
-                    );
-                    // the number that it got may be one that another is to have
-                    let up = self.table.base;
-                    let high = plan.call(
-                        "late descriptor",
-                        libc::SYS_fcntl,
-                        &[Arg::Result(got.0), libc::F_DUPFD_CLOEXEC.into(), up.into()],
-                    );
-                    plan.call("late descriptor", libc::SYS_close, &[Arg::Result(got.0)]);
-                    plan.call_exact(
-                        "late descriptor",
-                        libc::SYS_dup3,
-                        &[Arg::Result(high.0), fd.into(), cloexec.into()],
-                        fd.into(),
-                    );
-                    plan.call("late descriptor", libc::SYS_close, &[Arg::Result(high.0)]);
-                }
-                (None, None) => {
-                    return Err(Error::lie(
-                        "fdinfo",
-                        format!("descriptor {fd} is of file {:#x}, which is missing", e.id),
-                    ))
-                }
+            if let Some(&ours) = self.table.files.get(&e.id) {
+                plan.call_exact("descriptor", libc::SYS_dup3, &[ours.into(), fd.into(), cloexec.into()], fd.into());
+            } else if let Some(got) = self.table.take(pid, e.id, "late descriptor", plan) {
+                // the number that it got may be one that another is to have
+                let (dup, up) = (libc::F_DUPFD_CLOEXEC, self.table.base);
+                let high = plan.call("late descriptor", libc::SYS_fcntl, &[got, dup.into(), up.into()]);
+                plan.call("late descriptor", libc::SYS_close, &[got]);
+                let args = [Arg::Result(high.0), fd.into(), cloexec.into()];
+                plan.call_exact("late descriptor", libc::SYS_dup3, &args, fd.into());
+                plan.call("late descriptor", libc::SYS_close, &[Arg::Result(high.0)]);
+            } else {
+                let what = format!("descriptor {fd} is of file {:#x}, which is missing", e.id);
+                return Err(Error::lie("fdinfo", what));
             }
             if first_holder.get(&e.id) == Some(&(i, fd)) {
                 holder.push((e.id, fd));
@@ -652,26 +664,22 @@ impl Script<'_> {
             return Ok(());
         }
         let Some(fs) = self.table.fs.get(&node.pid) else { return Ok(()) };
-        let folder = |id: u32, plan: &mut Plan| -> Result<Arg> {
-            if let Some(&number) = self.table.late.get(&id) {
-                let got = plan.call(
-                    "late folder",
-                    libc::SYS_pidfd_getfd,
-                    &[self.table.engine.into(), number.into(), 0.into()],
-                );
-                return Ok(Arg::Result(got.0));
+        // true: it is to be closed
+        let folder = |id: u32, plan: &mut Plan| -> Result<(Arg, bool)> {
+            if let Some(got) = self.table.take(node.pid, id, "late folder", plan) {
+                return Ok((got, true));
             }
             let fd = self.table.folders.get(&id).copied();
-            fd.map(Arg::from).ok_or_else(|| Error::lie("fs", format!("folder {id:#x} is missing")))
+            fd.map(|fd| (fd.into(), false)).ok_or_else(|| Error::lie("fs", format!("folder {id:#x} is missing")))
         };
         if let Kind::Alive(a) = &node.kind {
             if let Some(&fd) = self.table.mounts.get(&a.ids.mnt_ns_id.unwrap_or(0)) {
                 plan.call("mount namespace", libc::SYS_setns, &[fd.into(), libc::CLONE_NEWNS.into()]);
             }
         }
-        let enter = |at: Arg, what: &'static str, plan: &mut Plan| {
+        let enter = |(at, closed): (Arg, bool), what: &'static str, plan: &mut Plan| {
             plan.call(what, libc::SYS_fchdir, &[at]);
-            if matches!(at, Arg::Result(_)) {
+            if closed {
                 plan.call(what, libc::SYS_close, &[at]);
             }
         };

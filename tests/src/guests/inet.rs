@@ -65,3 +65,51 @@ pub(super) fn udp() {
     eventually("a datagram", || server.recv_from(&mut buffer).is_ok_and(|(n, from)| n == 8 && from == addresses[1]));
     check_eq!(&buffer[..8], b"datagram");
 }
+
+/// Connections that both ends have closed, which still say their ends: of one everything was read, of the other not.
+pub(super) fn over() {
+    sys(unsafe { libc::unshare(libc::CLONE_NEWNET) });
+    did(std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status());
+    let listener = did(std::net::TcpListener::bind("127.0.0.1:0"));
+    let at = did(listener.local_addr());
+    let peer = |socket: &std::net::TcpStream| {
+        let (mut name, mut len): (libc::sockaddr_in, _) = (unsafe { std::mem::zeroed() }, 16);
+        let room = (&raw mut name).cast();
+        sys(unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, 28, room, &raw mut len) });
+        u16::from_be(name.sin_port)
+    };
+    let connections: Vec<_> = (0..2)
+        .map(|n| {
+            let mut client = did(std::net::TcpStream::connect(at));
+            let (mut server, _) = did(listener.accept());
+            if n == 1 {
+                did(client.write_all(b"last"));
+                did(server.write_all(b"words"));
+            }
+            did(client.shutdown(std::net::Shutdown::Write));
+            did(server.shutdown(std::net::Shutdown::Write));
+            let ports = (did(client.local_addr()).port(), did(server.local_addr()).port());
+            let is_over = |socket: &std::net::TcpStream| {
+                let (mut info, mut len) = ([0u8; 8], 8);
+                let room = info.as_mut_ptr().cast();
+                let fd = socket.as_raw_fd();
+                sys(unsafe { libc::getsockopt(fd, libc::SOL_TCP, libc::TCP_INFO, room, &raw mut len) });
+                info[0] == 7
+            };
+            eventually("both to be over", || is_over(&client) && is_over(&server));
+            (client, server, ports)
+        })
+        .collect();
+    drop(listener);
+    ready();
+    for (n, (mut client, mut server, ports)) in connections.into_iter().enumerate() {
+        check_eq!((peer(&server), peer(&client)), ports);
+        check_eq!(did(client.local_addr()).port(), ports.0);
+        for (socket, words) in [(&mut server, "last"), (&mut client, "words")] {
+            let mut bytes = Vec::new();
+            did(socket.read_to_end(&mut bytes));
+            check_eq!(bytes, if n == 1 { words.as_bytes() } else { b"" });
+            check!(socket.write(b"x").is_err());
+        }
+    }
+}

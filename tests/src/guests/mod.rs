@@ -218,6 +218,11 @@ pub const ALL: &[Guest] = &[
     guest("inet_raw", inet_options::raw)
         .alone_in_network()
         .criu(Criu::Cannot("CRIU 4.2 does not connect raw and ping sockets")),
+    guest("inet_over", inet::over)
+        .dump(CONNECTED)
+        .restore(CONNECTED)
+        .changes(NUMBERS)
+        .criu(Criu::Cannot("CRIU 4.2 loses what was not read of a connection that is over")),
     guest("inet_udp", inet::udp),
     guest("ipc", ipc::namespace).criu(Criu::Cannot("CRIU 4.2 sends no message that is larger than 8192 bytes")),
     locks("lease", lease::in_force).criu(Criu::DumpsOnly(BREAKS)),
@@ -374,6 +379,10 @@ pub const ALL: &[Guest] = &[
     guest("user_namespace", namespaces::user_namespace)
         .within(libc::CLONE_NEWUSER | libc::CLONE_NEWPID | libc::CLONE_NEWUTS)
         .criu(Criu::Cannot("CRIU 4.2 needs a /proc of the tree's own in a user namespace")),
+    guest("user_namespace_nested", namespaces::user_namespace_nested)
+        .within(libc::CLONE_NEWUSER | libc::CLONE_NEWPID)
+        .changes(MOUNTS)
+        .criu(Criu::Cannot(BEFORE)),
     guest("uts_namespace", namespaces::uts_namespace),
     guest("unix_dgram", unix::dgram),
     guest("unix_listening", unix::listening),

@@ -161,3 +161,47 @@ pub(super) fn user_namespace() {
     go.set(0, 1);
     check_eq!(wait(child), 0);
 }
+
+/// In a user namespace: a child with mounts and a network of its own, and files of living tasks.
+pub(super) fn user_namespace_nested() {
+    let mount = |kind: &std::ffi::CStr, at: &std::ffi::CStr| {
+        sys(unsafe { libc::mount(kind.as_ptr(), at.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) });
+    };
+    sys(unsafe { libc::unshare(libc::CLONE_NEWNS) });
+    let none = std::ptr::null();
+    sys(unsafe { libc::mount(none, c"/".as_ptr(), none, libc::MS_REC | libc::MS_PRIVATE, std::ptr::null()) });
+    mount(c"proc", c"/proc");
+    let inode = |path: &str| did(std::fs::metadata(path)).ino();
+    let stage = Shared::new();
+    did(std::fs::create_dir("own"));
+    let own = did(std::path::absolute("own"));
+    let child = fork(|| {
+        sys(unsafe { libc::unshare(libc::CLONE_NEWNS | libc::CLONE_NEWNET) });
+        mount(c"tmpfs", c"own");
+        did(std::fs::write(own.join("f"), "mine"));
+        stage.set(0, 1);
+        stage.wait(0, 2);
+        check_eq!(std::fs::read_to_string(own.join("f")).ok().as_deref(), Some("mine"));
+        check!(inode("/proc/self/ns/net") != inode("/proc/1/ns/net"));
+        check!(inode("/proc/self/ns/mnt") != inode("/proc/1/ns/mnt"));
+        // it has power over both
+        sys(unsafe { libc::umount2(c"own".as_ptr(), libc::MNT_DETACH) });
+        let socket = unsafe { sys(libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0)) };
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        request.ifr_name[0] = b'l' as libc::c_char;
+        request.ifr_name[1] = b'o' as libc::c_char;
+        request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+        sys(unsafe { libc::ioctl(socket, libc::SIOCSIFFLAGS, &raw const request) });
+        0
+    });
+    stage.wait(0, 1);
+    let status = did(std::fs::File::open(format!("/proc/{child}/status")));
+    let two = [9, 10].map(|_| did(std::fs::File::open(format!("/proc/{child}/comm"))));
+    ready();
+    check!(!own.join("f").exists());
+    let read = |file: &std::fs::File| did(std::io::read_to_string(file));
+    check!(read(&status).contains(&format!("\nPid:\t{child}\n")));
+    check!(two.iter().all(|file| read(file) == read(&did(std::fs::File::open("/proc/1/comm")))));
+    stage.set(0, 2);
+    check_eq!(wait(child), 0);
+}

@@ -122,16 +122,14 @@ pub fn open(e: &StandstillIoUringEntry, cx: &RestoreFiles<'_>) -> Result<OwnedFd
     Ok(fd)
 }
 
-/// Maps rings at their places. `late` are the numbers of files in the engine, whose pidfd the task has as `engine`; `keep` is
-/// what we have mapped there.
+/// Maps rings at their places. `take` adds what gives the task a late file; `keep` is what we have mapped there.
 ///
 /// The kernel takes no address for a ring, neither of mmap(2) nor of mremap(2): it takes the one gap that there is. So all
 /// gaps are filled for a moment, and one after the other is given back.
 pub fn map_areas(
     areas: &[VmaEntry],
     keep: &[(u64, u64)],
-    engine: i32,
-    late: &HashMap<u32, i32>,
+    take: &dyn Fn(u32, &mut Plan) -> Option<Arg>,
     plan: &mut Plan,
 ) -> Result<()> {
     let of_rings = || areas.iter().filter(|e| e.status & status::IO_URING != 0);
@@ -151,18 +149,17 @@ pub fn map_areas(
     gaps.iter().for_each(|&(start, end)| fill(start, end));
     of_rings().for_each(|e| fill(e.start, e.end));
     for e in of_rings() {
-        let id = u32::try_from(e.shmid).ok();
-        let number = id
-            .and_then(|id| late.get(&id))
-            .ok_or_else(|| Error::lie("mm", format!("an area of io_uring {:#x}, which is not there", e.shmid)));
-        let number = *number.at(Place::Area(e.start, e.end))?;
-        let fd = plan.call("io_uring", libc::SYS_pidfd_getfd, &[engine.into(), number.into(), 0.into()]);
+        let fd = u32::try_from(e.shmid)
+            .ok()
+            .and_then(|id| take(id, plan))
+            .ok_or_else(|| Error::lie("mm", format!("an area of io_uring {:#x}, which is not there", e.shmid)))
+            .at(Place::Area(e.start, e.end))?;
         let len = e.end - e.start;
         plan.call("area", libc::SYS_munmap, &[e.start.into(), len.into()]);
         let flags = libc::MAP_SHARED | libc::MAP_POPULATE;
-        let args = [0.into(), len.into(), e.prot.into(), flags.into(), fd.into(), e.pgoff.into()];
+        let args = [0.into(), len.into(), e.prot.into(), flags.into(), fd, e.pgoff.into()];
         plan.call_exact(format!("area {:x} of an io_uring", e.start), libc::SYS_mmap, &args, e.start.cast_signed());
-        plan.call("io_uring", libc::SYS_close, &[fd.into()]);
+        plan.call("io_uring", libc::SYS_close, &[fd]);
         advise_area(e, plan);
     }
     for (start, end) in gaps {
