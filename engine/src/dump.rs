@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
@@ -39,6 +40,7 @@ use crate::tasks::facts::Facts;
 use crate::tasks::pids::Inner;
 use crate::tasks::{core, finish, ids, leftovers, seccomp};
 use crate::tracee::{Answers, Infected, Stopped};
+use crate::transfer::client::Client;
 
 mod entries;
 mod reading;
@@ -118,6 +120,9 @@ pub fn run_with(opts: &Options, stages: &Stages<'_>) -> Result<DumpReport> {
     if opts.snapshot && opts.freeze_cgroup.is_some() {
         return Err(Error::Usage { what: "--snapshot stops the tree by itself: leave out --freeze-cgroup".into() });
     }
+    if opts.snapshot && opts.use_page_server {
+        return Err(Error::Usage { what: "--snapshot copies into the image folder: leave out --page-server".into() });
+    }
     let images = open_images(opts)?;
     with_own_thread(|| match dump(opts, stages, root, &images, true) {
         Err(e) if matches!(e.cause(), Error::Moving) => {
@@ -135,6 +140,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     let workers = Workers::new(opts)?;
     let mut cgroups = cgroups::Dumped::new(opts)?;
     remove_old_images(opts, images)?;
+    let server = Client::connect(opts, opts.track_mem)?.map(Arc::new);
     let mut ahead = if opts.snapshot { Some(Ahead::copy(opts, root, ahead, phases.counter())?) } else { None };
     if ahead.is_some() {
         phases.mark("ahead");
@@ -339,20 +345,24 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     let private: u64 = drains.iter().map(|d| d.0.pages * memory::PAGE).sum();
     let shared_scanned = jobs.iter().map(|job| job.size().div_ceil(memory::PAGE)).sum::<u64>();
     phases.counter().start("memory", private + shared_scanned * memory::PAGE);
-    let writing = Writing { packed: opts.pages_per_block(), counter: phases.counter().clone() };
+    let writing = Writing { packed: opts.pages_per_block(), server: server.clone(), counter: phases.counter().clone() };
     let write = |(drain, pid, pages_id, vdso): &&Draining| {
         pages.fetch_add(drain.pages, Ordering::Relaxed);
         let vdso = vdso.as_ref().map(|(at, bytes)| (*at, bytes.as_slice()));
         drain.write(images, *pid, *pages_id, vdso, &writing)
     };
     let (late, now): (Vec<_>, Vec<_>) = drains.iter().partition(|d| d.0.can_wait());
-    workers.each(&now, write)?;
     let shared = AtomicU64::new(0);
-    workers.each(&jobs, |job| {
+    let write_job = |job: &memfd::Job| {
         let bytes = job.run(images, &writing)?;
         shared.fetch_add(bytes / memory::PAGE, Ordering::Relaxed);
         Ok(())
-    })?;
+    };
+    match &server {
+        // one connection: one after another, each by all threads
+        Some(_) => now.iter().try_for_each(write).and_then(|()| jobs.iter().try_for_each(write_job))?,
+        None => workers.each(&now, write).and_then(|()| workers.each(&jobs, write_job))?,
+    }
     phases.mark("memory");
     interrupt::check()?;
     // before there is a lock, which is none of its
@@ -374,6 +384,9 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
         dump_uptime: tracking.as_ref().map(|_| track::uptime()),
         ..inventory(opts, numbers.root, netlock::number(files.lock.method()), &run)
     };
+    if let Some(server) = &server {
+        server.finish().at(Place::Step("page server"))?;
+    }
     if ahead.is_none() {
         complete(opts, images, &inventory)?;
         phases.mark("inventory");
@@ -442,7 +455,8 @@ fn living(tasks: &[Task]) -> impl Iterator<Item = (&Task, &Alive)> {
 fn complete(opts: &Options, images: &Images, inventory: &InventoryEntry) -> Result<()> {
     images.write_one(ImageKind::Inventory, (), inventory)?;
     images.commit()?;
-    if opts.auto_dedup {
+    // a server frees in its own folder
+    if opts.auto_dedup && !opts.use_page_server {
         dedup::free_in_parents(images)?;
     }
     Ok(())

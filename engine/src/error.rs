@@ -145,6 +145,12 @@ pub enum Error {
         /// How it differs.
         what: String,
     },
+    /// The other side of a connection broke it, or said what it should not.
+    #[error("{what}")]
+    Peer {
+        /// How.
+        what: String,
+    },
     /// The caller or a signal asked to stop.
     #[error("interrupted")]
     Interrupted,
@@ -161,6 +167,7 @@ impl Error {
             Error::IdInUse { .. } => libc::EEXIST,
             Error::Stage { .. } => libc::ECANCELED,
             Error::Timeout { .. } => libc::ETIMEDOUT,
+            Error::Peer { .. } => libc::EPIPE,
             Error::Interrupted => libc::EINTR,
             Error::Moving => libc::EAGAIN,
             Error::Proc(_) | Error::Image(_) | Error::Lie { .. } | Error::Usage { .. } | Error::Changed { .. } => {

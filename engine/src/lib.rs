@@ -62,6 +62,7 @@ pub mod sys;
 pub mod tasks;
 pub mod timers;
 pub mod tracee;
+pub mod transfer;
 
 pub use api::{Check, Dump, Restore};
 pub use dump::DumpReport;

@@ -9,6 +9,7 @@
 //! Descriptors and everything else are not looked at: what cannot be carried is refused by the dump.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
@@ -31,6 +32,7 @@ use crate::tasks::freeze::Frozen;
 use crate::tasks::leftovers::{self, Copy};
 use crate::tasks::{finish, flags, ids, release};
 use crate::tracee::{Infected, Stopped};
+use crate::transfer::client::Client;
 
 /// Takes the memory of the tree below `opts.pid`, which goes on.
 pub fn run(opts: &Options) -> Result<DumpReport> {
@@ -70,8 +72,9 @@ fn pre_dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
     let mut phases = Phases::start(Verb::PreDump, opts)?;
     dump::remove_old_images(opts, images)?;
     let counter = phases.counter().clone();
-    let mut pass = pass(opts, root, images, None, &counter, &mut |phase| phases.mark(phase))?;
-    if opts.auto_dedup {
+    let server = Client::connect(opts, true)?.map(Arc::new);
+    let mut pass = pass(opts, root, images, None, server.as_ref(), &counter, &mut |phase| phases.mark(phase))?;
+    if opts.auto_dedup && !opts.use_page_server {
         crate::memory::dedup::free_in_parents(images)?;
     }
     pass.tracking.keep(&pass.run)?;
@@ -83,12 +86,13 @@ fn pre_dump(opts: &Options, root: i32, images: &Images) -> Result<DumpReport> {
 }
 
 /// Copies the memory that was written since the pass that `tracking` is of, or, without one, since the one that these images
-/// build on.
+/// build on. Pages go to a server, if there is one.
 pub(crate) fn pass(
     opts: &Options,
     root: i32,
     images: &Images,
     tracking: Option<Tracking>,
+    server: Option<&Arc<Client>>,
     counter: &Counter,
     mark: &mut dyn FnMut(&'static str),
 ) -> Result<Pass> {
@@ -115,11 +119,18 @@ pub(crate) fn pass(
     let pages = AtomicU64::new(0);
     drains.iter_mut().for_each(|(drain, ..)| drain.released());
     counter.start("memory", drains.iter().map(|d| d.0.pages * PAGE).sum());
-    let writing = Writing { packed: opts.pages_per_block(), counter: counter.clone() };
-    drains.par_iter().try_for_each(|(drain, id, pages_id)| {
+    let writing = Writing { packed: opts.pages_per_block(), server: server.cloned(), counter: counter.clone() };
+    let write = |(drain, id, pages_id): &Draining| {
         pages.fetch_add(drain.pages, Ordering::Relaxed);
         drain.write(images, *id, *pages_id, None, &writing)
-    })?;
+    };
+    match server {
+        Some(server) => {
+            drains.iter().try_for_each(write)?;
+            server.finish().at(Place::Step("page server"))?;
+        }
+        None => drains.par_iter().try_for_each(write)?,
+    }
     mark("memory");
     interrupt::check()?;
     release::still_there(root)?;

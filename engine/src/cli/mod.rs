@@ -19,6 +19,7 @@ pub mod demo;
 pub mod dump;
 pub mod getopt;
 pub mod image;
+pub mod page_server;
 pub mod parse;
 pub mod restore;
 pub mod service;
@@ -40,6 +41,7 @@ pub enum Verb {
     LazyPages,
     Check,
     PageServer,
+    PageServerWorker,
     Service,
     Swrk,
     ServiceLoop,
@@ -127,6 +129,7 @@ fn perform(line: CommandLine, program: &OsStr) -> Result<i32, UsageError> {
     match verb {
         Verb::Swrk => return Ok(swrk::run(rest, options)),
         Verb::ServiceWorker => return Ok(service::run_worker(rest, options)),
+        Verb::PageServerWorker => return Ok(page_server::run_worker(rest, &options)),
         Verb::ServiceLoop => return Ok(service::run_loop(rest)),
         _ => {}
     }
@@ -149,10 +152,10 @@ fn perform(line: CommandLine, program: &OsStr) -> Result<i32, UsageError> {
         Verb::Check => check::run(&options),
         Verb::CpuinfoDump => cpuinfo::run_dump(&options),
         Verb::CpuinfoCheck => cpuinfo::run_check(&options),
-        Verb::PageServer => unavailable::run("page-server"),
+        Verb::PageServer => page_server::run(&options),
         Verb::LazyPages => unavailable::run("lazy-pages"),
         Verb::Service => service::run(&options),
-        Verb::Swrk | Verb::ServiceLoop | Verb::ServiceWorker => 1,
+        Verb::Swrk | Verb::ServiceLoop | Verb::ServiceWorker | Verb::PageServerWorker => 1,
         Verb::Dedup => dump::run_dedup(&options),
         Verb::Untrack => dump::run_untrack(&options),
         Verb::Exec => {
@@ -176,6 +179,7 @@ fn verb<'a>(name: &OsStr, rest: &'a [OsString], persona: Persona) -> Result<(Ver
         "lazy-pages" => Verb::LazyPages,
         "check" => Verb::Check,
         "page-server" => Verb::PageServer,
+        "page-server-worker" => Verb::PageServerWorker,
         "service" => Verb::Service,
         "swrk" => Verb::Swrk,
         "service-loop" => Verb::ServiceLoop,

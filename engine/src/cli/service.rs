@@ -40,13 +40,7 @@ pub fn run(options: &Options) -> i32 {
 fn start(options: &Options) -> Result<(), String> {
     let socket = listen(options)?;
     let pid = if options.restore_detach { Some(daemon(socket.as_fd())?) } else { None };
-    if let Some(path) = &options.pidfile {
-        let path = options.in_work_dir(path);
-        let pid = pid.unwrap_or(std::process::id());
-        let file = std::fs::File::options().write(true).create_new(true).open(&path);
-        let written = file.and_then(|mut file| write!(file, "{pid}"));
-        written.map_err(|e| format!("Can't write pidfile {}: {}", path.display(), reason(&e)))?;
-    }
+    write_pidfile(options, pid.unwrap_or(std::process::id()))?;
     Stages::new(options, None).reach(Stage::StatusReady, None).map_err(|e| e.to_string())?;
     if let Some(fd) = options.status_fd {
         crate::rpc::folders::say_ready(fd)
@@ -56,6 +50,15 @@ fn start(options: &Options) -> Result<(), String> {
         Some(_) => Ok(()),
         None => accept(socket),
     }
+}
+
+/// Writes the pidfile, if one is wanted.
+pub(super) fn write_pidfile(options: &Options, pid: u32) -> Result<(), String> {
+    let Some(path) = &options.pidfile else { return Ok(()) };
+    let path = options.in_work_dir(path);
+    let file = std::fs::File::options().write(true).create_new(true).open(&path);
+    let written = file.and_then(|mut file| write!(file, "{pid}"));
+    written.map_err(|e| format!("Can't write pidfile {}: {}", path.display(), reason(&e)))
 }
 
 fn listen(options: &Options) -> Result<OwnedFd, String> {
@@ -85,7 +88,7 @@ fn listen(options: &Options) -> Result<OwnedFd, String> {
 }
 
 /// This program once more, with one of the internal verbs and one descriptor.
-fn again(verb: &str, socket: BorrowedFd<'_>) -> Command {
+pub(super) fn again(verb: &str, socket: BorrowedFd<'_>) -> Command {
     let mut command = Command::new("/proc/self/exe");
     let name = std::env::args_os().next().unwrap_or_else(|| OsString::from("standstill"));
     std::os::unix::process::CommandExt::arg0(&mut command, name);

@@ -2,6 +2,7 @@
 
 use crate::options::Options;
 use crate::rpc::Session;
+use crate::transfer::server::Socket;
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -34,13 +35,18 @@ pub(super) fn inherited(fd: &OsString) -> Option<OwnedFd> {
 
 /// Serves a connection. `is_parent`: the client started us.
 pub(super) fn serve(socket: OwnedFd, is_parent: bool, options: Options) -> i32 {
-    match Session::new(socket, is_parent, options, config_file) {
+    match Session::new(socket, is_parent, options, config_file, page_server) {
         Ok(session) => session.serve(),
         Err(fault) => {
             error!("{}", fault.text);
             255
         }
     }
+}
+
+fn page_server(options: &Options, socket: &Socket) -> Result<std::process::Child, String> {
+    super::page_server::background(options, socket)
+        .map_err(|e| format!("Can't run in the background: {}", super::reason(&e)))
 }
 
 fn config_file(options: Options, path: &Path) -> Result<Options, String> {

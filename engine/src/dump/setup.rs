@@ -41,6 +41,7 @@ pub(crate) fn with_own_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) 
 pub(crate) fn remove_old_images(opts: &Options, images: &Images) -> Result<()> {
     images.remove(ImageKind::Inventory, ())?;
     super::snapshot::remove_old(&opts.images_dir)?;
+    crate::transfer::client::remove_notes(images)?;
     for name in images.store().list()? {
         if name.ends_with(".img") && ImageKind::from_file_name(&name).is_some() {
             images.store().remove(&name)?;

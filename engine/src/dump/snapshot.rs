@@ -109,7 +109,7 @@ impl Ahead {
         folder.set_parent(parent.as_deref())?;
         let images = Images::new(folder);
         let opts = Options { track_mem: true, images_dir: path, prev_images_dir: parent, ..opts.clone() };
-        let pass = pre_dump::pass(&opts, root, &images, self.tracking.take(), counter, &mut |_| {})?;
+        let pass = pre_dump::pass(&opts, root, &images, self.tracking.take(), None, counter, &mut |_| {})?;
         FolderStore::open(&self.images_dir)?.set_parent(Some(Path::new(&name)))?;
         self.last = Some(images);
         Ok(pass)

@@ -35,11 +35,12 @@ use standstill_images::{ImageKind, ImageOutput, Images};
 use super::paths::{place, reopen};
 use super::{no_owner, regular, sparse, Descriptor, DumpFiles, RestoreFiles};
 use crate::error::{At, Call, Error, Result};
-use crate::memory::compress::{self, Stretch, Target};
+use crate::memory::compress::{self, Part, Stretch, Target};
 use crate::memory::{unpack, Writing};
 use crate::namespaces::user::Users;
 use crate::sys::calls;
 use crate::sys::memory::Shared;
+use crate::transfer::{client::Client, wire};
 
 const PAGE: u64 = 4096;
 const PREFIX: &[u8] = b"/memfd:";
@@ -192,6 +193,9 @@ impl Job {
 
     /// Writes the content; returns how many bytes that were.
     pub fn run(&self, images: &Images, how: &Writing) -> Result<u64> {
+        if let Some(client) = &how.server {
+            return self.send(client, how);
+        }
         if how.packed.is_some() {
             return self.run_packed(images, how);
         }
@@ -228,7 +232,7 @@ impl Job {
         Ok(written)
     }
 
-    fn run_packed(&self, images: &Images, how: &Writing) -> Result<u64> {
+    fn stretches(&self) -> Result<Vec<Stretch>> {
         let mut stretches = Vec::new();
         for extent in sparse::extents(self.file.as_fd(), self.size) {
             let (start, len) = extent?;
@@ -236,21 +240,35 @@ impl Job {
             let state = PageState::Present;
             stretches.push(Stretch { address, bytes: end - address, state, plain: self.huge.is_some() });
         }
-        let file = File::from(self.file.try_clone().call("dup")?);
+        Ok(stretches)
+    }
+
+    fn send(&self, client: &Client, how: &Writing) -> Result<u64> {
+        let (stretches, file) = (self.stretches()?, File::from(self.file.try_clone().call("dup")?));
+        let bytes = stretches.iter().map(|stretch| stretch.bytes).sum();
+        let target = wire::Target { kind: ImageKind::ShmemPagemap, id: self.shmid };
+        client.send(target, |_| stretches, |parts, buffer| self.read_parts(&file, parts, buffer), &how.counter)?;
+        Ok(bytes)
+    }
+
+    fn run_packed(&self, images: &Images, how: &Writing) -> Result<u64> {
+        let (stretches, file) = (self.stretches()?, File::from(self.file.try_clone().call("dup")?));
         let target = Target { kind: ImageKind::ShmemPagemap, id: self.shmid, pages_id: self.pages_id, how };
-        compress::write(images, &target, &stretches, |parts, buffer| {
-            let mut rest = buffer;
-            for part in parts {
-                let (room, after) = rest.split_at_mut(part.len());
-                // what lies behind the end of the file reads as zeros
-                let there = usize::try_from(self.size - part.address).unwrap_or(usize::MAX).min(room.len());
-                file.read_exact_at(&mut room[..there], part.address).call("pread")?;
-                room[there..].fill(0);
-                rest = after;
-            }
-            Ok(())
-        })?;
+        compress::write(images, &target, &stretches, |parts, buffer| self.read_parts(&file, parts, buffer))?;
         Ok(stretches.iter().map(|stretch| stretch.bytes).sum())
+    }
+
+    fn read_parts(&self, file: &File, parts: &[Part], buffer: &mut [u8]) -> Result<()> {
+        let mut rest = buffer;
+        for part in parts {
+            let (room, after) = rest.split_at_mut(part.len());
+            // what lies behind the end of the file reads as zeros
+            let there = usize::try_from(self.size - part.address).unwrap_or(usize::MAX).min(room.len());
+            file.read_exact_at(&mut room[..there], part.address).call("pread")?;
+            room[there..].fill(0);
+            rest = after;
+        }
+        Ok(())
     }
 
     /// hugetlbfs knows no holes: a page of zeros is taken for one.

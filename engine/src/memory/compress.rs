@@ -21,6 +21,7 @@ use super::drain::{Drain, Run};
 use super::{Writing, PAGE};
 use crate::error::{Call, Error, Result};
 use crate::sys::interrupt;
+use crate::transfer::{self, client::Client};
 
 /// Bytes that one job packs.
 const PIECE: u64 = 1 << 20;
@@ -142,7 +143,7 @@ where
 }
 
 /// Stretches, cut into parts and put together again to about [`PIECE`] bytes.
-fn batches(stretches: &[Stretch], pages_per_block: u32) -> Vec<Vec<Part>> {
+pub(crate) fn batches(stretches: &[Stretch], pages_per_block: u32) -> Vec<Vec<Part>> {
     // whole blocks, so that only the last one of a stretch is shorter
     let piece = PIECE.next_multiple_of(u64::from(pages_per_block.max(1)) * PAGE);
     let mut batches: Vec<Vec<Part>> = Vec::new();
@@ -166,7 +167,7 @@ fn batches(stretches: &[Stretch], pages_per_block: u32) -> Vec<Vec<Part>> {
     batches
 }
 
-fn is_stored(state: PageState) -> bool {
+pub(crate) fn is_stored(state: PageState) -> bool {
     match state {
         PageState::Present | PageState::PresentLazy => true,
         PageState::Parent | PageState::Lazy => false,
@@ -275,19 +276,38 @@ pub fn write_drain(
     vdso: Option<(u64, &[u8])>,
     how: &Writing,
 ) -> Result<()> {
+    let to = Target { kind: ImageKind::Pagemap, id, pages_id, how };
+    write(images, &to, &stretches(drain, true), |parts, buffer| read_parts(drain, parts, vdso, buffer))
+}
+
+/// The runs of a task. Without a parent everything is stored.
+fn stretches(drain: &Drain, has_parent: bool) -> Vec<Stretch> {
     let stretch = |run: &Run| Stretch {
         address: run.address,
         bytes: run.bytes,
-        state: match (run.in_parent, run.lazy) {
+        state: match (run.in_parent && has_parent, run.lazy) {
             (true, _) => PageState::Parent,
             (false, true) => PageState::PresentLazy,
             (false, false) => PageState::Present,
         },
         plain: run.huge,
     };
-    let stretches: Vec<Stretch> = drain.runs.iter().map(stretch).collect();
-    let to = Target { kind: ImageKind::Pagemap, id, pages_id, how };
-    write(images, &to, &stretches, |parts, buffer| read_parts(drain, parts, vdso, buffer))
+    drain.runs.iter().map(stretch).collect()
+}
+
+/// Sends the pages of a task to a server.
+pub fn send_drain(
+    drain: &Drain,
+    images: &Images,
+    id: u32,
+    vdso: Option<(u64, &[u8])>,
+    client: &Client,
+    how: &Writing,
+) -> Result<()> {
+    let target = transfer::wire::Target::task(id);
+    let read = |parts: &[Part], buffer: &mut [u8]| read_parts(drain, parts, vdso, buffer);
+    let sent = client.send(target, |has_parent| stretches(drain, has_parent), read, &how.counter)?;
+    client.note(images, id, &sent)
 }
 
 /// Reads parts: as many in one call as can be.

@@ -216,6 +216,9 @@ impl Drain {
         vdso: Option<(u64, &[u8])>,
         how: &Writing,
     ) -> Result<()> {
+        if let Some(client) = &how.server {
+            return compress::send_drain(self, images, id, vdso, client, how);
+        }
         if how.packed.is_some() {
             return compress::write_drain(self, images, id, pages_id, vdso, how);
         }
@@ -438,7 +441,7 @@ impl Drain {
 }
 
 /// Writes pages, but for those of zeros, which stay holes in the file.
-fn write_content(file: &File, pages: &[u8], offset: u64) -> Result<()> {
+pub(crate) fn write_content(file: &File, pages: &[u8], offset: u64) -> Result<()> {
     const SIZE: usize = PAGE as usize;
     static ZEROS: [u8; SIZE] = [0; SIZE];
     // most pages differ in their first bytes

@@ -49,6 +49,8 @@ pub mod page {
 pub struct Writing {
     /// Packed in blocks of so many pages.
     pub packed: Option<u32>,
+    /// Where pages go instead of into images.
+    pub server: Option<std::sync::Arc<crate::transfer::client::Client>>,
     /// Who counts what is written.
     pub counter: crate::progress::Counter,
 }

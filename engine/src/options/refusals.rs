@@ -25,16 +25,12 @@ const fn refuse(option: &'static str, asked: fn(&Options) -> bool, reason: &'sta
     Refusal { option, asked, reason }
 }
 
-const NO_SERVER: &str = "pages go to the image folder only";
-
 /// The list.
 #[rustfmt::skip]
 pub const REFUSALS: &[Refusal] = &[
     refuse("lazy-pages", |o| o.lazy_pages, "pages cannot come on demand yet; leave it out"),
-    refuse("page-server", |o| o.use_page_server, NO_SERVER),
-    refuse("ps-socket", |o| o.ps_socket.is_some(), NO_SERVER),
+    refuse("compress", |o| o.compress && (o.use_page_server || o.lazy_pages), "pages are sent as they are"),
     refuse("stream", |o| o.stream, "images go to a folder only"),
-    refuse("tls", |o| o.tls, "there is no encrypted transfer yet"),
     refuse("join-ns", |o| o.join_ns.iter().any(|j| j.kind != NamespaceKind::Net), "only network namespaces can be joined yet"),
     refuse("lsm-profile", |o| o.lsm_profile.is_some(), "security labels are not restored yet"),
     refuse("libdir", |o| o.libdir.is_some(), "there are no plugins"),

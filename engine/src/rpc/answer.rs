@@ -1,6 +1,6 @@
 //! The answers, each in one place.
 
-use standstill_images::proto::{CriuDumpResp, CriuReqType, CriuResp, CriuRestoreResp, CriuVersion};
+use standstill_images::proto::{CriuDumpResp, CriuPageServerInfo, CriuReqType, CriuResp, CriuRestoreResp, CriuVersion};
 
 use super::Fault;
 
@@ -36,6 +36,12 @@ pub fn restored(result: &Result<i32, Fault>) -> CriuResp {
         Err(fault) => (-1, Err(fault.clone())),
     };
     CriuResp { restore: Some(CriuRestoreResp { pid }), ..plain(CriuReqType::Restore, &result) }
+}
+
+/// A page server runs as this process, at this port.
+pub fn page_server(pid: u32, port: u16) -> CriuResp {
+    let ps = CriuPageServerInfo { pid: i32::try_from(pid).ok(), port: Some(port.into()), ..Default::default() };
+    CriuResp { ps: Some(ps), ..plain(CriuReqType::PageServer, &Ok(())) }
 }
 
 /// Which version this is.

@@ -14,12 +14,13 @@
 //! if it lives on; if it is killed, it finds the answer in its socket when it is restored, and the answer says so
 //! (`restored`).
 //!
-//! What the engine cannot do yet is refused by the engine's own list ([`crate::options::REFUSALS`]); servers for pages
-//! and descriptions of the CPU are refused by name here.
+//! What the engine cannot do yet is refused by the engine's own list ([`crate::options::REFUSALS`]); descriptions
+//! of the CPU are refused by name here. A server for pages is a process of its own.
 //!
 //! Man page: criu(8).
 
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::process::Child;
 
 use standstill_images::proto::{CriuFeatures, CriuOpts, CriuReq, CriuReqType, CriuResp};
 
@@ -27,6 +28,7 @@ use crate::check::{self, Category};
 use crate::error::Error;
 use crate::options::Options;
 use crate::stages::{Listener, Stages};
+use crate::transfer::server::{self, Socket};
 
 pub mod answer;
 pub mod folders;
@@ -79,6 +81,9 @@ const SERVED: i32 = 0;
 const FAILED: i32 = 1;
 const NO_REQUEST: i32 = 255;
 
+/// Starts a page server in a process of its own, with these options, for this socket.
+pub type StartServer = fn(&Options, &Socket) -> Result<Child, String>;
+
 /// One connection.
 #[derive(Debug)]
 pub struct Session {
@@ -86,15 +91,22 @@ pub struct Session {
     base: Options,
     client: Client,
     config: ReadConfig,
+    start: StartServer,
 }
 
 impl Session {
     /// A connection to a client that started us (`is_parent`) or came to the service. `base` is what configuration files say;
-    /// `config` reads one more.
-    pub fn new(socket: OwnedFd, is_parent: bool, base: Options, config: ReadConfig) -> Result<Session, Fault> {
+    /// `config` reads one more; `start` starts a page server.
+    pub fn new(
+        socket: OwnedFd,
+        is_parent: bool,
+        base: Options,
+        config: ReadConfig,
+        start: StartServer,
+    ) -> Result<Session, Fault> {
         let connection = Connection::new(socket);
         let client = peer::client(connection.socket(), is_parent)?;
-        Ok(Session { connection, base, client, config })
+        Ok(Session { connection, base, client, config, start })
     }
 
     /// Serves it to its end; the result is an exit code.
@@ -130,9 +142,7 @@ impl Session {
             Kind::Check => self.answer(answer::plain(kind, &self.check(&opts))),
             Kind::PreDump => self.pre_dumps(opts),
             Kind::SinglePreDump => self.pre_dump(kind, &opts),
-            Kind::PageServer | Kind::PageServerChld => {
-                self.answer(answer::plain(Kind::PageServer, &Err(Fault::unsupported("page-server"))))
-            }
+            Kind::PageServer | Kind::PageServerChld => self.page_server(&opts, kind == Kind::PageServerChld),
             Kind::CpuinfoDump | Kind::CpuinfoCheck => {
                 let what = if kind == Kind::CpuinfoDump { "cpuinfo dump" } else { "cpuinfo check" };
                 self.answer(answer::plain(kind, &Err(Fault::unsupported(what))))
@@ -217,6 +227,33 @@ impl Session {
         }
         tracing::info!("Restore finished successfully. Tasks resumed.");
         prepared.map_or(SERVED, |prepared| become_command(&prepared.options))
+    }
+
+    /// A server for pages. `child`: it stays our child, and the client waits for it through us.
+    fn page_server(&self, opts: &CriuOpts, child: bool) -> i32 {
+        let begun = self.prepare(opts, Purpose::PageServer).and_then(|prepared| {
+            let (socket, port) = server::socket(&prepared.options).map_err(|e| Fault::engine(&e))?;
+            let process = (self.start)(&prepared.options, &socket).map_err(Fault::plain)?;
+            Ok((process, port))
+        });
+        let answer = match begun {
+            Ok((mut process, port)) => {
+                let answer = answer::page_server(process.id(), port);
+                if !child {
+                    // nothing of it stays when it ends
+                    std::thread::spawn(move || process.wait());
+                }
+                answer
+            }
+            Err(fault) => answer::plain(CriuReqType::PageServer, &Err(fault)),
+        };
+        let failed = !answer.success;
+        let sent = self.answer(answer);
+        if failed {
+            FAILED
+        } else {
+            sent
+        }
     }
 
     fn check(&self, opts: &CriuOpts) -> Result<(), Fault> {

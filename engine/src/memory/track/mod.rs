@@ -251,7 +251,9 @@ impl Tracking {
             Some(images) if images.exists(ImageKind::Pagemap, id)? => {
                 Some(PageMap::read(images, ImageKind::Pagemap, id, PAGE)?)
             }
-            _ => None,
+            // its pages went to a server
+            Some(images) => crate::transfer::client::noted(images, id)?,
+            None => None,
         };
         let protect = match (marks, self.again, self.running) {
             (Marks::SoftDirty, ..) | (_, false, _) => Protect::No,
