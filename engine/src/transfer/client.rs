@@ -82,8 +82,8 @@ impl Client {
         let mut ready = read_all(windows.peek().copied().unwrap_or_default())?;
         while windows.next().is_some() {
             let send = || {
-                ready.iter().try_for_each(|(bytes, pages)| {
-                    self.link.send(bytes)?;
+                ready.iter().try_for_each(|Encoded { bytes, cuts, pages }| {
+                    self.link.send_cut(bytes, cuts)?;
                     counter.add(*pages);
                     Ok(())
                 })
@@ -135,13 +135,21 @@ impl Client {
     }
 }
 
-/// Parts as they are sent, and how many bytes of pages are in there.
+/// Parts as they are sent.
+struct Encoded {
+    bytes: Vec<u8>,
+    /// Where messages begin and end.
+    cuts: Vec<usize>,
+    /// How many bytes of pages are in there.
+    pages: u64,
+}
+
 fn encode(
     parts: &[Part],
     target: Target,
     stretches: &[Stretch],
     read: &(impl Fn(&[Part], &mut [u8]) -> Result<()> + Sync),
-) -> Result<(Vec<u8>, u64)> {
+) -> Result<Encoded> {
     interrupt::check()?;
     let state = |part: &Part| stretches.get(part.of).map(|stretch| stretch.state).ok_or(Error::Gone);
     let mut stored = Vec::with_capacity(parts.len());
@@ -153,20 +161,22 @@ fn encode(
     let mut pages = vec![0; stored.iter().map(Part::len).sum()];
     read(&stored, &mut pages)?;
     let mut bytes = Vec::with_capacity(pages.len() + parts.len() * super::wire::LEN);
-    let mut rest = pages.as_slice();
+    let (mut rest, mut cuts) = (pages.as_slice(), Vec::with_capacity(parts.len() * 2));
     for part in parts {
         let (len, state) = (part.len(), state(part)?);
         let run = Command::Add(flags(state));
         let message =
             Message { command: run, pages: len as u64 / PAGE, address: part.address, target: target.to_wire() };
+        cuts.push(bytes.len());
         bytes.extend_from_slice(&message.encode());
+        cuts.push(bytes.len());
         if compress::is_stored(state) {
             let (content, after) = rest.split_at(len);
             bytes.extend_from_slice(content);
             rest = after;
         }
     }
-    Ok((bytes, pages.len() as u64))
+    Ok(Encoded { bytes, cuts, pages: pages.len() as u64 })
 }
 
 const NOTE: &str = "sent-";

@@ -207,6 +207,20 @@ impl Link {
         Ok(())
     }
 
+    /// Sends all of it, cut at these places if it is encrypted: CRIU's server takes a message, and each 64 KiB of pages behind
+    /// it, to be in TLS records of their own.
+    pub fn send_cut(&self, bytes: &[u8], cuts: &[usize]) -> Result<()> {
+        if self.tls.is_none() {
+            return self.send(bytes);
+        }
+        let mut done = 0;
+        for &cut in cuts.iter().chain(&[bytes.len()]) {
+            self.send(bytes.get(done..cut).unwrap_or_default())?;
+            done = cut;
+        }
+        Ok(())
+    }
+
     /// Receives what is there, at least one byte; 0: the other side is done.
     fn some(&self, buffer: &mut [u8]) -> io::Result<usize> {
         let Some(tls) = &self.tls else { return self.raw().read(buffer) };

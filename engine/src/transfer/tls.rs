@@ -52,7 +52,10 @@ pub fn connection(opts: &Options, side: Side) -> Result<Connection> {
     if side == Side::Server {
         let config = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
         let config = config.map_err(failed)?.with_client_cert_verifier(peer).with_single_cert(chain, key);
-        return Ok(ServerConnection::new(Arc::new(config.map_err(failed)?)).map_err(failed)?.into());
+        let mut config = config.map_err(failed)?;
+        // CRIU takes a record without data for a failure
+        config.send_tls13_tickets = 0;
+        return Ok(ServerConnection::new(Arc::new(config)).map_err(failed)?.into());
     }
     let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
     let config = config.map_err(failed)?.dangerous().with_custom_certificate_verifier(peer);
@@ -184,13 +187,14 @@ fn revoked(opts: &Options) -> Result<Vec<CertRevocationList<'static>>> {
     Ok(lists)
 }
 
-/// Is a certificate for this host? An address may stand in the common name, too.
+/// Is a certificate for this host? For an address only alternative names count.
 fn is_for(cert: &EndEntityCert<'_>, host: &str) -> bool {
     let Ok(name) = ServerName::try_from(host) else { return false };
     if cert.verify_is_valid_for_subject_name(&name).is_ok() {
         return true;
     }
-    cert.valid_dns_names().next().is_none()
+    matches!(name, ServerName::DnsName(_))
+        && cert.valid_dns_names().next().is_none()
         && common_names(cert.subject()).any(|common| common.eq_ignore_ascii_case(host.as_bytes()))
 }
 
