@@ -68,8 +68,6 @@ fn check_and_what_is_not_there_yet() {
     assert!(folder.join("rpc.log").exists());
 
     for (kind, answered, named) in [
-        (Kind::PageServer, Kind::PageServer, "page-server"),
-        (Kind::PageServerChld, Kind::PageServer, "page-server"),
         (Kind::CpuinfoDump, Kind::CpuinfoDump, "cpuinfo dump"),
         (Kind::CpuinfoCheck, Kind::CpuinfoCheck, "cpuinfo check"),
     ] {

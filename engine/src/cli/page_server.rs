@@ -87,7 +87,7 @@ pub(super) fn pass_on(options: &Options, command: &mut Command) {
     if let Some(address) = &options.address {
         command.arg("--address").arg(address);
     }
-    if let Some(port) = options.port {
+    if let Some(port) = options.port.filter(|&port| port != 0) {
         command.arg("--port").arg(port.to_string());
     }
     command.stdout(Stdio::null());

@@ -353,7 +353,7 @@ mod tests {
     #[test]
     fn much_goes_through() {
         let (a, b) = pair();
-        let bytes: Vec<u8> = (0..3_000_000u32).map(|n| (n * 7 >> 3) as u8).collect();
+        let bytes: Vec<u8> = (0..3_000_000u32).map(|n| ((n * 7) >> 3) as u8).collect();
         std::thread::scope(|s| {
             s.spawn(|| a.send(&bytes).unwrap());
             let mut back = vec![0; bytes.len()];

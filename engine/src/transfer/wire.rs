@@ -162,7 +162,7 @@ mod tests {
             Command::Close(true),
         ];
         for command in commands {
-            let message = Message { command, pages: 3, address: 0x7fff_0000_1000, target: 0x1234_01 };
+            let message = Message { command, pages: 3, address: 0x7fff_0000_1000, target: 0x12_3401 };
             assert_eq!(Message::decode(&message.encode()), Ok(message));
         }
     }
