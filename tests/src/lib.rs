@@ -8,6 +8,7 @@
 #[allow(unsafe_code)]
 pub mod cgroup;
 pub mod compare;
+pub mod container;
 pub mod engine;
 #[allow(unsafe_code, clippy::undocumented_unsafe_blocks, clippy::not_unsafe_ptr_arg_deref)]
 // a guest is its system calls; nothing else runs in it

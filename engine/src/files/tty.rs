@@ -25,7 +25,7 @@
 //! Man pages: pty(7), ioctl_tty(2), credentials(7).
 
 mod control;
-mod pair;
+pub mod pair;
 mod queue;
 mod terminal;
 

@@ -24,6 +24,7 @@ pub mod dump;
 pub mod order;
 pub mod restore;
 pub mod table;
+mod terminals;
 #[cfg(test)]
 mod tests;
 pub mod tmpfs;

@@ -25,6 +25,7 @@ use super::order::{can_copy, groups, origin_of, Group, Origin};
 use super::table::{
     below, name_of, split_options, Mount, Table, AUTODETECTED, EXTERNAL_DEVICE, SUPER_FLAGS, UNBINDABLE,
 };
+use super::terminals::Terminals;
 use super::tmpfs;
 use crate::error::{At, Call, Error, Place, Result};
 use crate::namespaces::{Kind, Own};
@@ -83,6 +84,8 @@ pub struct Made {
     sources: HashMap<usize, Source>,
     /// Those that become read-only when all files are there.
     writable: Vec<usize>,
+    /// Terminals that are mounted somewhere, until files are opened.
+    pub terminals: Terminals,
 }
 
 impl Made {
@@ -224,6 +227,7 @@ pub fn make(opts: &Options, images: &Images, table: Table, owners: &Owners) -> R
             origins: HashMap::new(),
             made: HashMap::new(),
             deleted: Vec::new(),
+            terminals: Terminals::default(),
         };
         mount::enter_private_copy()?;
         maker.clones()?;
@@ -255,6 +259,7 @@ pub fn make(opts: &Options, images: &Images, table: Table, owners: &Owners) -> R
             }
         }
         result.sources = maker.origins;
+        result.terminals = maker.terminals;
         result.table = table.clone();
         Ok(result)
     })
@@ -299,6 +304,7 @@ struct Maker<'m> {
     made: HashMap<u32, OwnedFd>,
     /// Names that were made for deleted roots: a folder, the name in it, whether it is a folder.
     deleted: Vec<(OwnedFd, Vec<u8>, bool)>,
+    terminals: Terminals,
 }
 
 impl Maker<'_> {
@@ -332,7 +338,8 @@ impl Maker<'_> {
         }
         let source = self.origins.get(&origin.mount()).ok_or(Error::Gone)?;
         let rest = below(&m.root, &source.root).ok_or(Error::Gone)?;
-        if m.deleted {
+        let is_terminal = matches!(origin, Origin::New(_)) && self.terminals.make(m, rest, source.fd.as_fd())?;
+        if m.deleted && !is_terminal {
             let made = self.make_deleted(m, source, rest)?;
             self.deleted.extend(made);
         }

@@ -27,8 +27,14 @@ pub(super) fn open(index: u32, cx: &mut RestoreFiles<'_>) -> Result<()> {
     }
     let entry = masters.first();
     let (flags, name) = (entry.map_or(libc::O_RDWR as u32, |e| e.flags), name(entry, &slaves, cx)?);
-    let master = match &cx.mounts {
-        Some(made) => make_master(index, flags, &name, made.root()?)?,
+    let master = match &mut cx.mounts {
+        Some(made) => {
+            let beside = open_below(made.root()?, &name, libc::O_PATH as u32).call("open")?;
+            match made.terminals.take(index, beside.as_fd())? {
+                Some(master) => master,
+                None => make_master(index, flags, &name, made.root()?)?,
+            }
+        }
         None => make_master(index, flags, &name, rustix::fs::CWD)?,
     };
     terminal::lock(master.as_fd(), false)?;
@@ -110,7 +116,7 @@ fn name(master: Option<&TtyFileEntry>, slaves: &[TtyFileEntry], cx: &RestoreFile
 }
 
 /// Opens `name` until the pair has the right number: the kernel gives the lowest that is free.
-pub(super) fn make_master(index: u32, flags: u32, name: &[u8], root: BorrowedFd<'_>) -> Result<OwnedFd> {
+pub fn make_master(index: u32, flags: u32, name: &[u8], root: BorrowedFd<'_>) -> Result<OwnedFd> {
     let flags = OFlags::from_bits_retain(flags & OPEN_FLAGS) | OFlags::NOCTTY | OFlags::CLOEXEC;
     let mut lower = Vec::new();
     loop {
