@@ -7,7 +7,8 @@
 use std::fs;
 use std::os::unix::fs::{symlink, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::engine::Engine;
@@ -36,6 +37,8 @@ pub struct Place {
     pub folder: PathBuf,
     /// The root file system of containers.
     pub rootfs: PathBuf,
+    /// A name that nobody else has, for containers and their cgroups.
+    pub name: String,
 }
 
 impl Place {
@@ -44,12 +47,14 @@ impl Place {
     /// # Panics
     /// If it cannot be made.
     pub fn new(test: &str, programs: &[&str]) -> Option<Place> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
         for name in programs {
             program::program(name)?;
         }
         let busybox = program::program("busybox")?;
         let folder = process::scratch(test);
-        let place = Place { rootfs: folder.join("rootfs"), folder };
+        let name = format!("standstill-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let place = Place { rootfs: folder.join("rootfs"), folder, name };
         for name in ["bin", "dev", "etc", "data", "proc", "sys", "tmp", "run"] {
             made(fs::create_dir_all(place.rootfs.join(name)), name);
         }
@@ -142,14 +147,95 @@ impl Place {
         assert!(process::within(LIMIT, || path.exists()), "it does not end when it is asked to");
     }
 
-    /// A file of ours as text, for a report.
-    pub fn text(&self, name: &str) -> String {
-        fs::read_to_string(self.folder.join(name)).unwrap_or_default()
+    /// The root file system as a tar archive.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    pub fn tar(&self) -> PathBuf {
+        let (path, rootfs) = (self.folder.join("rootfs.tar"), self.rootfs.display().to_string());
+        let args = ["-C", &rootfs, "-cf", &path.display().to_string(), "."];
+        self.run("tar", &args).unwrap_or_else(|o| panic!("tar: {}", o.text));
+        path
     }
+
+    /// The root file system as an image, in the form that `docker save` has.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    pub fn image(&self, name: &str) -> PathBuf {
+        let image = self.folder.join("image");
+        made(fs::create_dir_all(&image), "image");
+        made(fs::rename(self.tar(), image.join("layer.tar")), "layer.tar");
+        let sum = self.run("sha256sum", &["image/layer.tar"]).unwrap_or_else(|o| panic!("sha256sum: {}", o.text));
+        let sum = sum.split_whitespace().next().unwrap_or_default();
+        let config = serde_json::json!({
+            "architecture": "amd64", "os": "linux", "config": {"Env": ["PATH=/bin"]},
+            "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{sum}")]}, "history": [{"created_by": "a test"}]
+        });
+        let manifest = serde_json::json!([{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]);
+        made(fs::write(image.join("config.json"), config.to_string()), "config.json");
+        made(fs::write(image.join("manifest.json"), manifest.to_string()), "manifest.json");
+        let path = self.folder.join("image.tar");
+        let args = ["-C", "image", "-cf", &path.display().to_string(), "manifest.json", "config.json", "layer.tar"];
+        self.run("tar", &args).unwrap_or_else(|o| panic!("tar: {}", o.text));
+        path
+    }
+
+    /// Ends what is left of processes that work for or in this place: those whose arguments name its folder, and those in its
+    /// cgroups. Unmounts what is mounted below it, and removes the cgroups.
+    fn clear(&self) {
+        let folder = self.folder.display().to_string();
+        let has = |path: PathBuf, word: &str| fs::read(path).is_ok_and(|t| String::from_utf8_lossy(&t).contains(word));
+        let left = || -> Vec<i32> {
+            let own = i32::try_from(std::process::id()).unwrap_or(0);
+            let all = fs::read_dir("/proc").into_iter().flatten().flatten();
+            let pids = all.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok()).filter(|&pid| pid != own);
+            pids.filter(|pid| {
+                let of = Path::new("/proc").join(pid.to_string());
+                process::alive(*pid) && (has(of.join("cmdline"), &folder) || has(of.join("cgroup"), &self.name))
+            })
+            .collect()
+        };
+        let gone = process::within(Duration::from_secs(10), || {
+            let left = left();
+            for &pid in &left {
+                process::signal(pid, libc::SIGKILL);
+                process::reap(pid);
+            }
+            left.is_empty()
+        });
+        if !gone {
+            eprintln!("processes {:?} do not end", left());
+        }
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let points = mounts.lines().filter_map(|l| l.split(' ').nth(4)).filter(|p| p.starts_with(&folder));
+        for point in points.collect::<Vec<_>>().iter().rev() {
+            let _ = Command::new("umount").args(["-l", point]).status();
+        }
+        let hierarchies = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|e| e.path());
+        for hierarchy in hierarchies.chain([PathBuf::from("/sys/fs/cgroup")]) {
+            let group = hierarchy.join(&self.name);
+            // the kernel needs a moment to see that a group is empty
+            process::within(Duration::from_secs(2), || {
+                remove_groups(&group);
+                !group.exists()
+            });
+        }
+    }
+}
+
+fn remove_groups(group: &Path) {
+    for entry in fs::read_dir(group).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_groups(&entry.path());
+        }
+    }
+    let _ = fs::remove_dir(group);
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
+        self.clear();
         if std::thread::panicking() {
             eprintln!("its files are kept in {}", self.folder.display());
             return;
@@ -157,6 +243,47 @@ impl Drop for Place {
         let mut patience = Patience::of(Duration::from_secs(5));
         while fs::remove_dir_all(&self.folder).is_err() && !patience.over() {
             std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// A daemon; it ends with this.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+}
+
+impl Daemon {
+    /// Starts one, which writes to `daemon.log`, and waits until `ready` succeeds.
+    ///
+    /// # Errors
+    /// What it wrote, if it ends or does not become ready.
+    pub fn start(place: &Place, program: &str, args: &[&str], ready: &[&str]) -> Result<Daemon, String> {
+        let log = made(fs::File::create(place.folder.join("daemon.log")), "daemon.log");
+        let mut command = place.command(program);
+        command.args(args).stdout(made(log.try_clone(), "daemon.log")).stderr(log);
+        let child = command.spawn().map_err(|e| format!("{program}: {e}"))?;
+        let mut daemon = Daemon { child };
+        let mut ended = false;
+        let is_ready = process::within(LIMIT, || {
+            ended = daemon.child.try_wait().is_ok_and(|status| status.is_some());
+            ended || place.run(ready[0], &ready[1..]).is_ok()
+        });
+        if is_ready && !ended {
+            return Ok(daemon);
+        }
+        let text = fs::read_to_string(place.folder.join("daemon.log")).unwrap_or_default();
+        let last = text.lines().rev().find(|line| line.contains("level=fatal") || line.contains("failed"));
+        Err(last.or(text.lines().last()).unwrap_or("it says nothing").to_owned())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        process::signal(i32::try_from(self.child.id()).unwrap_or(0), libc::SIGTERM);
+        if !process::within(Duration::from_secs(15), || self.child.try_wait().is_ok_and(|status| status.is_some())) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
         }
     }
 }

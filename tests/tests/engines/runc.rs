@@ -7,7 +7,6 @@ use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Child, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 
 use serde_json::{json, Value};
@@ -74,9 +73,8 @@ fn config(kind: &Kind<'_>) -> Value {
 impl Container {
     /// A container that is not started; none, and the test is skipped, if there is no runc.
     fn new(test: &str, kind: &Kind<'_>) -> Option<Container> {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
         let place = Place::new(test, &["runc"])?;
-        let name = format!("standstill-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let name = place.name.clone();
         let text = config(kind).to_string();
         fs::write(place.folder.join("config.json"), text).unwrap_or_else(|e| panic!("{e}"));
         Some(Container { place, name })
@@ -89,9 +87,8 @@ impl Container {
             container.place.run("chown", &["-R", "70000:70000", "rootfs"]).unwrap_or_else(|o| panic!("{}", o.text));
         }
         if let Err(output) = container.detached(&["run"], &[]) {
-            let text = output + &container.place.text("output");
             skip(test, "runc cannot start such a container here, without us");
-            eprintln!("{text}");
+            eprintln!("{output}");
             return None;
         }
         Some(container)
