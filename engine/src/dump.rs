@@ -13,13 +13,15 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 use standstill_images::proto::{
-    FsEntry, InventoryEntry, MmEntry, PstreeEntry, SeccompEntry, SeccompFilter, TaskKobjIdsEntry, VmaEntry,
+    FsEntry, InventoryEntry, MmEntry, PluginsEntry, PstreeEntry, SeccompEntry, SeccompFilter, TaskKobjIdsEntry,
+    VmaEntry,
 };
 use standstill_images::{ImageKind, Images};
 
 use crate::cgroups::{self, freezer::Freezer};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{fanotify, locks, memfd, DumpFiles};
+use crate::gpu;
 use crate::guard::{Choice, Guard};
 use crate::memory::track::{self, Tracking};
 use crate::memory::{self, dedup, drain, Writing};
@@ -147,12 +149,23 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     }
     let robust = RobustList::new()?;
     let guard = Guard::new(&robust);
+    // dropped behind those that are frozen: it asks tasks that run
+    let gpu_guard = Guard::new(&robust);
+    let mut cuda = gpu::dump::Cuda::lock(opts, root, &gpu_guard)?;
+    if cuda.is_some() && opts.snapshot {
+        return Err(Error::refused("CUDA in a snapshot", "leave out --snapshot")).task(root);
+    }
     let mut freezer = Freezer::new(opts, &robust)?;
-    let (frozen, leftover) = leftovers::freeze(root, Duration::from_secs(u64::from(opts.timeout)), freezer.as_mut())?;
+    let (mut frozen, leftover) =
+        leftovers::freeze(root, Duration::from_secs(u64::from(opts.timeout)), freezer.as_mut())?;
     phases.mark("freezing");
     interrupt::check()?;
     let frozen_at = Instant::now();
     tracing::info!("{} tasks stand still", frozen.len());
+    if let Some(cuda) = &mut cuda {
+        cuda.checkpoint(&mut frozen)?;
+        phases.mark("gpus");
+    }
     // it is told of the lock before there is one, and of its end when there is none any more
     let locked = if network::is_ours(root)? { None } else { Some(NetworkLocked::reach(stages, root)?) };
     let more = opts.with_external(&stages.external_files()?).map_err(|e| Error::Usage { what: e.to_string() })?;
@@ -176,7 +189,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     cgroups.freezer_state = freezer.as_ref().map(Freezer::state_before);
     cgroups.own_namespace = own.has(namespaces::Kind::Cgroup);
     find_cgroups(&mut tasks, &mut cgroups)?;
-    refuse_gpus(&tasks)?;
+    refuse_gpus(&tasks, cuda.as_ref())?;
     refuse_locks(opts, &tasks)?;
     let run = run_id();
     let mut tracking = match ahead.as_mut().and_then(|ahead| ahead.tracking(opts)) {
@@ -380,7 +393,10 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     namespaces::dump(root, &own, &files.users, images)?;
     let scanned: u64 = drains.iter().map(|d| d.0.scanned).sum();
     let mut in_parent: u64 = drains.iter().map(|d| d.0.in_parent).sum();
+    cuda.as_ref().map_or(Ok(()), |cuda| cuda.write(images, &files.pids))?;
+    let plugins = cuda.iter().map(|_| gpu::PLUGIN.to_vec()).collect();
     let inventory = InventoryEntry {
+        plugins_entry: Some(PluginsEntry { plugins }),
         dump_uptime: tracking.as_ref().map(|_| track::uptime()),
         ..inventory(opts, numbers.root, netlock::number(files.lock.method()), &run)
     };
@@ -402,6 +418,9 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
             }
             files.tasks_end();
             finish::kill(infected)?;
+            if let Some(cuda) = &mut cuda {
+                cuda.tasks_end();
+            }
             files.inet.tasks_are_gone();
             if let Some(locked) = locked {
                 locked.keep();
@@ -411,7 +430,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
             files.tasks_go_on()?;
             infected.iter().try_for_each(Infected::unhold)?;
             guard.choose(Choice::Nothing);
-            finish::let_go(infected, state == FinalState::Stop, freezer.as_mut())?;
+            finish::let_go(infected, state == FinalState::Stop, freezer.as_mut(), cuda.as_mut())?;
             drop(locked);
         }
     }
@@ -590,9 +609,10 @@ fn find_cgroups(tasks: &mut [Task], cgroups: &mut cgroups::Dumped<'_>) -> Result
 }
 
 /// A task that holds a GPU is refused, by name.
-fn refuse_gpus(tasks: &[Task]) -> Result<()> {
+fn refuse_gpus(tasks: &[Task], cuda: Option<&gpu::dump::Cuda>) -> Result<()> {
     for (task, alive) in living(tasks) {
-        crate::gpu::refuse(&alive.facts).task(task.pid)?;
+        let checkpointed = cuda.is_some_and(|cuda| cuda.has(task.pid));
+        gpu::refuse(&alive.facts, checkpointed).task(task.pid)?;
     }
     Ok(())
 }

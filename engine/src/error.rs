@@ -151,6 +151,9 @@ pub enum Error {
         /// How.
         what: String,
     },
+    /// NVIDIA's driver said no.
+    #[error(transparent)]
+    Gpu(#[from] standstill_gpu::DriverError),
     /// The caller or a signal asked to stop.
     #[error("interrupted")]
     Interrupted,
@@ -170,6 +173,7 @@ impl Error {
             Error::Peer { .. } => libc::EPIPE,
             Error::Interrupted => libc::EINTR,
             Error::Moving => libc::EAGAIN,
+            Error::Gpu(_) => libc::EIO,
             Error::Proc(_) | Error::Image(_) | Error::Lie { .. } | Error::Usage { .. } | Error::Changed { .. } => {
                 libc::EINVAL
             }

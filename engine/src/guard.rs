@@ -80,6 +80,8 @@ pub enum Act<'a> {
     WriteAt(Held, u64, &'a [u8]),
     /// The guard becomes a shell that runs this script: to be registered before all else, as nothing is done after it.
     Script(Held),
+    /// The guard becomes this program, an executable file, with these words and this environment: nothing is done after it.
+    Program(Held, &'a [String], &'a [(std::ffi::OsString, std::ffi::OsString)]),
     /// The guard enters the network namespace of a descriptor: to be registered right behind a script that is to run there.
     EnterNetwork(Held),
     /// unlink(2).
@@ -311,6 +313,21 @@ impl Running {
                 let argv = self.bytes(&words(&[shell, script, 0]))?;
                 let envp = self.bytes(&words(&[path, 0]))?;
                 (libc::SYS_execve, [shell, argv, envp, 0, 0, 0])
+            }
+            Act::Program(Held(fd), arguments, environment) => {
+                let file = self.bytes(format!("/proc/self/fd/{fd}\0").as_bytes())?;
+                let mut argv = Vec::new();
+                for word in arguments {
+                    argv.push(self.bytes(&[word.as_bytes(), &[0]].concat())?);
+                }
+                let mut envp = Vec::new();
+                for (name, value) in environment {
+                    envp.push(self.bytes(&[name.as_encoded_bytes(), b"=", value.as_encoded_bytes(), &[0]].concat())?);
+                }
+                let words = |words: &[u64]| words.iter().chain(&[0]).flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>();
+                let argv = self.bytes(&words(&argv))?;
+                let envp = self.bytes(&words(&envp))?;
+                (libc::SYS_execve, [file, argv, envp, 0, 0, 0])
             }
             Act::EnterNetwork(Held(fd)) => (libc::SYS_setns, [fd, libc::CLONE_NEWNET as u64, 0, 0, 0, 0]),
             Act::Remove(path) => {

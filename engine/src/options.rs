@@ -237,6 +237,12 @@ pub struct Options {
     pub compress: bool,
     /// How many bytes are packed together (`--compress-block`); whole pages, 4 MiB at most.
     pub compress_block: u32,
+    /// GPUs that take the place of those of the checkpoint: old and new (`--gpu-map`).
+    pub gpu_map: Vec<(standstill_gpu::Uuid, standstill_gpu::Uuid)>,
+    /// How many seconds the CUDA work of a task may take until it can be locked; 0: no limit (`--gpu-timeout`).
+    pub gpu_timeout: Option<u32>,
+    /// Print the GPUs of the checkpoint when it is done (`--display-gpus`).
+    pub display_gpus: bool,
     /// Print results as JSON (`--json`).
     pub json: bool,
 }
@@ -332,6 +338,9 @@ impl Default for Options {
             progress: Listener::default(),
             compress: false,
             compress_block: DEFAULT_COMPRESS_BLOCK,
+            gpu_map: Vec::new(),
+            gpu_timeout: None,
+            display_gpus: false,
             json: false,
         }
     }

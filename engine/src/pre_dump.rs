@@ -191,7 +191,7 @@ fn scan(
         tracking.register(task.pid, &task.areas).task(task.pid)?;
     }
     let release = |infected: Vec<(&Task, Infected<'_>)>, free: Vec<Stopped>| {
-        finish::let_go(infected.into_iter().map(|(_, host)| host).collect(), false, freezer)?;
+        finish::let_go(infected.into_iter().map(|(_, host)| host).collect(), false, freezer, None)?;
         free.into_iter().try_for_each(Stopped::release)?;
         Ok::<_, Error>(frozen_at.elapsed())
     };

@@ -23,6 +23,7 @@ use crate::sys::calls;
 pub const PHASES: &[(Verb, &str, &str)] = &[
     (Verb::Dump, "ahead", "copy memory while the tree runs (--snapshot)"),
     (Verb::Dump, "freezing", "find the tasks and stop them"),
+    (Verb::Dump, "gpus", "bring memory of GPUs into the tasks"),
     (Verb::Dump, "reading", "read /proc, sort files and areas"),
     (Verb::Dump, "infecting", "put the executor in"),
     (Verb::Dump, "asking", "ask the tasks"),

@@ -15,6 +15,7 @@ use standstill_restorer::plan::{Code, Expect};
 use crate::cgroups;
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{fanotify, inotify, io_uring, memfd, remove_names, tty, RestoreFiles};
+use crate::gpu;
 use crate::guard::{Choice, Guard, List};
 use crate::memory::rebuild::{unmap_all_but, Figures, Numbers};
 use crate::memory::sysv;
@@ -127,6 +128,7 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
     let mut phases = Phases::start(Verb::Restore, opts)?;
     let inventory = read_inventory(opts, images)?;
     let job = opts.shell_job.then(release::own_session_and_group);
+    let revival = gpu::restore::prepare(opts, images, &inventory)?;
     let tree = Tree::read(images, job)?;
     let own = own_namespaces(&inventory, &tree)?;
     let mut cgroups = cgroups::Restored::read(opts, images, &inventory, &tree)?;
@@ -158,6 +160,7 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
         images,
         &inventory,
         &own,
+        revival.as_ref(),
         &mut networks,
         mounts,
         &tree,
@@ -245,6 +248,7 @@ fn build<'r>(
     images: &Images,
     inventory: &InventoryEntry,
     own: &Own,
+    revival: Option<&gpu::restore::Revival>,
     networks: &mut Network,
     mounts: Option<mounts::table::Table>,
     tree: &Tree,
@@ -530,6 +534,10 @@ fn build<'r>(
     }
     held.remove_executors(arena.syscall_address()?, &arenas)?;
     tree.alive().try_for_each(|(_, node, a)| set_leader(a, hosts).task(node.pid))?;
+    if let Some(revival) = revival {
+        let pids = tree.alive().map(|(_, node, _)| Ok((node.pid, hosts.id(node.pid)?)));
+        revival.go(pids).at(Place::Step("CUDA"))?;
+    }
     let stops = tree.alive().filter_map(|(_, n, a)| stop_signal(a, opts).map(|signal| Ok((hosts.id(n.pid)?, signal))));
     let stops = stops.collect::<Result<_>>()?;
     let connections = inet::connections(files)?;
@@ -618,7 +626,8 @@ fn read_inventory(opts: &Options, images: &Images) -> Result<InventoryEntry> {
     if inventory.allow_uprobes == Some(true) && !opts.allow_uprobes {
         return Err(Error::Usage { what: "Dumped with --allow-uprobes. Need to set it on restore as well.".into() });
     }
-    if let Some(plugin) = inventory.plugins_entry.as_ref().and_then(|p| p.plugins.first()) {
+    let others = |plugin: &&Vec<u8>| plugin.as_slice() != gpu::PLUGIN;
+    if let Some(plugin) = inventory.plugins_entry.as_ref().and_then(|p| p.plugins.iter().find(others)) {
         return Err(Error::refused(
             format!("a checkpoint that needs the plugin {}", String::from_utf8_lossy(plugin)),
             "there are no plugins",

@@ -192,6 +192,7 @@ images! {
     BpfmapData, "BPFMAP_DATA", "bpfmap-data.img", 0x6432_4033, Common, "bpfmap_data_entry", BpfMap;
     Apparmor, "APPARMOR", "apparmor.img", 0x5942_3047, Common, "apparmor_entry", None;
     Pidfd, "PIDFD", "pidfd.img", 0x5443_5556, Common, "pidfd_entry", None;
+    StandstillGpu, "STANDSTILL_GPU", "standstill-gpu.img", 0x4750_5531, Common, "standstill_gpu_entry", None;
     StatsDump, "STATS", "stats-dump", 0x5709_3306, Service, "stats_entry", None;
     StatsRestore, "STATS", "stats-restore", 0x5709_3306, Service, "stats_entry", None;
     IrmapCache, "IRMAP_CACHE", "irmap-cache.img", 0x5700_4059, Service, "irmap_cache_entry", None;

@@ -385,6 +385,14 @@ pub(super) fn io_uring() -> Found {
     Ok(probe::io_uring()?)
 }
 
+/// A driver that can checkpoint; it is not started.
+pub(super) fn cuda() -> Found {
+    match standstill_gpu::driver::find() {
+        Ok(found) if found.checkpoints => Ok(()),
+        Ok(_) | Err(_) => Err(super::Lack::ABSENT),
+    }
+}
+
 pub(super) fn tun() -> Found {
     const TUNSETIFINDEX: libc::c_ulong = 0x4004_54da;
     let tun = File::options().read(true).write(true).open("/dev/net/tun")?;

@@ -158,4 +158,5 @@ pub const FEATURES: &[Feature] = &[
     unnamed("file_handles", Ours, p::file_handles, Silent, "inotify and fanotify", "CONFIG_FHANDLE=y"),
     unnamed("membarrier", Ours, p::membarrier, Silent, "registrations of membarrier", "Linux 6.3"),
     unnamed("io_uring", Ours, p::io_uring, Silent, "programs that use io_uring", "sysctl kernel.io_uring_disabled=0"),
+    unnamed("cuda", Ours, p::cuda, Silent, "CUDA programs on NVIDIA GPUs", "NVIDIA's driver 570 (CUDA 12.8)"),
 ];

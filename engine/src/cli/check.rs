@@ -137,6 +137,11 @@ fn as_table(lines: &[Line], json: bool) -> i32 {
         (n, false) => writeln!(text, "{n} of {} features are missing; none that every program needs.", lines.len()),
         (n, true) => writeln!(text, "{n} of {} features are missing, some that every program needs.", lines.len()),
     };
+    // asked only where there may be some: the driver's libraries are loaded for it
+    let cuda = lines.iter().any(|l| l.feature.name == "cuda" && l.found.is_ok());
+    for gpu in cuda.then(standstill_gpu::Management::load).flatten().and_then(|m| m.gpus()).unwrap_or_default() {
+        let _ = writeln!(text, "GPU {} {}: {} MiB, {} MiB free", gpu.uuid, gpu.name, gpu.total >> 20, gpu.free >> 20);
+    }
     print(&text);
     i32::from(fatal)
 }

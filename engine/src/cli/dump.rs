@@ -23,6 +23,9 @@ pub fn run(options: &Options) -> i32 {
             if options.personality == Persona::Standstill {
                 print(&summary(options, start.elapsed()));
             }
+            if options.display_gpus {
+                super::print_gpus(options);
+            }
             0
         }
         Err(e) => {

@@ -72,6 +72,7 @@ fn run(args: &[OsString]) -> i32 {
         match args.get(1).and_then(|verb| verb.to_str()) {
             Some("image") => return image::run(&args[2..]),
             Some("x") => return image::run(&args[1..]),
+            Some(crate::gpu::guard::VERB) => return crate::gpu::guard::run(&args[2..]),
             Some("demo") => return demo::run(&args[2..]),
             Some("version") => return stop(Stop::Version, persona),
             Some("help") => return stop(Stop::Help, persona),
@@ -116,6 +117,16 @@ pub fn print(text: &str) {
     use std::io::Write as _;
     let mut out = std::io::stdout().lock();
     let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// Prints the GPUs of the checkpoint.
+fn print_gpus(options: &Options) {
+    let images = standstill_images::Images::open_folder(&options.images_dir).map_err(crate::Error::from);
+    match images.and_then(|images| crate::gpu::describe(&images)) {
+        Ok(text) if text.is_empty() => print("no GPUs in this checkpoint\n"),
+        Ok(text) => print(&text),
+        Err(e) => warn!("{}", e.chain()),
+    }
 }
 
 fn perform(line: CommandLine, program: &OsStr) -> Result<i32, UsageError> {

@@ -26,6 +26,9 @@ pub fn run(options: &Options) -> i32 {
     if options.personality == Persona::Standstill && options.restore_detach {
         print(&format!("restored from {} in {}\n", options.images_dir.display(), human_time(start.elapsed())));
     }
+    if options.display_gpus {
+        super::print_gpus(options);
+    }
     if let Some((program, args)) = options.exec_cmd.split_first() {
         let mut command = std::process::Command::new(program);
         command.args(args).current_dir(options.work_dir());

@@ -189,6 +189,15 @@ fn set_progress(o: &mut Options, v: &OsStr) -> Result<(), OptionError> {
     Ok(())
 }
 
+fn set_gpu_map(o: &mut Options, v: &OsStr) -> Result<(), OptionError> {
+    let v = text("gpu-map", v)?;
+    let bad = || OptionError::Invalid { option: "gpu-map", value: v.to_owned() };
+    let (old, new) = v.split_once('=').ok_or_else(bad)?;
+    let uuid = |text: &str| standstill_gpu::Uuid::parse(text).ok_or_else(bad);
+    o.gpu_map.push((uuid(old)?, uuid(new)?));
+    Ok(())
+}
+
 fn positive(o: &Options, option: &'static str, v: &OsStr) -> Result<i32, OptionError> {
     let n = number(o.personality, option, v)?;
     let bad = || OptionError::Invalid { option, value: v.to_string_lossy().into_owned() };
@@ -376,6 +385,12 @@ pub const TABLE: &[Opt] = &[
         o.compress_block = bytes;
         Ok(())
     }, Ours, "how much is packed together, with K or M (256K)"),
+    value("gpu-map", "OLD=NEW", set_gpu_map, Ours, "restore what was on one GPU to another, by UUIDs"),
+    value("gpu-timeout", "SECONDS", |o, v| {
+        o.gpu_timeout = Some(u32::try_from(number(o.personality, "gpu-timeout", v)?).unwrap_or(u32::MAX));
+        Ok(())
+    }, Ours, "how long CUDA work may take until it can be locked (as --timeout)"),
+    switch("display-gpus", |o| &mut o.display_gpus, Ours, "print the GPUs of the checkpoint, and who uses them"),
     switch("json", |o| &mut o.json, Ours, "print results as JSON"),
 ];
 

@@ -215,7 +215,7 @@ impl<'r> Copies<'r> {
             host.wait_for(copy)?;
             infected.push(host);
         }
-        finish::let_go(infected, false, None)?;
+        finish::let_go(infected, false, None, None)?;
         Ok(began.elapsed())
     }
 }

@@ -32,7 +32,7 @@ pub(super) fn check(link: &[u8], stat: &Stat, flags: u32, gpus: &mut Option<Char
     let thing = Thing { place: standstill_gpu::Place::Mapping(0), path: link, what: What::Character { major, minor } };
     let advice = match standstill_gpu::holds(gpus, [thing]).first() {
         Some(Holding::Nvidia { .. }) => {
-            "release the GPU first (`cuda-checkpoint --toggle --pid PID`, driver 550 or later), or end the CUDA work"
+            "only CUDA is carried, whose driver lets go of its devices: end other use of the GPU (NVML, graphics)"
         }
         Some(Holding::AmdKfd { .. }) => "end the ROCm work first",
         Some(Holding::DrmRender { .. }) => "let the program close it, or run it with software rendering",
@@ -62,6 +62,6 @@ mod tests {
         let fuse = check(b"/dev/fuse", &stat(10, 229), 0, &mut gpus).unwrap_err().to_string();
         assert!(fuse.contains("/dev/fuse (10:229)"), "{fuse}");
         let gpu = check(b"/dev/nvidia0", &stat(195, 0), 0, &mut gpus).unwrap_err().to_string();
-        assert!(gpu.contains("cuda-checkpoint"), "{gpu}");
+        assert!(gpu.contains("NVIDIA"), "{gpu}");
     }
 }

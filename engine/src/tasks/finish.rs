@@ -2,6 +2,7 @@
 
 use crate::cgroups::freezer::Freezer;
 use crate::error::{At, Result};
+use crate::gpu::dump::Cuda;
 use crate::guard::{Choice, Guard, List};
 use crate::sys::calls;
 use crate::tracee::{Infected, Stopped};
@@ -47,11 +48,18 @@ pub fn kill(infected: Vec<Infected<'_>>) -> Result<()> {
 }
 
 /// Lets everyone go on as if nothing had happened; `stop` leaves them stopped (SIGSTOP), a freezer that was frozen is again.
-pub fn let_go(infected: Vec<Infected<'_>>, stop: bool, freezer: Option<&mut Freezer<'_>>) -> Result<()> {
+/// CUDA tasks are back on their GPUs before anyone runs.
+pub fn let_go(
+    infected: Vec<Infected<'_>>,
+    stop: bool,
+    freezer: Option<&mut Freezer<'_>>,
+    cuda: Option<&mut Cuda>,
+) -> Result<()> {
     let mut all = Vec::with_capacity(infected.len());
     for host in infected {
         all.push(host.cure()?);
     }
+    cuda.map_or(Ok(()), |cuda| cuda.resume(&mut all))?;
     freezer.map_or(Ok(()), Freezer::before_release)?;
     for threads in all {
         if let Some(leader) = threads.first().filter(|_| stop) {

@@ -60,7 +60,7 @@ fn read_stat(pid: i32, buffer: &mut Vec<u8>) -> Result<Option<Stat>> {
 }
 
 /// The threads of a process, in ascending order; empty when it is gone.
-pub(super) fn threads_of(pid: i32) -> Vec<i32> {
+pub(crate) fn threads_of(pid: i32) -> Vec<i32> {
     let mut tids: Vec<i32> = std::fs::read_dir(format!("/proc/{pid}/task"))
         .into_iter()
         .flatten()
@@ -265,7 +265,7 @@ fn seize(
 /// Is it a thread that the kernel has put into the process, to carry out requests of an io_uring or to poll for them? Such a
 /// one has no code of the program, and a stop would end what it waits for. Its name does not tell: it has that of the thread
 /// that made it until it runs for the first time.
-fn is_kernels(pid: i32, tid: i32, buffer: &mut Vec<u8>) -> bool {
+pub(crate) fn is_kernels(pid: i32, tid: i32, buffer: &mut Vec<u8>) -> bool {
     const PF_IO_WORKER: u64 = 0x10;
     proc::read_proc(format!("/proc/{pid}/task/{tid}/stat").as_ref(), buffer).is_ok()
         && proc::stat::parse(buffer).is_ok_and(|stat| stat.flags & PF_IO_WORKER != 0)

@@ -252,6 +252,18 @@ impl Stopped {
         r
     }
 
+    /// Reads what a thread has become that was let run, and stopped again, since it was found. Its mask is what it was.
+    pub fn read_again(&mut self) -> Result<()> {
+        let tid = self.tid;
+        self.registers = ptrace::registers(tid).task(tid)?;
+        if self.wind_back_wait() {
+            ptrace::set_registers(tid, &self.registers).task(tid)?;
+        }
+        self.xstate = ptrace::xstate(tid).task(tid)?;
+        self.rseq = ptrace::rseq(tid).task(tid)?;
+        Ok(())
+    }
+
     /// A signal to pass on when the thread is let go.
     pub fn owe(&mut self, signal: i32) {
         self.owed = signal;

@@ -7,8 +7,8 @@ use crate::error::{Error, Result};
 use crate::proc::maps::VmaName;
 use crate::tasks::facts::Facts;
 
-/// Refuses a task that has a GPU open or mapped, naming the device.
-pub fn refuse(facts: &Facts) -> Result<()> {
+/// Refuses a task that has a GPU open or mapped, naming the device; `checkpointed` if its driver has let go of what it knows.
+pub fn refuse(facts: &Facts, checkpointed: bool) -> Result<()> {
     let devices: Vec<_> = facts
         .descriptors
         .iter()
@@ -37,7 +37,14 @@ pub fn refuse(facts: &Facts) -> Result<()> {
     let majors = CharMajors::parse(&std::fs::read("/proc/devices").unwrap_or_default()).unwrap_or_default();
     match holds(&majors, things).first() {
         Some(held) => {
-            Err(Error::refused(held.to_string(), "GPU state is not carried yet: end its use in the program first"))
+            let advice = if checkpointed {
+                "the driver has left it behind in its checkpoint: end its other use (NVML, graphics, a fork without exec)"
+            } else if matches!(held, standstill_gpu::Holding::Nvidia { .. }) {
+                "CUDA does not answer for it: it began only now (try again), or it is other use of the GPU, which is not carried"
+            } else {
+                "GPU state is not carried yet: end its use in the program first"
+            };
+            Err(Error::refused(held.to_string(), advice))
         }
         None => Ok(()),
     }
