@@ -48,6 +48,7 @@ pub mod mounts;
 pub mod namespaces;
 pub mod network;
 pub mod options;
+pub mod periodic;
 pub mod plan;
 pub mod pre_dump;
 pub mod proc;

@@ -243,6 +243,10 @@ pub struct Options {
     pub gpu_timeout: Option<u32>,
     /// Print the GPUs of the checkpoint when it is done (`--display-gpus`).
     pub display_gpus: bool,
+    /// Dump again and again, this often (`--every`); the image folder gets a folder for each.
+    pub every: Option<std::time::Duration>,
+    /// How many of these are kept at least (`--keep`).
+    pub keep: u32,
     /// Print results as JSON (`--json`).
     pub json: bool,
 }
@@ -341,6 +345,8 @@ impl Default for Options {
             gpu_map: Vec::new(),
             gpu_timeout: None,
             display_gpus: false,
+            every: None,
+            keep: crate::periodic::DEFAULT_KEEP,
             json: false,
         }
     }

@@ -26,6 +26,7 @@ use crate::namespaces::user::{self, Users};
 use crate::namespaces::{self, companion, Own};
 use crate::network;
 use crate::options::{FinalState, Options};
+use crate::periodic;
 use crate::plan::arena::{Arena, Slot};
 use crate::plan::{Arg, Plan};
 use crate::proc;
@@ -72,6 +73,8 @@ pub fn run(opts: &Options) -> Result<RestoreReport> {
 /// The same, and tells others of its stages.
 pub fn run_with(opts: &Options, stages: &Stages<'_>) -> Result<RestoreReport> {
     opts.refuse_unsupported().map_err(|e| Error::Usage { what: e.to_string() })?;
+    let of_series = periodic::instead(opts);
+    let opts = of_series.as_ref().unwrap_or(opts);
     let images = Images::new(FolderStore::open(&opts.images_dir)?);
     let report = thread::apart(|| restore(opts, stages, &images))?;
     if opts.restore_detach || opts.restore_sibling || !opts.exec_cmd.is_empty() {

@@ -16,6 +16,9 @@ pub fn run(options: &Options) -> i32 {
     if !super::supported(options) {
         return 1;
     }
+    if let Some(every) = options.every {
+        return run_series(options, every);
+    }
     let start = Instant::now();
     match crate::dump::run(&with_bars(options)) {
         Ok(_) => {
@@ -28,6 +31,22 @@ pub fn run(options: &Options) -> i32 {
             }
             0
         }
+        Err(e) => {
+            error!("{}", e.chain());
+            error!("Dumping FAILED.");
+            1
+        }
+    }
+}
+
+/// Dumps the tree again and again.
+fn run_series(options: &Options, every: Duration) -> i32 {
+    let said = |folder: &Path, report: &crate::DumpReport| {
+        let one = Options { images_dir: folder.to_owned(), ..options.clone() };
+        print(&summary(&one, report.total));
+    };
+    match crate::periodic::run(&with_bars(options), every, options.keep, said) {
+        Ok(()) => 0,
         Err(e) => {
             error!("{}", e.chain());
             error!("Dumping FAILED.");

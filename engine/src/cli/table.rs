@@ -391,6 +391,13 @@ pub const TABLE: &[Opt] = &[
         Ok(())
     }, Ours, "how long CUDA work may take until it can be locked (as --timeout)"),
     switch("display-gpus", |o| &mut o.display_gpus, Ours, "print the GPUs of the checkpoint, and who uses them"),
+    value("every", "DURATION", |o, v| {
+        let bad = || OptionError::Invalid { option: "every", value: v.to_string_lossy().into_owned() };
+        o.every = Some(crate::periodic::parse_duration(text("every", v)?).ok_or_else(bad)?);
+        Ok(())
+    }, Ours, "dump this often (30s, 5m, 1h), until the tree ends, into folders of --images-dir"),
+    value("keep", "N", |o, v| { o.keep = u32::try_from(positive(o, "keep", v)?).unwrap_or(1); Ok(()) }, Ours,
+        "with --every: how many checkpoints are kept (2)"),
     switch("json", |o| &mut o.json, Ours, "print results as JSON"),
 ];
 

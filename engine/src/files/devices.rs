@@ -62,6 +62,6 @@ mod tests {
         let fuse = check(b"/dev/fuse", &stat(10, 229), 0, &mut gpus).unwrap_err().to_string();
         assert!(fuse.contains("/dev/fuse (10:229)"), "{fuse}");
         let gpu = check(b"/dev/nvidia0", &stat(195, 0), 0, &mut gpus).unwrap_err().to_string();
-        assert!(gpu.contains("NVIDIA"), "{gpu}");
+        assert!(gpu.contains("CUDA"), "{gpu}");
     }
 }
