@@ -85,11 +85,12 @@ impl Training {
         command.spawn().unwrap_or_else(|e| panic!("{e}"))
     }
 
-    /// The numbers of the folders, and whether each has an inventory.
+    /// The numbers of the folders, and whether each has an inventory with something in it.
     fn checkpoints(&self) -> Vec<(u32, bool)> {
         let entries = std::fs::read_dir(self.images()).into_iter().flatten().flatten();
         let one = |e: std::fs::DirEntry| {
-            Some((e.file_name().to_str()?.parse().ok()?, e.path().join("inventory.img").exists()))
+            let whole = std::fs::metadata(e.path().join("inventory.img")).is_ok_and(|m| m.len() > 0);
+            Some((e.file_name().to_str()?.parse().ok()?, whole))
         };
         let mut all: Vec<(u32, bool)> = entries.filter_map(one).collect();
         all.sort_unstable();
