@@ -40,6 +40,7 @@ fn built() -> Result<&'static Path, String> {
         };
         let library = ["-shared", "-fPIC"];
         cc("counter", "counter.c", &[])?;
+        cc("step", "step.c", &[])?;
         cc("new/libcuda.so.1", "fake.c", &library)?;
         cc("new/libnvidia-ml.so.1", "fake.c", &library)?;
         cc("old/libcuda.so.1", "fake.c", &["-shared", "-fPIC", "-DOLD"])?;
@@ -188,6 +189,15 @@ impl Fake {
         assert!(within(LIMIT, done), "no result: {}", self.results());
         assert!(self.results().split(", ").all(|r| r.starts_with("ok ")), "{}", self.results());
         let _ = process::wait_gone(&self.known, LIMIT);
+    }
+
+    /// What NVIDIA's tool would do.
+    fn step(&self, step: &str) -> String {
+        let mut command = Command::new(self.programs.join("step"));
+        self.environment(command.arg(step).arg(self.pid.to_string()));
+        let output = process::run(&mut command, LIMIT).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(output.code, Some(0), "{step}: {}", output.text);
+        output.text.trim().to_owned()
     }
 
     fn log(&self) -> String {
@@ -492,6 +502,71 @@ fn killed_restores() {
     let (code, text) = fake.restore(&[]);
     assert_eq!(code, Some(0), "{text}");
     fake.check();
+}
+
+/// A task that somebody has locked, or checkpointed, is so behind a dump that leaves it running, or fails, or was killed; a
+/// restore ends with it running.
+#[test]
+fn found_locked_or_checkpointed() {
+    let Some(mut fake) = Fake::start("found_locked_or_checkpointed", 1) else { return };
+    for (steps, state, fails) in [(&["lock"][..], "1", "checkpoint error 999"), (&["checkpoint"], "2", "")] {
+        for step in steps {
+            assert_eq!(fake.step(step), "0");
+        }
+        assert_eq!(fake.step("state"), state);
+        let (code, text) = fake.dump(&["-R"]);
+        assert_eq!(code, Some(0), "{text}");
+        assert_eq!(fake.step("state"), state);
+        if !fails.is_empty() {
+            fake.config("plan", fails);
+            let (code, text) = fake.dump(&["-R"]);
+            assert_eq!(code, Some(1), "{text}");
+            assert_eq!(fake.step("state"), state);
+            fake.config("plan", "checkpoint die-after 0");
+            let (code, text) = fake.dump(&["-R"]);
+            assert_eq!(code, Some(128 + libc::SIGKILL), "{text}");
+            assert!(within(LIMIT, || fake.step("state") == state), "{}", fake.step("state"));
+        }
+    }
+    fake.dump_dead();
+    let (code, text) = fake.restore(&[]);
+    assert_eq!(code, Some(0), "{text}");
+    assert_eq!(fake.step("state"), "0");
+    fake.check();
+}
+
+/// CRIU with its plugin restores what we dumped. The plugin finds no GPU here, so that what it would do is done by hand.
+#[test]
+fn to_criu() {
+    let plugins = Engine::criu().map(|criu| (criu.path().with_file_name("../plugins/cuda"), criu));
+    let (plugins, criu) = match plugins {
+        Ok((plugins, criu)) if plugins.join("cuda_plugin.so").exists() => (plugins, criu),
+        Ok(_) => return skip("to_criu", "CRIU's CUDA plugin is not beside it"),
+        Err(why) => return skip("to_criu", &why),
+    };
+    let Some(mut fake) = Fake::start("to_criu", 1) else { return };
+    fake.dump_dead();
+    // without it, it says what is needed
+    let without = criu.restore(&fake.images(), &["-L", &fake.folder.join("files").display().to_string()]);
+    match without {
+        Ok(_) => panic!("CRIU did not ask for its plugin"),
+        Err(e) => assert!(e.text.contains("cuda_plugin"), "{e}"),
+    }
+    let with = criu.restore(&fake.images(), &["-L", &plugins.display().to_string()]);
+    with.unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(fake.step("state"), "2");
+    assert_eq!((fake.step("restore"), fake.step("unlock")), ("0".to_owned(), "0".to_owned()));
+    fake.check();
+}
+
+#[test]
+fn maps_that_are_none() {
+    for map in ["x", "GPU-1=GPU-2", &format!("{A}="), &format!("{A}={A}x")] {
+        let mut command = Engine::ours().command("restore", Path::new("/"), &["--gpu-map", map]);
+        let output = process::run(command.args(["-W", "/nonexistent"]), LIMIT).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(output.code, Some(1), "{map}: {}", output.text);
+        assert!(output.text.contains("gpu-map"), "{map}: {}", output.text);
+    }
 }
 
 /// What `check` says with a driver, with an old one, and with none.
