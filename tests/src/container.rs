@@ -53,7 +53,7 @@ impl Place {
         }
         let busybox = program::program("busybox")?;
         let folder = process::scratch(test);
-        let name = format!("standstill-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let name = format!("standstill-{}-{}e", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let place = Place { rootfs: folder.join("rootfs"), folder, name };
         for name in ["bin", "dev", "etc", "data", "proc", "sys", "tmp", "run"] {
             made(fs::create_dir_all(place.rootfs.join(name)), name);
@@ -212,9 +212,13 @@ impl Place {
         for point in points.collect::<Vec<_>>().iter().rev() {
             let _ = Command::new("umount").args(["-l", point]).status();
         }
-        let hierarchies = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|e| e.path());
-        for hierarchy in hierarchies.chain([PathBuf::from("/sys/fs/cgroup")]) {
-            let group = hierarchy.join(&self.name);
+        let below =
+            |path: &Path| fs::read_dir(path).into_iter().flatten().flatten().map(|e| e.path()).collect::<Vec<_>>();
+        let hierarchies = [vec![PathBuf::from("/sys/fs/cgroup")], below(Path::new("/sys/fs/cgroup"))].concat();
+        for group in hierarchies.iter().flat_map(|path| below(path)) {
+            if !group.file_name().is_some_and(|name| name.to_string_lossy().ends_with(&self.name)) {
+                continue;
+            }
             // the kernel needs a moment to see that a group is empty
             process::within(Duration::from_secs(2), || {
                 remove_groups(&group);

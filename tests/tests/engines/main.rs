@@ -5,6 +5,7 @@
 
 mod containerd;
 mod docker;
+mod lxc;
 mod podman;
 mod runc;
 
@@ -22,8 +23,9 @@ fn can_start(test: &str, started: Result<String, Output>) -> bool {
     match started {
         Ok(_) => true,
         Err(output) => {
-            let last = output.text.lines().rev().find(|l| !l.is_empty()).unwrap_or_default();
-            skip(test, &format!("no container can be started here: {last}"));
+            eprintln!("{}", output.text);
+            let first = output.text.lines().find(|l| !l.is_empty()).unwrap_or_default();
+            skip(test, &format!("no container can be started here: {first}"));
             false
         }
     }
