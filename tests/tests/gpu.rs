@@ -559,6 +559,27 @@ fn to_criu() {
     fake.check();
 }
 
+/// Dumped again and again, in chains, until it dies; then on from the last whole checkpoint.
+#[test]
+fn again_and_again() {
+    let Some(mut fake) = Fake::start("again_and_again", 2) else { return };
+    let pid = fake.pid.to_string();
+    let mut command = fake.command("dump", &["-t", &pid, "--every", "50ms", "--track-mem"]);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut series = command.spawn().unwrap_or_else(|e| panic!("{e}"));
+    let fifth = fake.images().join("000005/inventory.img");
+    let there = within(LIMIT, || std::fs::metadata(&fifth).is_ok_and(|m| m.len() > 0));
+    for pid in process::tree(fake.pid).into_iter().rev() {
+        process::signal(pid, libc::SIGKILL);
+    }
+    let status = series.wait().unwrap_or_else(|e| panic!("{e}"));
+    assert!(there && status.success(), "{status}");
+    fake.is_gone();
+    let (code, text) = fake.restore(&[]);
+    assert_eq!(code, Some(0), "{text}");
+    fake.check();
+}
+
 #[test]
 fn maps_that_are_none() {
     for map in ["x", "GPU-1=GPU-2", &format!("{A}="), &format!("{A}={A}x")] {

@@ -617,6 +617,10 @@ impl Drop for Infected<'_> {
                 tracing::error!("removing the executor from task {}: {e}", self.pid());
             }
         }
+        // of a process that is gone, or was not got out of: the word must not stay in our list when its memory goes
+        if let Some(shared) = self.shared.take() {
+            self.robust.abandon(&shared, self.area.code);
+        }
     }
 }
 
