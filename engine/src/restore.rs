@@ -14,7 +14,7 @@ use standstill_restorer::plan::{Code, Expect};
 
 use crate::cgroups;
 use crate::error::{At, Call, Error, Place, Result};
-use crate::files::{fanotify, inotify, io_uring, memfd, remove_names, tty, RestoreFiles};
+use crate::files::{fanotify, inotify, io_uring, locks, memfd, remove_names, tty, RestoreFiles};
 use crate::gpu;
 use crate::guard::{Choice, Guard, List};
 use crate::memory::rebuild::{unmap_all_but, Figures, Numbers};
@@ -500,6 +500,7 @@ fn build<'r>(
     arena.gather(FILLED, STAGE_LIMIT, alive)?;
     phases.mark("filling");
     memfd::seal(files)?;
+    locks::take_leases_for_tasks(files)?;
     // threads, too
     files.hosts.learn(pid)?;
     if let Some(cgroups) = &cgroups {

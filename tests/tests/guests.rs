@@ -123,8 +123,10 @@ guests! {
     memory_stack
     mount_hidden
     mount_kinds
+    mount_nameless
     mount_nested
     mount_shared
+    mount_sockets
     mount_tmpfs
     netlink
     network_namespace
@@ -197,6 +199,7 @@ guests! {
     tty_controlling
     tty_data
     user_namespace
+    user_namespace_lease
     user_namespace_nested
     uts_namespace
     unix_dgram
@@ -214,6 +217,7 @@ guests! {
 
 refused! {
     refused_big_ghost
+    refused_time_for_children
     refused_users
     refused_fanotify
     refused_connected

@@ -124,6 +124,15 @@ fn dump_mark(
             entry.ie = Some(FanotifyInodeMarkEntry { i_ino: *ino, f_handle });
         }
         FanotifyTarget::Mount(mnt_id) => {
+            let of_tree = cx.mounts.as_ref().and_then(|all| {
+                let m = all.table.by_id(*mnt_id)?;
+                (!all.table.is_hidden(m)).then_some(m)
+            });
+            if let Some(m) = of_tree {
+                entry.s_dev = m.dev;
+                entry.me = Some(FanotifyMountMarkEntry { mnt_id: *mnt_id, path: Some(m.point.clone()) });
+                return Ok(entry);
+            }
             let mount = mounts.iter().find(|m| i64::from(m.id) == i64::from(*mnt_id) && is_reached(m));
             let mount =
                 mount.ok_or_else(|| unseen(format!("a fanotify mark on mount {mnt_id}, which no path leads to,")))?;
@@ -196,6 +205,15 @@ fn target(mark: &FanotifyMarkEntry, cx: &mut RestoreFiles<'_>) -> Result<OwnedFd
     }
     let path = mark.me.as_ref().and_then(|mount| mount.path.as_ref());
     let path = path.ok_or_else(|| Error::lie("files.img", "a fanotify mark on nothing"))?;
+    if let Some(made) = &cx.mounts {
+        let id = mark.me.as_ref().map_or(0, |mount| mount.mnt_id);
+        let root = match made.table.by_id(id) {
+            Some(m) => made.root_of(m.ns)?,
+            None => made.root()?,
+        };
+        let found = super::paths::open_below(root, path, libc::O_PATH as u32);
+        return found.call("open").at(Place::Path(std::ffi::OsString::from_vec(path.clone()).into()));
+    }
     let file = rustix::fs::open(path.as_slice(), OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
     file.call("open").at(Place::Path(std::ffi::OsString::from_vec(path.clone()).into()))
 }

@@ -9,6 +9,7 @@
 //! Man pages: open_by_handle_at(2), proc_pid_mountinfo(5).
 
 use std::collections::VecDeque;
+use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -67,7 +68,15 @@ pub(super) fn find(object: &Object<'_>, mounts: &[Mount], cx: &mut DumpFiles<'_>
             )
         })
     };
-    let path = match by_handle(object, mounts)? {
+    let mut mnt_id = None;
+    let found = match of_tree(object, cx)? {
+        Some((found, id)) => {
+            mnt_id = Some(id);
+            found
+        }
+        None => by_handle(object, mounts)?,
+    };
+    let path = match found {
         Found::Path(path) => Some(path),
         Found::Unnamed if cx.opts.force_irmap => Some(searched(cx)?),
         Found::Unnamed => None,
@@ -77,6 +86,7 @@ pub(super) fn find(object: &Object<'_>, mounts: &[Mount], cx: &mut DumpFiles<'_>
         }
         Found::Nothing => Some(searched(cx)?),
     };
+    let is_path = path.is_some();
     let handle = object.handle.cloned().unwrap_or_default();
     let mut words: Vec<u64> = handle.bytes.chunks(8).map(word).collect();
     words.resize(words.len().max(HANDLE_WORDS), 0);
@@ -85,7 +95,7 @@ pub(super) fn find(object: &Object<'_>, mounts: &[Mount], cx: &mut DumpFiles<'_>
         r#type: handle.kind,
         handle: words,
         path: path.map(|path| path.into_os_string().into_vec()),
-        mnt_id: None,
+        mnt_id: mnt_id.filter(|_| is_path),
     })
 }
 
@@ -157,6 +167,44 @@ fn by_handle(object: &Object<'_>, mounts: &[Mount]) -> Result<Found> {
     Ok(if opened { Found::Unnamed } else { Found::Nothing })
 }
 
+/// Finds the path by the handle, on a mount of a tree that has its own; the mount's id.
+fn of_tree(object: &Object<'_>, cx: &mut DumpFiles<'_>) -> Result<Option<(Found, u32)>> {
+    let (Some(handle), Some(mounts)) = (object.handle, cx.mounts.as_mut()) else { return Ok(None) };
+    let mut all: Vec<(bool, usize, u32)> = Vec::new();
+    for m in mounts.table.mounts.iter().filter(|m| m.dev == object.sdev) {
+        all.push((mounts.table.is_hidden(m), m.root.len(), m.id));
+    }
+    // one that can be seen, and the widest of those
+    all.sort_unstable();
+    for (.., id) in all {
+        let root = mounts.open(id)?;
+        let folder = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let Ok(root) = rustix::fs::openat(root, c".", folder, Mode::empty()) else { continue };
+        let Ok(file) = calls::open_by_handle(root.as_fd(), handle.kind, &handle.bytes) else { continue };
+        let link =
+            rustix::fs::readlink(magic_link(file.as_fd()), Vec::new()).call("readlink(/proc/self/fd/N)")?.into_bytes();
+        let stat = rustix::fs::fstat(&file).call("fstat")?;
+        if stat.st_nlink == 0 {
+            return Ok(Some((Found::Deleted(stat.st_dev, stat.st_ino, link), id)));
+        }
+        // the root is that of a clone: paths begin there, and what is not below it has none
+        let beneath = rustix::fs::ResolveFlags::BENEATH;
+        let rest = link.strip_prefix(b"/").filter(|rest| !rest.is_empty()).unwrap_or(b".");
+        let again = rustix::fs::openat2(&root, rest, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty(), beneath);
+        let Ok(again) = again.and_then(rustix::fs::fstat) else { continue };
+        if (again.st_dev, again.st_ino) != (stat.st_dev, stat.st_ino) {
+            continue;
+        }
+        let m = mounts.table.by_id(id).ok_or(Error::Gone)?;
+        let mut path = PathBuf::from(OsStr::from_bytes(&m.point));
+        if rest != b"." {
+            path.push(OsStr::from_bytes(rest));
+        }
+        return Ok(Some((Found::Path(path), id)));
+    }
+    Ok(None)
+}
+
 /// Opens a handle on a mount; none if that cannot be done.
 fn open_on(mount: &Mount, handle: &FileHandle) -> Option<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NONBLOCK;
@@ -202,11 +250,20 @@ fn search(object: &Object<'_>, cx: &DumpFiles<'_>) -> Option<PathBuf> {
 
 /// The file that was watched: by path, or the ghost that it is, or by handle.
 pub(super) fn target(f: &FhEntry, ino: u64, sdev: u32, cx: &mut RestoreFiles<'_>) -> Result<OwnedFd> {
+    if let (Some(path), Some(made)) = (&f.path, &cx.mounts) {
+        let (from, path) = match f.mnt_id.filter(|id| made.table.by_id(*id).is_some()) {
+            Some(id) => made.place(id, path)?,
+            None => (made.root()?, path.as_slice()),
+        };
+        let path = if path.is_empty() { b"/" } else { path };
+        let found = super::paths::open_below(from, path, (libc::O_PATH | libc::O_NOFOLLOW) as u32);
+        return found.call("open").at(Place::Path(OsStr::from_bytes(path).into()));
+    }
     if let Some(path) = &f.path {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         return rustix::fs::open(path.as_slice(), flags, Mode::empty())
             .call("open")
-            .at(Place::Path(std::ffi::OsStr::from_bytes(path).into()));
+            .at(Place::Path(OsStr::from_bytes(path).into()));
     }
     if let Some(ghost) = regular::ghost_of(sdev, ino, cx)? {
         return Ok(ghost);

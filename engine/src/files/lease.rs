@@ -22,8 +22,10 @@ use standstill_images::proto::{FileLockEntry, FownEntry};
 
 use super::locks::Held;
 use super::{own, owner_of, RestoreFiles};
-use crate::error::{Error, Result};
+use crate::error::{At, Error, Place, Result};
 use crate::plan::Plan;
+use crate::sys::calls;
+use std::os::fd::AsFd;
 
 /// Of the type of an entry: somebody waits for the file.
 pub(super) const BREAKING: u32 = 4;
@@ -56,10 +58,27 @@ pub(super) fn take(held: &[Held], cx: &RestoreFiles<'_>, plan: &mut Plan) -> Res
         let flags = cx.entry(*file)?.reg.as_ref().map_or(0, |reg| reg.flags);
         let kind = before(entry, flags);
         let what = format!("lease through descriptor {}", entry.fd);
+        if cx.users.are_own() {
+            // a file of somebody whom the namespace does not know can be leased with a capability outside of it only
+            cx.leases.borrow_mut().push(Held { entry: FileLockEntry { r#type: kind, ..*entry }, file: *file });
+            if is_breaking(entry) {
+                plan.call(what, libc::SYS_fcntl, &[entry.fd.into(), libc::F_SETOWN.into(), 0.into()]);
+            }
+            continue;
+        }
         plan.call(what.clone(), libc::SYS_fcntl, &[entry.fd.into(), F_SETLEASE.into(), kind.into()]);
         if is_breaking(entry) {
             plan.call(what, libc::SYS_fcntl, &[entry.fd.into(), libc::F_SETOWN.into(), 0.into()]);
         }
+    }
+    Ok(())
+}
+
+/// Takes those that tasks cannot: through the same open files, when nobody opens anything any more.
+pub(super) fn take_for_tasks(cx: &RestoreFiles<'_>) -> Result<()> {
+    for Held { entry, file } in cx.leases.take() {
+        let fd = cx.opened.get(&file).ok_or(Error::Gone)?;
+        calls::set_lease(fd.as_fd(), entry.r#type.cast_signed()).at(Place::File(file))?;
     }
     Ok(())
 }

@@ -242,6 +242,11 @@ pub fn take_leases(locks: &[Held], cx: &RestoreFiles<'_>, plan: &mut Plan) -> Re
     lease::take(&leases(locks), cx, plan)
 }
 
+/// Takes what [`take_leases`] has left to the engine, between that and [`restore`].
+pub fn take_leases_for_tasks(cx: &RestoreFiles<'_>) -> Result<()> {
+    lease::take_for_tasks(cx)
+}
+
 fn leases(locks: &[Held]) -> Vec<Held> {
     locks.iter().filter(|held| held.entry.flag == How::Lease as u32).copied().collect()
 }

@@ -7,6 +7,7 @@
 //! Images: `files.img` (one [`FileEntry`] an open file), `fdinfo-N.img` (the numbers of one descriptor table), and those
 //! that the kinds name themselves.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -394,6 +395,8 @@ pub struct RestoreFiles<'a> {
     pub entries: HashMap<u32, FileEntry>,
     /// Open files, by id, as far as they are open.
     pub opened: BTreeMap<u32, OwnedFd>,
+    /// Leases that the engine takes for tasks.
+    pub leases: RefCell<Vec<locks::Held>>,
     /// Pipes by their id.
     pub pipes: pipe::Restored,
     /// Ghosts and remaps.
@@ -449,6 +452,7 @@ impl<'a> RestoreFiles<'a> {
             users: Users::default(),
             entries,
             opened: BTreeMap::new(),
+            leases: RefCell::default(),
             pipes: Default::default(),
             regular: Default::default(),
             fifos: Default::default(),

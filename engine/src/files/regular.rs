@@ -34,6 +34,7 @@ use super::paths::{descriptor_of, nearest, open_below, place, reopen, silly, spl
 use super::{devices, ghost, magic_link, no_owner, set_status_flags, validate, Descriptor, DumpFiles, RestoreFiles};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::guard::{Act, List};
+use crate::namespaces::user;
 use crate::options::{FileValidation, Persona};
 use crate::sys::{calls, mount};
 
@@ -219,6 +220,12 @@ fn mount_of(seen: &Seen<'_>, cx: &mut DumpFiles<'_>) -> Result<Option<u32>> {
 fn spot(mount: Option<u32>, path: &[u8], cx: &mut DumpFiles<'_>) -> Result<(Arc<OwnedFd>, Vec<u8>)> {
     if let Some((id, mounts)) = mount.zip(cx.mounts.as_mut()) {
         if let Some(m) = mounts.table.by_id(id).filter(|m| mounts.table.is_hidden(m)) {
+            if cx.opts.personality == Persona::Criu {
+                return Err(Error::refused(
+                    format!("{}, open on {}, which another one hides,", String::from_utf8_lossy(path), m.shown()),
+                    "Open files on overmounted mounts are not supported yet: close it before the dump",
+                ));
+            }
             let rest = crate::mounts::table::below(path, &m.point).ok_or(Error::Gone)?;
             let path = [b"/", rest].concat();
             let root = mounts.open(id)?.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?;
@@ -426,7 +433,12 @@ fn linked(seen: &Seen<'_>, mount: Option<u32>, id: u32, bare: &[u8], fs: u64, cx
                 let held = guard.hold(folder.as_fd())?;
                 guard.register(List::Undo, &Act::RemoveIn(held, &name, false))?;
             }
-            match rustix::fs::linkat(CWD, magic_link(seen.file), &folder, &name, AtFlags::SYMLINK_FOLLOW) {
+            let give = || rustix::fs::linkat(CWD, magic_link(seen.file), &folder, &name, AtFlags::SYMLINK_FOLLOW);
+            let given = match give() {
+                Err(Errno::OVERFLOW) if cx.users.are_own() => user::as_its_root(&cx.users, || Ok(give()))?,
+                other => other,
+            };
+            match given {
                 Ok(()) => {}
                 // from a lower layer: there the count of names is not that of what can be linked
                 Err(Errno::NOENT) if fs == OVERLAY => return ghostly(seen, id, bare, cx),

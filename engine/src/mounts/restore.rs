@@ -177,6 +177,10 @@ fn outside(opts: &Options, m: &Mount) -> Result<Option<Vec<u8>>> {
         return Ok(Some(m.source.clone()));
     }
     match opts.external_value(&format!("mnt[{}]", String::from_utf8_lossy(key))) {
+        // CRIU is in the root folder by then
+        Some(Some(path)) if opts.personality == Persona::Criu && !path.starts_with('/') => {
+            Ok(Some(format!("/{path}").into_bytes()))
+        }
         Some(Some(path)) => Ok(Some(path.as_bytes().to_vec())),
         _ => Err(Error::Usage { what: format!("No mapping for {}:.{point} mountpoint", m.id) }),
     }

@@ -8,8 +8,7 @@
 //! while the root is on its way to its exec ([`crate::sys::spawn`]), since who has no user there loses its capabilities in
 //! one. The root must have a user 0.
 //!
-//! What needs a capability outside of it is done by the engine ([`powers`]): limits above its own, a lower oom_score_adj, the
-//! login id.
+//! What needs a capability outside of it is done by the engine ([`powers`]): limits above its own, a lower oom_score_adj.
 
 use standstill_images::proto::{UidGidExtent, UsernsEntry};
 use standstill_images::{ImageKind, Images};
@@ -17,7 +16,7 @@ use standstill_images::{ImageKind, Images};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::proc;
 use crate::proc::simple::{self, IdRange};
-use crate::sys::calls;
+use crate::sys::{calls, thread};
 use crate::tasks::revive::Birth;
 use crate::tasks::tree::Alive;
 
@@ -117,7 +116,7 @@ impl Users {
 }
 
 /// Gives process `pid` (ours) what it cannot take for itself from inside: limits, its score for the one who ends processes
-/// when memory is short, the user who logged in.
+/// when memory is short.
 pub fn powers(pid: i32, task: &Alive, birth: &Birth) -> Result<()> {
     let Some((_, leader)) = task.threads.first() else { return Ok(()) };
     let Some(tc) = &leader.tc else { return Ok(()) };
@@ -128,10 +127,6 @@ pub fn powers(pid: i32, task: &Alive, birth: &Birth) -> Result<()> {
     if let Some(score) = tc.oom_score_adj.filter(|&score| score != birth.oom_score_adj) {
         write("oom_score_adj", score.to_string())?;
     }
-    if let Some(user) = tc.loginuid.filter(|&user| user != u32::MAX && Some(user) != birth.loginuid) {
-        // it can be set once only, on some kernels
-        let _ = write("loginuid", user.to_string());
-    }
     for (n, limit) in tc.rlimits.iter().flat_map(|all| &all.rlimits).enumerate().take(16) {
         // the task has done what it could; so do we
         match calls::set_limit(pid, n as u32, limit.cur, limit.max) {
@@ -140,6 +135,19 @@ pub fn powers(pid: i32, task: &Alive, birth: &Birth) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Runs `work` in a thread that is the tree's user 0 for files, with all of our capabilities: in a file system that belongs to a
+/// user namespace, nobody whom that does not know can make a name.
+pub fn as_its_root<T: Send>(users: &Users, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    thread::as_another(|| {
+        let all = rustix::thread::capabilities(None).call("capget")?;
+        nix::unistd::setfsgid(users.outer_group(0).into());
+        nix::unistd::setfsuid(users.outer_user(0).into());
+        // capabilities for files go with the user
+        rustix::thread::set_capabilities(None, all).call("capset")?;
+        work()
+    })
 }
 
 fn inner(ranges: &[IdRange], id: u32, from_to: impl Fn(&IdRange) -> (u32, u32)) -> Option<u32> {

@@ -479,7 +479,26 @@ fn new(e: &InetSkEntry) -> Result<OwnedFd> {
         _ => return Err(lie()),
     };
     let protocol = std::num::NonZeroU32::new(e.proto).map(Protocol::from_raw);
-    rustix::net::socket_with(family, kind, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, protocol).call("socket")
+    let make = || rustix::net::socket_with(family, kind, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, protocol);
+    match make() {
+        Err(rustix::io::Errno::ACCESS) if [ICMP, ICMPV6].contains(&e.proto) => as_a_pinger(make).call("socket"),
+        other => other.call("socket"),
+    }
+}
+
+/// Runs something in a thread that is in a group whose members may ask whether hosts are there, if there is one here.
+fn as_a_pinger<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    crate::sys::thread::as_another(|| {
+        let range = std::fs::read_to_string("/proc/sys/net/ipv4/ping_group_range").unwrap_or_default();
+        let mut ends = range.split_whitespace().filter_map(|n| n.parse::<u32>().ok());
+        if let (Some(first), Some(last)) = (ends.next(), ends.next()) {
+            // of this thread alone; a failure says the same as what comes
+            if first <= last {
+                let _ = crate::sys::calls::set_effective_group(first);
+            }
+        }
+        work()
+    })
 }
 
 #[cfg(test)]

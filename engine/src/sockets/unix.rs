@@ -28,11 +28,11 @@ use standstill_images::ImageKind;
 use super::{options, queue, CLOSE, ESTABLISHED, LISTEN};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{no_owner, Descriptor, DumpFiles};
-use crate::namespaces::user::Users;
+use crate::mounts::table::{self, Mount};
 use crate::network::doors::Doors;
-use crate::sys::calls;
 use crate::sys::diag::unix::{UnixAddress, UnixSocket};
 use crate::sys::diag::Diag;
+use crate::sys::{calls, mount};
 
 mod connect;
 mod name;
@@ -151,7 +151,7 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
         standstill_moved: None,
     };
     if let UnixAddress::Path(path) = socket.address() {
-        bound_file(d, &socket, path, &mut entry, &cx.users)?;
+        bound_file(d, &socket, path, &mut entry, cx)?;
     }
     let to_us = entry.peer != 0 && cx.opts.service_socket == Some(entry.peer);
     if to_us {
@@ -199,13 +199,22 @@ fn other_end(socket: &UnixSocket, cx: &DumpFiles<'_>) -> Result<u32> {
 }
 
 /// The file that a socket is bound to: its owner, its mode, whether it is gone or was moved, and what its name is relative to.
-fn bound_file(d: &Descriptor, socket: &UnixSocket, path: &[u8], entry: &mut UnixSkEntry, users: &Users) -> Result<()> {
+fn bound_file(
+    d: &Descriptor,
+    socket: &UnixSocket,
+    path: &[u8],
+    entry: &mut UnixSkEntry,
+    cx: &DumpFiles<'_>,
+) -> Result<()> {
+    let users = &cx.users;
+    let mut on = None;
     let (stat, link) = match calls::ioctl_value(d.copy.as_fd(), "ioctl(SIOCUNIXFILE)", SIOCUNIXFILE, 0) {
         Ok(fd) => {
             let fd = i32::try_from(fd).unwrap_or(-1);
             let file = format!("/proc/self/fd/{fd}");
             let looked = rustix::fs::stat(&file).call("stat(/proc/self/fd/N)");
             let link = rustix::fs::readlink(&file, Vec::new()).call("readlink(/proc/self/fd/N)");
+            on = cx.mounts.as_ref().map(|mounts| Ok::<_, Error>((mounts, mount::of_number(fd)?))).transpose()?;
             nix::unistd::close(fd).call("close")?;
             (Some(looked?), link?.into_bytes())
         }
@@ -223,6 +232,15 @@ fn bound_file(d: &Descriptor, socket: &UnixSocket, path: &[u8], entry: &mut Unix
         Some(link) => (link, true),
         None => (link.as_slice(), stat.is_none() && here.is_none()),
     };
+    // one that is not the tree's says nothing at restore. A restore has bound a hidden one by way of its file system, on no mount
+    let full = if path.starts_with(b"/") { path } else { link.strip_suffix(b" (deleted)").unwrap_or(link) };
+    let on = on.and_then(|(mounts, id)| {
+        let dev = stat.as_ref().map(|s| rustix::fs::major(s.st_dev) << 20 | rustix::fs::minor(s.st_dev) & 0xf_ffff);
+        let above = |m: &&Mount| Some(m.dev) == dev && table::below(full, &m.point).is_some();
+        let known = mounts.table.by_id(u32::try_from(id).ok()?);
+        known.or_else(|| mounts.table.mounts.iter().filter(above).max_by_key(|m| m.point.len()))
+    });
+    entry.mnt_id = on.and_then(|m| i32::try_from(m.id).ok());
     entry.deleted = Some(deleted).filter(|&deleted| deleted);
     entry.file_perms = stat.as_ref().or(here.as_ref().map(|(stat, _)| stat)).map(|stat| FilePermsEntry {
         mode: stat.st_mode,
@@ -231,7 +249,14 @@ fn bound_file(d: &Descriptor, socket: &UnixSocket, path: &[u8], entry: &mut Unix
     });
     let absolute = path.starts_with(b"/");
     let mut folder = link.strip_suffix(path).and_then(|folder| folder.strip_suffix(b"/")).map(<[u8]>::to_vec);
-    if !deleted && stat.is_some() && here.is_none() && (absolute || folder.is_none()) && socket.vfs_ino.is_some() {
+    let is_hidden = link == path;
+    if !deleted
+        && !is_hidden
+        && stat.is_some()
+        && here.is_none()
+        && (absolute || folder.is_none())
+        && socket.vfs_ino.is_some()
+    {
         entry.standstill_moved = Some(link.to_vec());
         // its name may have been relative to another one; this will do
         folder = link.iter().rposition(|&b| b == b'/').map(|at| link[..at.max(1)].to_vec());

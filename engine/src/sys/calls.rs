@@ -176,6 +176,19 @@ pub fn wait_child(pid: i32, flags: i32) -> Result<Option<(i32, i32)>> {
     }
 }
 
+/// fcntl(F_SETLEASE).
+pub fn set_lease(file: BorrowedFd<'_>, kind: i32) -> Result<()> {
+    // SAFETY: integers only.
+    answer("fcntl(F_SETLEASE)", unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) }.into()).map(drop)
+}
+
+/// Puts the calling thread, and no other, into a group.
+pub fn set_effective_group(group: u32) -> Result<()> {
+    let same = u32::MAX;
+    // SAFETY: integers only; the bare call is for one thread.
+    answer("setresgid", unsafe { libc::syscall(libc::SYS_setresgid, same, group, same) }).map(drop)
+}
+
 /// kill(2).
 pub fn kill(pid: i32, signal: i32) -> Result<()> {
     // SAFETY: integers only.

@@ -96,6 +96,22 @@ pub fn id_of(fd: BorrowedFd<'_>) -> Result<u64> {
     Ok(rustix::fs::statx(fd, c"", rustix::fs::AtFlags::EMPTY_PATH, wanted).call("statx")?.stx_mnt_id)
 }
 
+/// The same of a number that is ours.
+pub fn of_number(fd: i32) -> Result<u64> {
+    let wanted = rustix::fs::StatxFlags::MNT_ID;
+    let path = format!("/proc/self/fd/{fd}");
+    Ok(rustix::fs::statx(rustix::fs::CWD, path, rustix::fs::AtFlags::empty(), wanted).call("statx")?.stx_mnt_id)
+}
+
+/// A new tmpfs, mounted nowhere.
+pub fn scratch() -> Result<OwnedFd> {
+    use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
+    let fs = rustix::mount::fsopen(c"tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).call("fsopen")?;
+    rustix::mount::fsconfig_create(std::os::fd::AsFd::as_fd(&fs)).call("fsconfig(FSCONFIG_CMD_CREATE)")?;
+    rustix::mount::fsmount(std::os::fd::AsFd::as_fd(&fs), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())
+        .call("fsmount")
+}
+
 /// Runs `work` in a thread with a root and a working folder of its own, which may enter other namespaces: the process
 /// stays where it is. It takes over the span of logs, not the namespaces of the caller's thread.
 pub fn apart<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {

@@ -8,3 +8,17 @@ pub fn apart<T: Send>(work: impl FnOnce() -> T + Send) -> T {
         Err(panic) => std::panic::resume_unwind(panic),
     })
 }
+
+/// The same for work that changes whom the thread is: the kernel makes the whole process undumpable then (prctl(2)), which is
+/// taken back.
+pub fn as_another<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    use rustix::process::{dumpable_behavior, set_dumpable_behavior, DumpableBehavior};
+    let before = dumpable_behavior();
+    let result = apart(work);
+    if matches!(before, Ok(DumpableBehavior::Dumpable)) {
+        if let Err(e) = set_dumpable_behavior(DumpableBehavior::Dumpable) {
+            tracing::warn!("the process stays undumpable: {e}");
+        }
+    }
+    result
+}

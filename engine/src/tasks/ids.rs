@@ -74,6 +74,14 @@ impl Ids {
     pub fn task(&mut self, pid: i32, parent: Option<(i32, &TaskKobjIdsEntry)>) -> Result<TaskKobjIdsEntry> {
         let own = self.next_object;
         self.next_object += 1;
+        if let (Some(now), Some(later)) = (namespace(pid, "time")?, namespace(pid, "time_for_children")?) {
+            if now != later {
+                return Err(Error::refused(
+                    "a time namespace for children that the task itself is not in",
+                    "let it make its children, and end, before the dump",
+                ));
+            }
+        }
         let mut e = TaskKobjIdsEntry { vm_id: own, files_id: own, fs_id: own, sighand_id: own, ..Default::default() };
         if let Some((parent, ids)) = parent {
             for (what, kind) in [("memory", Kcmp::Vm), ("signal handlers", Kcmp::Sighand)] {

@@ -409,6 +409,10 @@ impl Script<'_> {
         );
         let loginuid = tc.loginuid.filter(|&v| v != u32::MAX && Some(v) != self.birth.loginuid);
         self.write_self("/proc/self/loginuid", loginuid, &mut plan);
+        if let Some(user) = loginuid.filter(|_| self.table.restore.users.are_own()) {
+            // nobody may do it for another task; it is refused if there is one already
+            self.say_who_logged_in(user, &mut plan);
+        }
         self.folders(node, &mut plan)?;
         stage(FILLED, &mut plan);
         io_uring::Thread { tid: node.pid, table: self.entries(i)? }.work(self.table.restore, &mut plan)?;
@@ -652,6 +656,18 @@ impl Script<'_> {
         );
         plan.call(path.to_owned(), libc::SYS_write, &[Arg::Result(fd.0), text.into(), text.len.into()]);
         plan.call(path.to_owned(), libc::SYS_close, &[Arg::Result(fd.0)]);
+    }
+
+    /// In a user namespace, whose ids are others.
+    fn say_who_logged_in(&self, user: u32, plan: &mut Plan) {
+        let inner = Some(self.table.restore.users.user(user)).filter(|&inner| inner != u32::MAX).unwrap_or(user);
+        let path = plan.string(b"self/loginuid");
+        let text = plan.bytes(inner.to_string().as_bytes());
+        let what = "the user who logged in";
+        let args = [self.table.restore.proc_at.into(), path.into(), libc::O_WRONLY.into(), 0.into()];
+        let fd = plan.ask(what, libc::SYS_openat, &args);
+        plan.ask(what, libc::SYS_write, &[Arg::Result(fd.0), text.into(), text.len.into()]);
+        plan.ask(what, libc::SYS_close, &[Arg::Result(fd.0)]);
     }
 
     /// Root, then working folder, then umask; a task that shares them with its parent leaves them alone.

@@ -28,7 +28,7 @@ pub(super) fn events(fd: &OwnedFd) -> Vec<(i32, u32)> {
     all
 }
 
-fn instance() -> OwnedFd {
+pub(super) fn instance() -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(sys(libc::inotify_init1(libc::IN_NONBLOCK))) }
 }
 

@@ -267,6 +267,11 @@ pub const ALL: &[Guest] = &[
     guest("mount_hidden", mounts::hidden).changes(MOUNTS).criu(Criu::Cannot(BEFORE)),
     guest("mount_kinds", mounts::kinds).changes(MOUNTS).criu(Criu::Cannot(BEFORE)),
     guest("mount_nested", mounts::nested).changes(MOUNTS).criu(Criu::Cannot(BEFORE)),
+    guest("mount_nameless", mounts::nameless)
+        .dump(&["--link-remap"])
+        .changes("names for links have numbers")
+        .criu(Criu::Cannot(BEFORE)),
+    guest("mount_sockets", mounts::sockets_and_watches).changes(MOUNTS).criu(Criu::Cannot(BEFORE)),
     guest("mount_shared", mounts::shared).changes(MOUNTS).criu(Criu::Cannot(BEFORE)),
     guest("mount_tmpfs", mounts::tmpfs).changes(MOUNTS).criu(Criu::Cannot(BEFORE)),
     guest("netlink", netlink::netlink),
@@ -379,6 +384,11 @@ pub const ALL: &[Guest] = &[
     guest("user_namespace", namespaces::user_namespace)
         .within(libc::CLONE_NEWUSER | libc::CLONE_NEWPID | libc::CLONE_NEWUTS)
         .criu(Criu::Cannot("CRIU 4.2 needs a /proc of the tree's own in a user namespace")),
+    guest("user_namespace_lease", namespaces::user_namespace_lease)
+        .dump(&["--file-locks"])
+        .restore(&["--file-locks"])
+        .within(libc::CLONE_NEWUSER | libc::CLONE_NEWPID)
+        .criu(Criu::Cannot("CRIU 4.2 needs a /proc of the tree's own in a user namespace")),
     guest("user_namespace_nested", namespaces::user_namespace_nested)
         .within(libc::CLONE_NEWUSER | libc::CLONE_NEWPID)
         .changes(MOUNTS)
@@ -405,6 +415,7 @@ pub const ALL: &[Guest] = &[
         .within(libc::CLONE_NEWUSER)
         .refused(&["user namespace", "PID namespace"]),
     guest("refused_big_ghost", refused::big_ghost).dump(&["--ghost-limit", "4096"]).refused(&["ghost-limit"]),
+    guest("refused_time_for_children", refused::time_for_children).refused(&["time namespace for children"]),
     guest("refused_fanotify", fanotify::deciding).refused(&["decides about accesses"]),
     guest("refused_connected", refused::connected).refused(&["TCP socket", "--tcp-established"]),
     guest("refused_corked", refused::corked).refused(&["UDP socket", "corked"]),

@@ -266,3 +266,99 @@ pub(super) fn kinds() {
     let (from, to) = (c(place("unbindable")), c(place("to")));
     check!(unsafe { libc::mount(from.as_ptr(), to.as_ptr(), none, libc::MS_BIND, none.cast()) } != 0);
 }
+
+/// Files without a name, one that is open through two mounts of its file system, of which one is read-only, under the same
+/// name, and one with a name in another mount; with `--link-remap`.
+pub(super) fn nameless() {
+    private();
+    let (a, b, d) = (place("a"), place("b"), place("d"));
+    mount("tmpfs", &a, 0, "");
+    bind(&a, &b);
+    bind(&a, &d);
+    let keep = |name: &str, bytes: &str| check!(fs::write(a.join(name), bytes).is_ok());
+    keep("gone", "gone");
+    keep("linked", "linked");
+    check!(fs::create_dir(a.join("names")).is_ok());
+    check!(fs::hard_link(a.join("linked"), a.join("names/other")).is_ok());
+    let open = |path: PathBuf| fs::File::open(path).unwrap_or_else(|e| fail(e));
+    let files = [open(a.join("gone")), open(b.join("gone")), open(d.join("linked"))];
+    for name in ["gone", "linked"] {
+        check!(fs::remove_file(a.join(name)).is_ok());
+    }
+    change(&b, libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY);
+    let mount_of = |file: &fs::File| {
+        let info = proc_self(&format!("fdinfo/{}", file.as_raw_fd()));
+        info.lines().find_map(|line| line.strip_prefix("mnt_id:").map(|id| id.trim().to_owned()))
+    };
+    let link = |file: &fs::File| fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap_or_default();
+    let before: Vec<_> = files.iter().map(&link).collect();
+    ready();
+    check_eq!(files.iter().map(&link).collect::<Vec<_>>(), before);
+    let of = |file: &fs::File| file.metadata().map_or((0, 0), |m| (m.dev(), m.ino()));
+    check_eq!(of(&files[0]), of(&files[1]));
+    check_eq!(inode(&a.join("names/other")), of(&files[2]));
+    check!(mount_of(&files[0]) != mount_of(&files[1]));
+    check!(files[..2].iter().all(|file| mount_of(file) != mount_of(&files[2])));
+    let read = |file: &fs::File| {
+        let mut bytes = [0; 8];
+        let n = file.read_at(&mut bytes, 0).unwrap_or(0);
+        String::from_utf8_lossy(&bytes[..n]).into_owned()
+    };
+    check_eq!(files.iter().map(read).collect::<Vec<_>>(), ["gone", "gone", "linked"]);
+    check!(fs::write(b.join("x"), "").is_err());
+    check_eq!(fs::read_dir(&a).map_or(9, Iterator::count), 1);
+    check_eq!(fs::read_dir(a.join("names")).map_or(9, Iterator::count), 1);
+}
+
+/// A socket whose name is under what was mounted on its folder, one in a child's mounts, and watches on files there.
+pub(super) fn sockets_and_watches() {
+    use std::os::unix::net::UnixDatagram;
+    private();
+    let (s, own) = (place("s"), place("own"));
+    mount("tmpfs", &place("t"), 0, "");
+    let bind = |path: &Path| UnixDatagram::bind(path).unwrap_or_else(|e| fail(e));
+    check!(fs::create_dir(&s).is_ok());
+    let covered = bind(&s.join("name"));
+    mount("tmpfs", &s, 0, "");
+    let watch = |path: &Path| {
+        let fd = super::inotify::instance();
+        super::inotify::watch(&fd, &path.display().to_string(), libc::IN_CREATE);
+        fd
+    };
+    let created = |fd: &OwnedFd| {
+        let mut bytes = [0u8; 64];
+        unsafe { libc::read(fd.as_raw_fd(), bytes.as_mut_ptr().cast(), 64) > 0 }
+    };
+    let stage = Shared::new();
+    let child = fork(|| {
+        sys(unsafe { libc::unshare(libc::CLONE_NEWNS) });
+        mount("tmpfs", &own, 0, "");
+        let there = bind(&own.join("name"));
+        let watched = watch(&own);
+        stage.set(0, 1);
+        stage.wait(0, 2);
+        let sender = UnixDatagram::unbound().unwrap_or_else(|e| fail(e));
+        check!(sender.send_to(b"child", own.join("name")).is_ok());
+        let mut bytes = [0; 9];
+        check_eq!(there.recv(&mut bytes).ok(), Some(5));
+        check!(!created(&watched));
+        check!(fs::write(own.join("new"), "").is_ok());
+        check!(created(&watched));
+        0
+    });
+    stage.wait(0, 1);
+    let watched = watch(&place("t"));
+    ready();
+    check!(fs::write(place("t/new"), "").is_ok());
+    check!(created(&watched));
+    check!(!own.join("name").exists());
+    // nothing of the socket is in what covers it
+    check_eq!(fs::read_dir(&s).map_or(9, Iterator::count), 0);
+    unmount(&s);
+    let sender = UnixDatagram::unbound().unwrap_or_else(|e| fail(e));
+    check!(sender.send_to(b"parent", s.join("name")).is_ok());
+    let mut bytes = [0; 9];
+    check_eq!(covered.recv(&mut bytes).ok(), Some(6));
+    stage.set(0, 2);
+    check_eq!(wait(child), 0);
+}

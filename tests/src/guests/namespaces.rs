@@ -205,3 +205,25 @@ pub(super) fn user_namespace_nested() {
     stage.set(0, 2);
     check_eq!(wait(child), 0);
 }
+
+/// In a user namespace: leases on files whose owner is not the namespace's root, which only somebody outside may take for others.
+pub(super) fn user_namespace_lease() {
+    let stage = Shared::new();
+    did(std::os::unix::fs::chown(".", Some(5), Some(5)));
+    let child = fork(|| {
+        sys(unsafe { libc::setresgid(5, 5, 5) });
+        sys(unsafe { libc::setresuid(5, 5, 5) });
+        did(std::fs::write("leased", "x"));
+        let file = did(std::fs::File::open("leased"));
+        sys(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK) });
+        stage.set(0, 1);
+        stage.wait(0, 2);
+        check_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLEASE) }, libc::F_RDLCK);
+        check_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETOWN) }, unsafe { libc::getpid() });
+        0
+    });
+    stage.wait(0, 1);
+    ready();
+    stage.set(0, 2);
+    check_eq!(wait(child), 0);
+}

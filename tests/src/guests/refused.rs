@@ -318,3 +318,9 @@ pub(super) fn tun() {
     ready();
     check!(unsafe { libc::if_nametoindex(c"standstill".as_ptr()) } != 0);
 }
+
+/// A time namespace that only children to come would be in.
+pub(super) fn time_for_children() {
+    unsafe { sys(libc::unshare(0x80)) };
+    ready();
+}

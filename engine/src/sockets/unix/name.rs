@@ -5,20 +5,25 @@
 //!
 //! A file that was moved after it was bound is moved again. A path whose file was gone is bound all the same, and its file removed again; what stands there meanwhile is put aside.
 //!
+//! A tree with mounts of its own has its socket's file on one of them (`mnt_id`). If the path does not lead there now, since
+//! something hides that or it is in another namespace, the socket is bound where it does: in a small tree of folders that ends in a
+//! symbolic link to the right one.
+//!
 //! Man pages: unix(7), unshare(2).
 
 use std::ffi::OsStr;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
 use rustix::io::Errno;
 use rustix::net::SocketAddrUnix;
 use standstill_images::proto::UnixSkEntry;
 
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{magic_link, RestoreFiles};
+use crate::sys::mount;
 
 /// What an entry is bound to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,7 +88,11 @@ fn in_folder<T: Send>(
 /// Binds a socket. What comes back opens the file that it is bound to, if it is one.
 /// If nothing had its name, that goes when the restore fails.
 pub(super) fn bind(fd: BorrowedFd<'_>, e: &UnixSkEntry, cx: &RestoreFiles<'_>) -> Result<Option<OwnedFd>> {
-    let root = cx.mounts.as_ref().map(crate::mounts::restore::Made::root).transpose()?;
+    let own_mount = on_mount(e, cx)?;
+    let root = match &own_mount {
+        Some(Where::Root(root)) => Some(root.as_fd()),
+        _ => cx.mounts.as_ref().map(crate::mounts::restore::Made::root).transpose()?,
+    };
     if let (Name::Path(path, folder), None) = (Name::of(e)?, root) {
         let full = folder.map_or_else(|| path.to_owned(), |folder| folder.join(path));
         let full = std::path::absolute(&full).call("getcwd").at(Place::Path(full))?;
@@ -99,7 +108,7 @@ pub(super) fn bind(fd: BorrowedFd<'_>, e: &UnixSkEntry, cx: &RestoreFiles<'_>) -
             rustix::net::bind(fd, &address).call("bind").at(Place::Path(shown(name)))?;
             Ok(None)
         }
-        Name::Path(path, folder) => in_folder(root, folder, || {
+        Name::Path(path, _) => in_place(own_mount.as_ref(), root, Name::of(e)?, || {
             if e.deleted == Some(true) {
                 let _aside = Aside::of(path)?;
                 let node = bind_path(fd, path, e)?;
@@ -127,6 +136,115 @@ pub(super) fn bind(fd: BorrowedFd<'_>, e: &UnixSkEntry, cx: &RestoreFiles<'_>) -
         })
         .at(Place::Path(path.to_owned())),
     }
+}
+
+/// Where the file of a socket is, in a tree with mounts of its own.
+enum Where {
+    /// Its path leads there from this root.
+    Root(OwnedFd),
+    /// It does not; this is the folder that the file is in.
+    Folder(OwnedFd),
+}
+
+fn on_mount(e: &UnixSkEntry, cx: &RestoreFiles<'_>) -> Result<Option<Where>> {
+    let mount = cx.mounts.as_ref().zip(e.mnt_id.and_then(|id| u32::try_from(id).ok()));
+    let (Some((made, id)), Name::Path(path, folder)) = (mount, Name::of(e)?) else { return Ok(None) };
+    let lie = || Error::lie("files.img", format!("unix socket {} is on mount {id}, which is not there", e.ino));
+    let m = made.table.by_id(id).ok_or_else(lie)?;
+    let root = made.root_of(m.ns)?.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?;
+    let full = clean(&Path::new("/").join(folder.unwrap_or_else(|| Path::new(""))).join(path));
+    let leads = made.table.resolve(m.ns, full.as_os_str().as_bytes()).is_some_and(|(found, _)| found.id == id);
+    let parent = full.parent().unwrap_or_else(|| Path::new("/"));
+    if leads || e.standstill_moved.is_some() {
+        return Ok(Some(Where::Root(root)));
+    }
+    let parent = parent.as_os_str().as_bytes();
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let open = |from: BorrowedFd<'_>, path: &[u8]| {
+        let path = path.strip_prefix(b"/").unwrap_or(path);
+        let path = if path.is_empty() { b"." } else { path };
+        rustix::fs::openat2(from, path, flags, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_XDEV)
+    };
+    let on_itself = crate::mounts::table::below(parent, &m.point).zip(made.mounts.get(&id));
+    let found = match on_itself.map(|(rest, mount)| open(mount.as_fd(), rest)) {
+        Some(Ok(folder)) => Ok(folder),
+        // a mount on the way hides the folder: then by way of the file system itself
+        _ => made.bare(id, parent).and_then(|(from, path)| open(from, &path).call("openat2")),
+    };
+    match found {
+        Ok(folder) => Ok(Some(Where::Folder(folder))),
+        Err(e) => {
+            tracing::warn!("{} cannot be reached on its mount: {e}", full.display());
+            Ok(Some(Where::Root(root)))
+        }
+    }
+}
+
+/// An absolute path without `.` and `..`.
+fn clean(path: &Path) -> PathBuf {
+    use std::path::Component;
+    let mut clean = PathBuf::from("/");
+    for part in path.components() {
+        match part {
+            Component::ParentDir => drop(clean.pop()),
+            Component::Normal(name) => clean.push(name),
+            Component::CurDir | Component::RootDir | Component::Prefix(_) => {}
+        }
+    }
+    clean
+}
+
+/// Runs something where the name of a socket leads to the folder of its file.
+fn in_place<T: Send>(
+    own: Option<&Where>,
+    root: Option<BorrowedFd<'_>>,
+    name: Name<'_>,
+    run: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
+    let (Some(Where::Folder(target)), Name::Path(path, folder)) = (own, name) else {
+        let folder = if let Name::Path(_, folder) = name { folder } else { None };
+        return in_folder(root, folder, run);
+    };
+    let upper: Vec<&OsStr> = path
+        .parent()
+        .into_iter()
+        .flat_map(Path::components)
+        .filter_map(|part| if let std::path::Component::Normal(name) = part { Some(name) } else { None })
+        .collect();
+    mount::apart(|| {
+        let Some((last, others)) = upper.split_last() else {
+            // the name alone
+            rustix::process::fchdir(target).call("fchdir")?;
+            return if path.is_absolute() {
+                rustix::process::chroot(c".").call("chroot").and_then(|()| run())
+            } else {
+                run()
+            };
+        };
+        mount::enter_private_copy()?;
+        const FOLDER: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+        let proc = rustix::fs::open(c"/proc", FOLDER, Mode::empty()).call("open(/proc)")?;
+        let proc = mount::clone_tree(proc.as_fd(), b"").call("open_tree(OPEN_TREE_CLONE)")?;
+        let here = rustix::fs::open(c"/", FOLDER, Mode::empty()).call("open(/)")?;
+        let tree = mount::scratch()?;
+        mount::attach(tree.as_fd(), here.as_fd())?;
+        let mut at = tree.try_clone().call("fcntl(F_DUPFD_CLOEXEC)")?;
+        for name in others {
+            rustix::fs::mkdirat(&at, *name, Mode::RWXU).call("mkdirat")?;
+            at = rustix::fs::openat(&at, *name, FOLDER, Mode::empty()).call("openat")?;
+        }
+        // no program calls a folder so, and if one did, only this restore would fail
+        const DOOR: &str = ".standstill-proc";
+        rustix::fs::mkdirat(&tree, DOOR, Mode::RWXU).call("mkdirat")?;
+        let door = rustix::fs::openat(&tree, DOOR, FOLDER, Mode::empty()).call("openat")?;
+        mount::attach(proc.as_fd(), door.as_fd())?;
+        let to = format!("/{DOOR}/thread-self/fd/{}", target.as_raw_fd());
+        rustix::fs::symlinkat(to, &at, *last).call("symlinkat")?;
+        rustix::process::fchdir(&tree).call("fchdir")?;
+        rustix::process::chroot(c".").call("chroot")?;
+        run()
+    })
+    .at(Place::Path(folder.map_or_else(|| path.to_owned(), |folder| folder.join(path))))
 }
 
 fn bind_path(fd: BorrowedFd<'_>, path: &Path, e: &UnixSkEntry) -> Result<OwnedFd> {
