@@ -114,6 +114,11 @@ pub fn criu_feature_names() -> impl Iterator<Item = &'static str> {
     FEATURES.iter().filter(|f| f.named_by_criu).map(|f| f.name)
 }
 
+/// Those of a category that this kernel lacks.
+pub fn lacking(category: Category) -> Vec<&'static Feature> {
+    FEATURES.iter().filter(|feature| feature.category == category && (feature.probe)().is_err()).collect()
+}
+
 /// What one line of a report says.
 #[derive(Debug)]
 pub struct Line {

@@ -154,6 +154,17 @@ pub enum Error {
     /// NVIDIA's driver said no.
     #[error(transparent)]
     Gpu(#[from] standstill_gpu::DriverError),
+    /// A migration is neither here nor there.
+    #[error(
+        "{what}; the tree has ended here, and the destination has it, held or in images: decide with migrate --resume {}",
+        folder.display()
+    )]
+    InDoubt {
+        /// Where the source's journal is.
+        folder: PathBuf,
+        /// Why.
+        what: String,
+    },
     /// The caller or a signal asked to stop.
     #[error("interrupted")]
     Interrupted,
@@ -174,6 +185,7 @@ impl Error {
             Error::Interrupted => libc::EINTR,
             Error::Moving => libc::EAGAIN,
             Error::Gpu(_) => libc::EIO,
+            Error::InDoubt { .. } => libc::EINPROGRESS,
             Error::Proc(_) | Error::Image(_) | Error::Lie { .. } | Error::Usage { .. } | Error::Changed { .. } => {
                 libc::EINVAL
             }

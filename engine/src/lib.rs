@@ -44,6 +44,7 @@ pub mod gpu;
 pub mod guard;
 pub mod log;
 pub mod memory;
+pub mod migrate;
 pub mod mounts;
 pub mod namespaces;
 pub mod network;

@@ -140,6 +140,8 @@ guests! {
     packet_rings
     personality
     personality_names
+    moving_family
+    moving_words
     pidfd
     pid_namespace
     pipes

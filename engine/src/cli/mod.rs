@@ -19,6 +19,7 @@ pub mod demo;
 pub mod dump;
 pub mod getopt;
 pub mod image;
+pub mod migrate;
 pub mod page_server;
 pub mod parse;
 pub mod restore;
@@ -74,6 +75,8 @@ fn run(args: &[OsString]) -> i32 {
             Some("x") => return image::run(&args[1..]),
             Some(crate::gpu::guard::VERB) => return crate::gpu::guard::run(&args[2..]),
             Some("demo") => return demo::run(&args[2..]),
+            Some("migrate") => return migrate::run(&args[2..]),
+            Some("receive") => return migrate::run_receive(&args[2..]),
             Some("version") => return stop(Stop::Version, persona),
             Some("help") => return stop(Stop::Help, persona),
             _ => {}

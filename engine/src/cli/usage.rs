@@ -47,6 +47,8 @@ pub fn short(persona: Persona) -> String {
         lines.push(("untrack -t PID", "end what pre-dump left running: the tracking of memory"));
         lines.push(("image VERB ...", "look into images"));
         lines.push(("demo", "see it work, on a program of its own"));
+        lines.push(("migrate", "move a running tree to a host that receives (own options, see --help)"));
+        lines.push(("receive", "take trees that migrate (own options, see --help)"));
     }
     let mut text = String::from("\nUsage:\n");
     for (verb, what) in lines {

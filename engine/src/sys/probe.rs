@@ -241,10 +241,12 @@ type Work = fn(&[usize]) -> c_int;
 
 /// Runs `work` in a child; zero is yes.
 fn in_child(work: Work, data: &[usize]) -> Answer {
+    let parent = std::process::id();
     // SAFETY: the child only makes system calls (each `Work` below keeps to that) and ends by _exit
     match unsafe { libc::fork() } {
         -1 => Err(Errno::last()),
         0 => {
+            end_with(parent);
             let code = work(data);
             // SAFETY: ends the child without running anything else of this program
             unsafe { libc::_exit(code) }
@@ -255,6 +257,17 @@ fn in_child(work: Work, data: &[usize]) -> Answer {
             status if status & 0x7f == 0 => Err(Errno::from_raw(status >> 8)),
             _ => Err(Errno::EFAULT),
         },
+    }
+}
+
+/// In a child: it does not outlive who waits for it, whatever becomes of that one.
+fn end_with(parent: u32) {
+    // SAFETY: two system calls of the calling process about itself
+    unsafe {
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        if u32::try_from(libc::getppid()) != Ok(parent) {
+            libc::_exit(0);
+        }
     }
 }
 
@@ -375,9 +388,11 @@ pub struct Traced(c_int);
 impl Traced {
     /// Makes one, with a seccomp filter if that is wanted.
     pub fn new(with_filter: bool) -> Answer<Self> {
+        let parent = std::process::id();
         // SAFETY: the child only makes system calls and never returns from here
         let pid = unsafe { libc::fork() };
         if pid == 0 {
+            end_with(parent);
             // SAFETY: as above; the breakpoint's target is a function without effects
             unsafe {
                 libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);

@@ -286,6 +286,16 @@ pub const ALL: &[Guest] = &[
     guest("packet_rings", packet::rings).alone_in_network().criu(Criu::Cannot("CRIU 4.2 starts rings anew")),
     guest("personality", personality::personality).criu(Criu::DumpsOnly("CRIU 4.2 does not restore the persona")),
     guest("personality_names", personality::names),
+    // for tests of migration: ids of their own, so that they can be on two sides of one host
+    guest("moving_family", track::forked)
+        .changes(WRITES)
+        .restless()
+        .within(libc::CLONE_NEWPID)
+        .criu(Criu::DumpsOnly("CRIU 4.2 gives out ids from the lowest on")),
+    guest("moving_words", track::words)
+        .changes(WRITES)
+        .within(libc::CLONE_NEWPID)
+        .criu(Criu::DumpsOnly("CRIU 4.2 gives out ids from the lowest on")),
     guest("pidfd", pidfd::processes),
     guest("pid_namespace", namespaces::pid_namespace)
         .within(libc::CLONE_NEWPID)

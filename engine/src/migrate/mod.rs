@@ -1,0 +1,136 @@
+//! A tree moves to another host while it runs: `standstill migrate` at the source, `standstill receive` at the destination.
+//!
+//! ```text
+//! source                                   destination
+//! what the tree needs                 →    what is lacking, or: ready
+//! passes of memory, the tree runs     →    images arrive
+//! the tree stands still; the rest     →    images arrive, the tree is made, whole, and held
+//!                                     ←    prepared
+//! journal: committing
+//! the tree is killed, and is gone
+//! commit                              →    journal: committing; the tree goes on
+//! journal: done                       ←    running
+//! ```
+//!
+//! **One side at any time.** The destination's tree goes on only after a commit, and the source commits only after it has seen
+//! the last process of its own tree end. Until it has begun to kill, any failure (a lost connection, a killed engine, a
+//! destination that cannot) leaves the source running, as after any dump that fails; afterwards the destination has the
+//! images, and its journal says so.
+//!
+//! **In doubt.** A destination that has said "prepared" and hears no more holds its tree: it cannot know whether the source
+//! has ended. A source whose commit gets no answer says so and ends. `migrate --resume FOLDER` decides then, by what is left of the
+//! source's tree once everybody who worked on it is gone: if it lives, the destination's is ended, if not, it goes on, made
+//! anew from the images if need be. Resuming again changes nothing.
+//!
+//! **Not moved**: files (the destination has the same, or a shared file system), and the network's addresses, which action scripts
+//! move: `post-dump` at the source comes before the commit, `pre-resume` at the destination right after it.
+//!
+//! Not here yet: post-copy and hybrid, which need pages on demand, and several trees at one cut.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+pub mod destination;
+pub mod journal;
+pub mod members;
+pub mod needs;
+pub mod source;
+pub mod wire;
+
+use wire::{Channel, Message};
+
+/// How memory gets to the other side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Strategy {
+    /// All of it while the tree stands still.
+    StopAndCopy,
+    /// In passes while the tree runs, until what is left is little or does not get less.
+    PreCopy,
+    /// One of these two, by what is measured.
+    Auto,
+}
+
+/// One pass.
+#[derive(Debug, Clone, Serialize)]
+pub struct Pass {
+    /// Bytes sent.
+    pub bytes: u64,
+    /// How long taking and sending them took, in seconds.
+    pub seconds: f64,
+    /// How long the tree stood still for it, in seconds.
+    pub frozen_seconds: f64,
+}
+
+/// How a migration went.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// Which it was.
+    pub id: String,
+    /// Which way was taken.
+    pub strategy: Strategy,
+    /// The passes, the last of which was taken while the tree stood still.
+    pub passes: Vec<Pass>,
+    /// Bytes a second that the network carried.
+    pub bandwidth: f64,
+    /// How long the tree would stand still, by what was known when it was stopped, in seconds.
+    pub predicted_seconds: f64,
+    /// How long nobody ran, in seconds.
+    pub downtime_seconds: f64,
+    /// How long all took, in seconds.
+    pub total_seconds: f64,
+    /// The root's process id at the destination, as seen from there.
+    pub pid: i32,
+}
+
+/// What is told on the way.
+pub type Told = Arc<dyn Fn(&str) + Send + Sync>;
+
+/// Says that somebody works, until it is dropped: who hears nothing for long gives up.
+struct Heart {
+    stop: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+/// How often.
+const BEAT: Duration = Duration::from_secs(2);
+
+impl Heart {
+    fn start(channel: &Channel) -> Heart {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (mut channel, stopped) = (channel.clone(), stop.clone());
+        let thread = std::thread::spawn(move || {
+            let mut next = Instant::now() + BEAT;
+            while !stopped.load(Ordering::Acquire) {
+                std::thread::park_timeout(next.saturating_duration_since(Instant::now()));
+                if Instant::now() >= next {
+                    if channel.say(&Message::Working).is_err() {
+                        return;
+                    }
+                    next += BEAT;
+                }
+            }
+        });
+        Heart { stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Heart {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A folder's name from outside: letters, digits and dashes, so that it leads nowhere else.
+fn safe_name(name: &str) -> Option<PathBuf> {
+    let safe = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    (!name.is_empty() && name.len() <= 64 && name.chars().all(safe)).then(|| PathBuf::from(name))
+}
