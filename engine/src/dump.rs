@@ -42,7 +42,7 @@ use crate::tasks::facts::Facts;
 use crate::tasks::pids::Inner;
 use crate::tasks::{core, finish, ids, leftovers, seccomp};
 use crate::tracee::{Answers, Infected, Stopped};
-use crate::transfer::client::Client;
+use crate::transfer::{self, client::Client};
 
 mod entries;
 mod reading;
@@ -125,6 +125,11 @@ pub fn run_with(opts: &Options, stages: &Stages<'_>) -> Result<DumpReport> {
     if opts.snapshot && opts.use_page_server {
         return Err(Error::Usage { what: "--snapshot copies into the image folder: leave out --page-server".into() });
     }
+    if opts.lazy_pages && (opts.snapshot || opts.use_page_server) {
+        return Err(Error::Usage {
+            what: "--lazy-pages leaves pages in the tree: leave out --snapshot and --page-server".into(),
+        });
+    }
     let images = open_images(opts)?;
     with_own_thread(|| match dump(opts, stages, root, &images, true) {
         Err(e) if matches!(e.cause(), Error::Moving) => {
@@ -143,6 +148,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     let mut cgroups = cgroups::Dumped::new(opts)?;
     remove_old_images(opts, images)?;
     let server = Client::connect(opts, opts.track_mem)?.map(Arc::new);
+    let waiting = if opts.lazy_pages { Some(transfer::server::socket(opts)?.0) } else { None };
     let mut ahead = if opts.snapshot { Some(Ahead::copy(opts, root, ahead, phases.counter())?) } else { None };
     if ahead.is_some() {
         phases.mark("ahead");
@@ -287,6 +293,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     let time_ns = living(&tasks).find_map(|(_, alive)| alive.ids.time_ns_id);
     let mut filters: Vec<SeccompFilter> = Vec::new();
     let mut written = Written::default();
+    let mut lazy_pages = 0;
     let mut planned = plan_memory(&mut tasks, &infected, &workers, tracking.as_mut())?.into_iter();
     let mut live = infected.iter().zip(&asked).zip(&answers);
     let mut drains: Vec<Draining> = Vec::new();
@@ -332,7 +339,10 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
                     workers.install(|| all.try_for_each(write_core))?;
                 }
                 let pid = ns_pid(task.pid, Some(alive.facts.status()))?;
-                let drain = planned.next().ok_or(Error::Gone)?;
+                let mut drain = planned.next().ok_or(Error::Gone)?;
+                if opts.lazy_pages {
+                    lazy_pages += drain.leave_lazy();
+                }
                 images.write_one(ImageKind::Mm, pid, &alive.mm)?;
                 images.write_one(ImageKind::Fs, pid, &alive.fs)?;
                 images.write_one(ImageKind::Ids, pid, &alive.ids)?;
@@ -409,6 +419,13 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
         stages.reach(Stage::PostDump, Some(root))?;
     }
 
+    if let Some(socket) = waiting {
+        stages.reach(Stage::StatusReady, Some(root))?;
+        opts.say_ready()?;
+        tracing::info!("Starting lazy pages server, for {lazy_pages} pages");
+        transfer::server::run_for(socket, opts, &mut Left { drains: &drains })?;
+        phases.mark("serving");
+    }
     let alive: Vec<i32> = infected.iter().map(Infected::pid).collect();
     match opts.final_state {
         FinalState::Kill => {
@@ -511,6 +528,18 @@ fn plan_memory(
     match all.as_mut_slice() {
         [only] => Ok(vec![one(only)?]),
         _ => workers.install(|| all.par_iter_mut().map(one).collect()),
+    }
+}
+
+/// Pages that were left in the tasks, which stand still.
+struct Left<'a> {
+    drains: &'a [Draining],
+}
+
+impl transfer::source::Pages for Left<'_> {
+    fn read(&mut self, id: u32, address: u64, buffer: &mut [u8]) -> Result<usize> {
+        let of_task = self.drains.iter().find(|(_, pid, ..)| *pid == id);
+        of_task.map_or(Ok(0), |(drain, ..)| drain.read_left(address, buffer).task(drain.pid()))
     }
 }
 

@@ -17,6 +17,7 @@ use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{fanotify, inotify, io_uring, locks, memfd, remove_names, tty, RestoreFiles};
 use crate::gpu;
 use crate::guard::{Choice, Guard, List};
+use crate::memory::late::{Daemon, Door};
 use crate::memory::rebuild::{unmap_all_but, Figures, Numbers};
 use crate::memory::sysv;
 use crate::memory::unpack::{Pipes, TaskEnds, Unpacker};
@@ -129,10 +130,11 @@ impl Drop for Nursery {
 
 fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<RestoreReport> {
     let mut phases = Phases::start(Verb::Restore, opts)?;
+    let pager = if opts.lazy_pages { Some(Daemon::connect(opts)?) } else { None };
     let inventory = read_inventory(opts, images)?;
     let job = opts.shell_job.then(release::own_session_and_group);
     let revival = gpu::restore::prepare(opts, images, &inventory)?;
-    let tree = Tree::read(images, job)?;
+    let tree = Tree::read(images, job, opts.lazy_pages)?;
     let own = own_namespaces(&inventory, &tree)?;
     let mut cgroups = cgroups::Restored::read(opts, images, &inventory, &tree)?;
     let mounts = own.id(namespaces::Kind::Mnt).map(|_| mounts::restore::read(opts, images, &mount_namespaces(&tree)));
@@ -172,6 +174,7 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
         clocks,
         &mut files,
         cgroups.as_mut(),
+        pager.as_ref(),
         &robust,
         &mut phases,
     );
@@ -191,7 +194,10 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
     if let Some(cgroups) = cgroups {
         cgroups.keep();
     }
-    if opts.auto_dedup {
+    if let Some(pager) = &pager {
+        pager.finished();
+    }
+    if opts.auto_dedup && pager.is_none() {
         // the program runs: that its images still take room is no reason to fail
         if let Err(e) = crate::memory::dedup::free_all(images) {
             tracing::warn!("pages that were restored could not be freed: {e}");
@@ -260,6 +266,7 @@ fn build<'r>(
     clocks: Option<TimensEntry>,
     files: &mut RestoreFiles<'_>,
     mut cgroups: Option<&mut cgroups::Restored<'_>>,
+    pager: Option<&Daemon>,
     robust: &'r RobustList,
     phases: &mut Phases,
 ) -> Result<Poised<'r>> {
@@ -402,13 +409,19 @@ fn build<'r>(
         }
     }
     let doors = networks.doors_for_tasks(tree, &files.networks, &mut transfer)?;
+    let device = match pager.filter(|_| files.users.are_own()) {
+        Some(_) => Daemon::device().map(|device| draft.base + transfer.add(device) as i32),
+        None => None,
+    };
     let (unpacker, packed) = unpacker(tree, draft.base, &mut transfer)?;
     phases.mark("opening");
 
     let parked = birth.vdso.layout.moved(arena.parking());
     let base = draft.base;
     let spare = ring_numbers - base + i32::try_from(files.io_uring.count()).unwrap_or(0) + 1;
-    if transfer.list.len() >= usize::try_from(draft.room).unwrap_or(0) || spare >= draft.room {
+    let late_memory = if pager.is_some() { memory_doors(tree, base + spare + 1, device) } else { HashMap::new() };
+    let last = spare + 1 + i32::try_from(late_memory.len()).unwrap_or(0);
+    if transfer.list.len() >= usize::try_from(draft.room).unwrap_or(0) || last >= draft.room {
         return Err(Error::Usage { what: "more descriptors than numbers for them".into() });
     }
     let table = Table {
@@ -427,6 +440,7 @@ fn build<'r>(
             packed,
             segments: files.sysv.sizes(),
         },
+        late_memory,
         exes: draft.exes.iter().map(|(&id, &i)| (id, base + i as i32)).collect(),
         terminals: draft.terminals.iter().map(|(&pid, &(i, group))| (pid, (base + i as i32, group))).collect(),
         mounts: mount_doors,
@@ -492,6 +506,19 @@ fn build<'r>(
     open_late(files, &late)?;
     files.mounts.as_mut().map_or(Ok(()), mounts::restore::Made::settle)?;
     cgroups.as_ref().map_or(Ok(()), |c| c.forked(tree, |pid| files.hosts.id(pid)))?;
+    if let Some(pager) = pager {
+        let mut numbers = base + spare + 1..;
+        for node in &tree.nodes {
+            match &node.kind {
+                Kind::Alive(a) => {
+                    let number = numbers.next().ok_or(Error::Gone)?;
+                    pager.take(node.pid, files.hosts.id(node.pid)?, number, &a.memory.late_areas()).task(node.pid)?;
+                }
+                Kind::Dead { .. } => pager.dead(node.pid)?,
+                Kind::Helper => {}
+            }
+        }
+    }
     arena.go(FORKED);
     for (of, id) in wanted {
         let (to, fd) = late_senders.get(&of).zip(late.get(&id)).ok_or(Error::Gone)?;
@@ -600,6 +627,11 @@ fn unpacker(tree: &Tree, base: i32, transfer: &mut Transfer) -> Result<(Unpacker
         }
     }
     Ok((unpacker, pipes))
+}
+
+/// Each living task makes a userfaultfd, at a number of its own.
+fn memory_doors(tree: &Tree, first: i32, device: Option<i32>) -> HashMap<i32, Door> {
+    tree.alive().zip(first..).map(|((_, node, _), number)| (node.pid, Door { number, device })).collect()
 }
 
 fn filters_come_by_sync(a: &Alive) -> bool {

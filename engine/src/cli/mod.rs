@@ -20,6 +20,7 @@ pub mod dump;
 pub mod getopt;
 pub mod image;
 pub mod migrate;
+pub mod lazy_pages;
 pub mod page_server;
 pub mod parse;
 pub mod restore;
@@ -43,6 +44,7 @@ pub enum Verb {
     Check,
     PageServer,
     PageServerWorker,
+    LazyPagesWorker,
     Service,
     Swrk,
     ServiceLoop,
@@ -144,6 +146,7 @@ fn perform(line: CommandLine, program: &OsStr) -> Result<i32, UsageError> {
         Verb::Swrk => return Ok(swrk::run(rest, options)),
         Verb::ServiceWorker => return Ok(service::run_worker(rest, options)),
         Verb::PageServerWorker => return Ok(page_server::run_worker(rest, &options)),
+        Verb::LazyPagesWorker => return Ok(lazy_pages::run_worker(rest, &options)),
         Verb::ServiceLoop => return Ok(service::run_loop(rest)),
         _ => {}
     }
@@ -167,9 +170,9 @@ fn perform(line: CommandLine, program: &OsStr) -> Result<i32, UsageError> {
         Verb::CpuinfoDump => cpuinfo::run_dump(&options),
         Verb::CpuinfoCheck => cpuinfo::run_check(&options),
         Verb::PageServer => page_server::run(&options),
-        Verb::LazyPages => unavailable::run("lazy-pages"),
+        Verb::LazyPages => lazy_pages::run(&options),
         Verb::Service => service::run(&options),
-        Verb::Swrk | Verb::ServiceLoop | Verb::ServiceWorker | Verb::PageServerWorker => 1,
+        Verb::Swrk | Verb::ServiceLoop | Verb::ServiceWorker | Verb::PageServerWorker | Verb::LazyPagesWorker => 1,
         Verb::Dedup => dump::run_dedup(&options),
         Verb::Untrack => dump::run_untrack(&options),
         Verb::Exec => {
@@ -193,6 +196,7 @@ fn verb<'a>(name: &OsStr, rest: &'a [OsString], persona: Persona) -> Result<(Ver
         "lazy-pages" => Verb::LazyPages,
         "check" => Verb::Check,
         "page-server" => Verb::PageServer,
+        "lazy-pages-worker" => Verb::LazyPagesWorker,
         "page-server-worker" => Verb::PageServerWorker,
         "service" => Verb::Service,
         "swrk" => Verb::Swrk,

@@ -54,11 +54,17 @@ pub(super) struct Run {
     pub(super) huge: bool,
     /// It has not changed since the parent, which has it.
     pub(super) in_parent: bool,
+    /// It goes into no image: who restores asks us for it.
+    pub(super) left: bool,
 }
 
 impl Run {
     fn end(&self) -> u64 {
         self.address + self.bytes
+    }
+
+    fn is_stored(&self) -> bool {
+        !self.in_parent && !self.left
     }
 }
 
@@ -113,7 +119,7 @@ pub fn plan(
             && e.status & (status::VDSO | status::AIORING) == 0
             && !stack_pointers.iter().any(|sp| (e.start..e.end).contains(sp));
         let huge = e.flags & libc::MAP_HUGETLB as u32 != 0;
-        let run = Run { address: e.start, bytes: e.end - e.start, readable, lazy, huge, in_parent: false };
+        let run = Run { address: e.start, bytes: e.end - e.start, readable, lazy, huge, in_parent: false, left: false };
         if e.status & (status::VDSO | status::AIORING) != 0 {
             look(&mut map, &mut group, &mut drain.runs, &mut guards)?;
             drain.runs.push(run);
@@ -186,6 +192,38 @@ impl Drain {
         Ok(())
     }
 
+    /// What can come when it is first touched is left in the task, for who restores to ask for; how many pages.
+    pub fn leave_lazy(&mut self) -> u64 {
+        let mut left = 0;
+        for run in self.runs.iter_mut().filter(|run| run.lazy && !run.in_parent) {
+            run.left = true;
+            left += run.bytes / PAGE;
+        }
+        self.pages -= left;
+        left
+    }
+
+    /// Fills a buffer with what was left in the task from an address on, as far as there is no gap; how many bytes.
+    pub fn read_left(&self, address: u64, buffer: &mut [u8]) -> Result<usize> {
+        let (mut at, mut done) = (address, 0);
+        let first = self.runs.partition_point(|run| run.end() <= address);
+        for run in self.runs.iter().skip(first) {
+            if done == buffer.len() || run.address > at || !run.left {
+                break;
+            }
+            let there = usize::try_from(run.end() - at).unwrap_or(usize::MAX);
+            let n = there.min(buffer.len() - done);
+            self.read(at, run.readable, &mut buffer[done..done + n], None)?;
+            (at, done) = (at + n as u64, done + n);
+        }
+        Ok(done)
+    }
+
+    /// Whose pages they are.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
     /// Whether a copy of the task is read, which may go on.
     pub fn can_wait(&self) -> bool {
         self.copied
@@ -227,6 +265,7 @@ impl Drain {
         let mut last: Option<(u64, u64, u32)> = None;
         for run in &self.runs {
             let flags = match (run.in_parent, run.lazy) {
+                _ if run.left => page::LAZY,
                 (true, _) => page::PARENT,
                 (false, true) => page::PRESENT | page::LAZY,
                 (false, false) => page::PRESENT,
@@ -270,7 +309,7 @@ impl Drain {
     /// Calls `f` with every run, cut into pieces of at most `piece` bytes, and its place in the file.
     fn each_piece(&self, piece: u64, mut f: impl FnMut(Run, u64) -> Result<()>) -> Result<()> {
         let mut offset = 0;
-        for run in self.runs.iter().filter(|r| !r.in_parent) {
+        for run in self.runs.iter().filter(|r| r.is_stored()) {
             let mut done = 0;
             while done < run.bytes {
                 let bytes = (run.bytes - done).min(piece);

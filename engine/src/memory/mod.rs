@@ -6,6 +6,7 @@ pub mod compress;
 pub mod dedup;
 pub mod drain;
 pub mod fill;
+pub mod late;
 pub mod rebuild;
 pub mod scan;
 pub mod sysv;

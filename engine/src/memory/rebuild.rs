@@ -48,6 +48,8 @@ pub struct Memory {
     pub mm: MmEntry,
     chain: PageChain,
     content: Vec<Content>,
+    /// What comes later.
+    late: Vec<std::ops::Range<u64>>,
     vdso: Vec<u8>,
     heads: OnceLock<Option<Heads>>,
 }
@@ -86,22 +88,37 @@ pub struct Content {
 
 impl Memory {
     /// Reads and checks the images of task `pid`.
-    pub fn read(images: &Images, pid: u32) -> Result<Memory> {
+    /// With `lazy`, what the last pagemap says may come when it is first touched is left out: someone else brings it.
+    pub fn read(images: &Images, pid: u32, lazy: bool) -> Result<Memory> {
         let mm: MmEntry = images.read_one(ImageKind::Mm, pid)?;
         let chain = PageChain::open(images, ImageKind::Pagemap, pid, PAGE)?;
         let mut content = Vec::new();
-        for l in unpack::without_zeros(chain.located()?, &mm.vmas) {
+        let mut late = Vec::new();
+        let mut located = Vec::new();
+        if lazy {
+            for run in chain.last().runs() {
+                let range = run.address..run.end(PAGE);
+                if run.lazy {
+                    late.push(range);
+                } else {
+                    located.extend(chain.located_in(range)?);
+                }
+            }
+        } else {
+            located = chain.located()?;
+        }
+        for l in unpack::without_zeros(located, &mm.vmas) {
             let Some(offset) = l.offset else {
                 let place = Place::Area(l.address, l.address + l.pages * PAGE);
                 return Err(Error::refused(
                     "memory that is not in the images",
-                    "it was dumped with --lazy-pages; serve it from there",
+                    "it was dumped with --lazy-pages: restore it so, too",
                 ))
                 .at(place);
             };
             content.push(Content { address: l.address, bytes: l.pages * PAGE, layer: l.layer, offset });
         }
-        let mut memory = Memory { mm, chain, content, vdso: Vec::new(), heads: OnceLock::new() };
+        let mut memory = Memory { mm, chain, content, late, vdso: Vec::new(), heads: OnceLock::new() };
         memory.validate()?;
         memory.vdso = memory.read_vdso()?;
         Ok(memory)
@@ -229,6 +246,15 @@ impl Memory {
             }
         }
         l
+    }
+
+    /// Areas with pages that come when they are first touched.
+    pub fn late_areas(&self) -> Vec<(u64, u64)> {
+        let is_late = |e: &&VmaEntry| {
+            let at = self.late.partition_point(|range| range.end <= e.start);
+            self.late.get(at).is_some_and(|range| range.start < e.end)
+        };
+        self.private().filter(is_late).map(|e| (e.start, e.end)).collect()
     }
 
     /// The vdso's bytes; none if the task has no vdso.

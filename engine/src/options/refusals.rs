@@ -28,7 +28,6 @@ const fn refuse(option: &'static str, asked: fn(&Options) -> bool, reason: &'sta
 /// The list.
 #[rustfmt::skip]
 pub const REFUSALS: &[Refusal] = &[
-    refuse("lazy-pages", |o| o.lazy_pages, "pages cannot come on demand yet; leave it out"),
     refuse("compress", |o| o.compress && (o.use_page_server || o.lazy_pages), "pages are sent as they are"),
     refuse("stream", |o| o.stream, "images go to a folder only"),
     refuse("join-ns", |o| o.join_ns.iter().any(|j| j.kind != NamespaceKind::Net), "only network namespaces can be joined yet"),

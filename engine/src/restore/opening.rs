@@ -78,7 +78,7 @@ pub(super) fn open_files(
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum.unwrap_or(1 << 30);
     // a ring is opened late, and has a number of its own until then
     let rings = 2 * files.entries.values().filter(|e| e.standstill_io_uring.is_some()).count();
-    (draft.base, draft.room) = numbers(used, of_tasks + open + rings + 64, limit)?;
+    (draft.base, draft.room) = numbers(used, of_tasks + open + rings + tree.nodes.len() + 64, limit)?;
     let mut ids: Vec<u32> = draft.tables.values().flatten().map(|e| e.id).collect();
     ids.sort_unstable();
     ids.dedup();

@@ -20,3 +20,4 @@ pub mod shm;
 pub mod spawn;
 pub mod thread;
 pub mod uffd;
+pub mod uffd_lazy;

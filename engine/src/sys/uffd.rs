@@ -68,6 +68,11 @@ pub fn knows_asynchronous() -> bool {
 }
 
 fn api(fd: BorrowedFd<'_>, features: u64) -> Result<()> {
+    request(fd, features)
+}
+
+/// Asks a new userfaultfd for features (UFFDIO_API).
+pub(super) fn request(fd: BorrowedFd<'_>, features: u64) -> Result<()> {
     let mut words = words(&[API, features, 0]);
     calls::ioctl(fd, "ioctl(UFFDIO_API)", UFFDIO_API, &mut words)?;
     let granted = words.get(8..16).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes);
@@ -78,6 +83,6 @@ fn api(fd: BorrowedFd<'_>, features: u64) -> Result<()> {
     }
 }
 
-fn words(words: &[u64]) -> Vec<u8> {
+pub(super) fn words(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|w| w.to_le_bytes()).collect()
 }

@@ -24,6 +24,7 @@ use crate::error::{At, Call, Error, Result};
 use crate::files::locks::{self, Held};
 use crate::files::{io_uring, regular, tty, RestoreFiles};
 use crate::memory::fill::Helpers;
+use crate::memory::late;
 use crate::memory::rebuild::{Compared, Figures, Inherited, Memory, Numbers};
 use crate::memory::vdso::Layout;
 use crate::namespaces::user::Users;
@@ -107,6 +108,8 @@ pub struct Table<'a> {
     pub wanted: RefCell<Vec<(i32, u32)>>,
     /// Behind areas, and pages images.
     pub numbers: Numbers,
+    /// Who brings memory later, by pid.
+    pub late_memory: HashMap<i32, late::Door>,
     /// Executables by file id.
     pub exes: HashMap<u32, i32>,
     /// The terminal that a session leader takes, and its foreground group, by pid.
@@ -382,7 +385,14 @@ impl Script<'_> {
         self.before_late_files(node, &mut plan);
         tty::open_controlling(node.pid, self.table.restore, &mut plan)?;
         io_uring::make(node.pid, self.table.restore, &mut plan);
+        let late = self.table.late_memory.get(&node.pid);
+        if let Some(late) = late {
+            late.make(&mut plan);
+        }
         stage(FORKED, &mut plan);
+        if let Some(late) = late {
+            late.made(&mut plan);
+        }
         if node.pgid != node.pid && node.pgid != 0 {
             plan.call("process group", libc::SYS_setpgid, &[0.into(), node.pgid.into()]);
         }

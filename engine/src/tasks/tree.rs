@@ -74,17 +74,17 @@ pub struct Tree {
 
 impl Tree {
     /// Reads and checks `pstree.img` and what belongs to each task. With `job` (`--shell-job`), the session and group of the
-    /// root are those given: our own.
-    pub fn read(images: &Images, job: Option<(i32, i32)>) -> Result<Tree> {
+    /// root are those given: our own. With `lazy`, pages that can come when they are first touched are not asked for.
+    pub fn read(images: &Images, job: Option<(i32, i32)>, lazy: bool) -> Result<Tree> {
         let entries: Vec<PstreeEntry> = images.read_entries(ImageKind::Pstree, ())?;
         let lie = |what: String| Error::lie("pstree.img", what);
         let mut tree = Tree { nodes: Vec::with_capacity(entries.len()) };
         let mut index: BTreeMap<i32, usize> = BTreeMap::new();
         let mut taken: BTreeSet<i32> = BTreeSet::new();
         let kinds: Vec<Result<Kind>> = if entries.len() < MANY {
-            entries.iter().map(|e| read_task(images, e)).collect()
+            entries.iter().map(|e| read_task(images, e, lazy)).collect()
         } else {
-            entries.par_iter().map(|e| read_task(images, e)).collect()
+            entries.par_iter().map(|e| read_task(images, e, lazy)).collect()
         };
         for (e, kind) in entries.iter().zip(kinds) {
             let pid = id(e.pid).filter(|&p| p > 0).ok_or_else(|| lie(format!("process id {}", e.pid)))?;
@@ -386,7 +386,7 @@ fn id(raw: u32) -> Option<i32> {
     i32::try_from(raw).ok().filter(|&p| p <= 1 << 22)
 }
 
-fn read_task(images: &Images, e: &PstreeEntry) -> Result<Kind> {
+fn read_task(images: &Images, e: &PstreeEntry, lazy: bool) -> Result<Kind> {
     let leader: CoreEntry = images.read_one(ImageKind::Core, e.pid)?;
     let tc = leader.tc.as_ref().ok_or_else(|| Error::lie("core", "a process without its part"))?;
     match tc.task_state {
@@ -409,6 +409,6 @@ fn read_task(images: &Images, e: &PstreeEntry) -> Result<Kind> {
         e.threads.par_iter().with_min_len(MANY / 2).map(thread).collect::<Result<_>>()?
     };
     let ids: TaskKobjIdsEntry = images.read_one(ImageKind::Ids, e.pid)?;
-    let memory = Memory::read(images, e.pid)?;
+    let memory = Memory::read(images, e.pid, lazy)?;
     Ok(Kind::Alive(Box::new(Alive { threads, ids, memory })))
 }

@@ -15,7 +15,7 @@ use standstill_images::pages::{PageMap, PageMapWriter, PageState, PE_LAZY, PE_PA
 use standstill_images::{FolderStore, ImageKind, ImageOutput, Images};
 
 use super::link::{self, Link, Side};
-use super::source::{answer_with_pages, Local};
+use super::source::{answer_with_pages, Local, Pages};
 use super::wire::{Command, Message, Target};
 use crate::error::{Call, Error, Result};
 use crate::memory::drain::write_content;
@@ -24,6 +24,8 @@ use crate::options::Options;
 
 /// Numbers of pages images begin behind this one.
 const BASE: u32 = 0x10000;
+/// Bytes that are given at once.
+const MOST_AT_ONCE: usize = 4 << 20;
 /// Bytes that are received and written at once.
 const BUFFER: usize = 256 << 10;
 
@@ -77,6 +79,25 @@ pub fn run(socket: Socket, opts: &Options) -> Result<()> {
     }
     tracing::info!("Session over");
     served
+}
+
+/// Gives pages to one who connects, until it has them all.
+pub fn run_for(socket: Socket, opts: &Options, from: &mut dyn Pages) -> Result<()> {
+    let link =
+        if socket.listens { link::accept(socket.fd.as_fd(), opts)? } else { Link::new(socket.fd, opts, Side::Server)? };
+    let mut buffer = vec![0; MOST_AT_ONCE];
+    while let Some(message) = link.message()? {
+        match message.command {
+            Command::Get => answer_with_pages(&link, from, &message, &mut buffer)?,
+            Command::Close(_) => {
+                link.send(&0i32.to_le_bytes())?;
+                link.end();
+                return Ok(());
+            }
+            _ => return Err(wrong("the other side is to ask for pages, and does something else")),
+        }
+    }
+    Err(wrong("The other side is gone before it had all pages"))
 }
 
 /// Serves one connection.
