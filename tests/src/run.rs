@@ -94,6 +94,7 @@ impl Run {
     /// Learns which processes there are.
     pub fn look(&mut self) {
         self.tree = process::tree(self.pid);
+        self.lived = self.tree.iter().filter(|pid| process::alive(**pid)).count();
     }
 
     /// Dumps the guest, which goes on.
@@ -113,7 +114,6 @@ impl Run {
     /// Dumps the guest with more options, and it is dead then.
     pub fn dump_with(&mut self, engine: &Engine, images: &Path, more: &[&str]) {
         self.look();
-        self.lived = self.tree.iter().filter(|pid| process::alive(**pid)).count();
         let options = [self.guest.dump, more].concat();
         if let Err(e) = engine.dump(self.pid, images, &options) {
             panic!("{e}");
@@ -174,7 +174,7 @@ impl Run {
             // what its ids are with us is new
             let text = std::fs::read_to_string(&pidfile).unwrap_or_else(|e| panic!("{path}: {e}"));
             self.pid = text.trim().parse().unwrap_or_else(|e| panic!("{path}: {e}"));
-            self.look();
+            self.tree = process::tree(self.pid);
             let live = self.tree.iter().filter(|pid| process::alive(**pid)).count();
             assert_eq!(live, self.lived, "so many processes live");
             return;
