@@ -75,9 +75,9 @@ fn check_and_what_is_not_there_yet() {
         let text = answer.cr_errmsg.clone().unwrap_or_default();
         assert!(!answer.success && answer.r#type() == answered && text.contains(named), "{answer:?}");
     }
-    let lazy = CriuOpts { lazy_pages: Some(true), pid: Some(1), ..options(&folder) };
-    let answer = Client::swrk(&engine, &[]).call(&request(Kind::Dump, lazy));
-    assert!(!answer.success && answer.cr_errmsg.unwrap_or_default().contains("--lazy-pages"));
+    let label = CriuOpts { lsm_profile: Some("apparmor:x".into()), pid: Some(i32::MAX), ..options(&folder) };
+    let answer = Client::swrk(&engine, &[]).call(&request(Kind::Restore, label));
+    assert!(!answer.success && answer.cr_errmsg.unwrap_or_default().contains("--lsm-profile"));
 
     let answer = Client::swrk(&engine, &[]).call(&CriuReq { pid: Some(1), ..bare(Kind::WaitPid) });
     assert!(!answer.success && answer.r#type() == Kind::WaitPid && answer.cr_errno == Some(libc::ECHILD), "{answer:?}");
