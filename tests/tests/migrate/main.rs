@@ -16,8 +16,6 @@ use standstill_tests::guests::support::How;
 use standstill_tests::process::{self, within};
 use standstill_tests::run::Run;
 
-mod redis;
-
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// A host that takes trees.
@@ -196,6 +194,8 @@ fn what_the_destination_lacks() {
     );
     let moved = migrate(&[], &["-t", &run.pid.to_string(), "--to", "127.0.0.1:1"]);
     assert!(moved.code == Some(1) && moved.text.contains("Connection refused"), "{}", moved.text);
+    let moved = migrate(&[], &["-t", &run.pid.to_string(), "--to", &host.address, "--tcp-established"]);
+    assert!(moved.code == Some(1) && moved.text.contains("established connections"), "{}", moved.text);
     let moved = migrate(&[], &["-t", "999999999", "--to", &host.address]);
     assert!(moved.code == Some(1) && moved.text.contains("no process 999999999"), "{}", moved.text);
     run.check(How::Running);
