@@ -77,7 +77,9 @@ pub trait Listener: Sync {
     }
 
     /// The other end of a terminal that has nobody; who does not take it refuses.
-    fn orphan_master(&self, master: BorrowedFd<'_>) -> Result<()>;
+    fn orphan_master(&self, _master: BorrowedFd<'_>) -> Result<()> {
+        Err(nobody())
+    }
 }
 
 /// All who are told.
@@ -95,6 +97,10 @@ impl std::fmt::Debug for Stages<'_> {
 
 fn refused(stage: Stage, what: String) -> Error {
     Error::Stage { stage: stage.name(), what }
+}
+
+fn nobody() -> Error {
+    refused(Stage::OrphanPtsMaster, "there is nobody to take the terminal's master".into())
 }
 
 impl<'a> Stages<'a> {
@@ -136,7 +142,6 @@ impl<'a> Stages<'a> {
 
     /// Hands over the master of a terminal whose other side is in the tree.
     pub fn orphan_master(&self, master: BorrowedFd<'_>) -> Result<()> {
-        let nobody = || refused(Stage::OrphanPtsMaster, "there is nobody to take the terminal's master".into());
         self.listener.ok_or_else(nobody)?.orphan_master(master)
     }
 

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use standstill_images::store::stream;
@@ -13,7 +13,7 @@ use standstill_images::FolderStore;
 use super::journal::{Journal, State};
 use super::members::{Members, Standing};
 use super::wire::{Channel, Heard, Message, Request};
-use super::{safe_name, Heart, Told};
+use super::{lock, safe_name, Heart, Told};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::options::Options;
 use crate::restore;
@@ -49,10 +49,6 @@ struct Shared {
     busy: Mutex<HashSet<String>>,
     /// Those whose trees are held.
     held: Mutex<HashMap<String, Sender<Decision>>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Takes trees, each connection in a thread of its own. Returns on errors of the listener, or when the only tree has ended.
@@ -120,10 +116,6 @@ impl Shared {
                 lock(&self.busy).remove(&id);
                 arrived
             }
-            Some(Message::Ask { id }) => {
-                let state = self.journal(&id).ok().map(|(journal, _)| journal.state);
-                return channel.say(&Message::State { state }).map(|()| None);
-            }
             Some(Message::Commit { id }) => self.decided(&id, true, &mut channel),
             Some(Message::Abort { id }) => self.decided(&id, false, &mut channel),
             Some(other) => Err(channel.nonsense(&other)),
@@ -171,12 +163,12 @@ impl Shared {
                 channel.say(&Message::Running { pid: journal.tree.root() }).map(|()| None)
             }
             (State::Prepared | State::Committing, true) => {
-                let _heart = Heart::start(channel);
+                let heart = Heart::start(channel);
                 // what is left of one that was being let go
                 journal.tree.end(ENDING)?;
                 journal.enter(State::Committing, &folder)?;
                 let pid = self.restore_again(&mut journal, &folder)?;
-                drop(_heart);
+                drop(heart);
                 channel.say(&Message::Running { pid })?;
                 Ok(Some(pid))
             }
@@ -328,9 +320,9 @@ impl<'a> Arrival<'a> {
             // the source has ended: what failed at the last step is tried once more
             Err(e) if committed => {
                 (self.shared.told)(&format!("{}: once more, from the images", e.chain()));
-                let _heart = Heart::start(&answer);
+                let heart = Heart::start(&answer);
                 let again = self.shared.restore_again(&mut self.journal, &self.folder);
-                drop(_heart);
+                drop(heart);
                 match again {
                     Ok(pid) => pid,
                     Err(e) => {
@@ -397,10 +389,6 @@ impl Listener for Hold<'_> {
         }
         held.journal.enter(State::Committing, self.folder)?;
         held.committed = true;
-        Ok(())
-    }
-
-    fn orphan_master(&self, _: std::os::fd::BorrowedFd<'_>) -> Result<()> {
         Ok(())
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::members::{Member, Members};
+use super::members::Members;
 use crate::error::{At, Call, Error, Place, Result};
 
 /// Its name in the folder.
@@ -95,7 +95,7 @@ impl Journal {
     pub fn workers(&self) -> Members {
         let me = i32::try_from(std::process::id()).unwrap_or(0);
         let others = super::members::children(me).into_iter().filter(|pid| !self.tree.has(*pid));
-        Members::of(std::iter::once(me).chain(others).filter(|pid| Member::of(*pid).is_some()))
+        Members::of(std::iter::once(me).chain(others))
     }
 }
 

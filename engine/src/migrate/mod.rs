@@ -30,7 +30,7 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -128,6 +128,11 @@ impl Drop for Heart {
             let _ = thread.join();
         }
     }
+}
+
+/// What a mutex holds; who panicked while it held it left whole values.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A folder's name from outside: letters, digits and dashes, so that it leads nowhere else.

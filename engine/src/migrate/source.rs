@@ -12,7 +12,7 @@ use super::journal::{Journal, State};
 use super::members::{Members, Standing};
 use super::needs::Needs;
 use super::wire::{Channel, Message, Request};
-use super::{Heart, Pass, Report, Strategy, Told};
+use super::{lock, Heart, Pass, Report, Strategy, Told};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::memory::{track, PAGE};
 use crate::options::{FinalState, Options};
@@ -132,7 +132,7 @@ struct Source<'a> {
 
 impl Source<'_> {
     fn change(&self, change: impl FnOnce(&mut Journal)) -> Result<()> {
-        let mut journal = self.journal.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut journal = lock(&self.journal);
         change(&mut journal);
         journal.write(&self.folder)
     }
@@ -140,7 +140,7 @@ impl Source<'_> {
     fn all(&mut self, memory: u64) -> Result<Report> {
         let began = Instant::now();
         self.probe()?;
-        let whole = memory as f64 / self.bandwidth + 2.0 * memory as f64 / COPIES + FIXED;
+        let whole = self.standstill(memory as f64);
         let mut strategy = self.migrate.strategy;
         if strategy == Strategy::Auto {
             strategy = if whole <= UNNOTICED { Strategy::StopAndCopy } else { Strategy::PreCopy };
@@ -180,7 +180,12 @@ impl Source<'_> {
     }
 
     fn id(&self) -> String {
-        self.journal.lock().unwrap_or_else(std::sync::PoisonError::into_inner).id.clone()
+        lock(&self.journal).id.clone()
+    }
+
+    /// How long the tree stands still for so many bytes: they are written, sent, and read.
+    fn standstill(&self, bytes: f64) -> f64 {
+        bytes / self.bandwidth + 2.0 * bytes / COPIES + FIXED
     }
 
     /// How fast the network is.
@@ -242,7 +247,7 @@ impl Source<'_> {
             };
             if enough {
                 let left = (rate * took.as_secs_f64()).min(pages as f64);
-                return Ok(left / self.bandwidth + 2.0 * left / COPIES + FIXED);
+                return Ok(self.standstill(left));
             }
             before = Some((pages, took));
             interrupt::check()?;
@@ -265,7 +270,7 @@ impl Source<'_> {
             seconds: began.elapsed().as_secs_f64(),
             frozen_seconds: report.frozen.as_secs_f64(),
         });
-        let tree = self.journal.lock().unwrap_or_else(std::sync::PoisonError::into_inner).tree.clone();
+        let tree = lock(&self.journal).tree.clone();
         if !tree.wait_gone(ENDING) {
             return Err(in_doubt(&self.folder, "what was killed here has not ended"));
         }
@@ -333,10 +338,6 @@ impl Listener for Handover<'_> {
             journal.state = State::Committing;
         })
     }
-
-    fn orphan_master(&self, _: std::os::fd::BorrowedFd<'_>) -> Result<()> {
-        Ok(())
-    }
 }
 
 fn in_doubt(folder: &Path, what: &str) -> Error {
@@ -379,13 +380,7 @@ fn insist(channel: Option<Channel>, peer: Peer<'_>, decision: &Message) -> Resul
         };
         let answer = said.and_then(|mut channel| {
             channel.say(decision)?;
-            loop {
-                match channel.hear()? {
-                    Some(Message::Working) => {}
-                    Some(message) => return Ok(message),
-                    None => return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof)).call("recv"),
-                }
-            }
+            channel.outcome()
         });
         match answer {
             Ok(Message::Failed { what }) => return Err(Error::Usage { what: format!("{to} says: {what}") }),

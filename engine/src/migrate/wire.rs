@@ -12,13 +12,14 @@
 
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
 use rustls::{Connection, StreamOwned};
 
+use super::lock;
 use super::needs::Needs;
 use crate::error::{Call, Error, Result};
 use crate::options::Options;
@@ -92,16 +93,6 @@ pub enum Message {
     Failed {
         /// Why.
         what: String,
-    },
-    /// How is this migration?
-    Ask {
-        /// Which.
-        id: String,
-    },
-    /// So it is.
-    State {
-        /// How far; none if it is not known here.
-        state: Option<super::journal::State>,
     },
     /// The source's tree has ended: the destination's is the one.
     Commit {
@@ -205,7 +196,7 @@ impl Channel {
     fn patiently<T>(&mut self, mut act: impl FnMut(&mut dyn Duplex) -> io::Result<T>) -> io::Result<T> {
         let began = Instant::now();
         loop {
-            let result = act(self.stream.lock().unwrap_or_else(PoisonError::into_inner).as_mut());
+            let result = act(lock(&self.stream).as_mut());
             match result {
                 Err(e) if again(&e) => {
                     interrupt::check().map_err(io::Error::other)?;
@@ -244,7 +235,7 @@ impl Channel {
     /// The same, if it says something at once.
     pub fn hear_at_once(&mut self) -> Result<Heard> {
         let mut first = [0];
-        let got = self.stream.lock().unwrap_or_else(PoisonError::into_inner).read(&mut first);
+        let got = lock(&self.stream).read(&mut first);
         match got {
             Err(e) if again(&e) => Ok(Heard::Nothing),
             Ok(0) => Ok(Heard::End),
@@ -265,17 +256,22 @@ impl Channel {
         parse(&body).map_err(|what| Error::Usage { what: format!("{} says what is no message: {what}", self.peer) })
     }
 
-    /// Hears the answer to something that may take long.
-    pub fn answer(&mut self) -> Result<Message> {
+    /// Hears what comes of something that may take long, [`Message::Failed`] too.
+    pub fn outcome(&mut self) -> Result<Message> {
         loop {
             match self.hear()? {
                 Some(Message::Working) => {}
-                Some(Message::Failed { what }) => {
-                    return Err(Error::Usage { what: format!("{} says: {what}", self.peer) });
-                }
                 Some(message) => return Ok(message),
                 None => return Err(io::Error::from(io::ErrorKind::UnexpectedEof)).call("recv"),
             }
+        }
+    }
+
+    /// The same; that it failed is an error.
+    pub fn answer(&mut self) -> Result<Message> {
+        match self.outcome()? {
+            Message::Failed { what } => Err(Error::Usage { what: format!("{} says: {what}", self.peer) }),
+            message => Ok(message),
         }
     }
 
