@@ -210,6 +210,7 @@ fn our_own_options_belong_to_our_own_name() {
             "" => None,
             "SIZE" => Some("8K"),
             "HOW" => Some("json"),
+            "OLD=NEW" => Some("GPU-00000000-0000-0000-0000-000000000001=GPU-00000000-0000-0000-0000-000000000002"),
             _ => Some("2"),
         };
         let words = [word(opt.spelling.long, value)];

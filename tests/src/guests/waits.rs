@@ -221,30 +221,70 @@ fn fork_beside() -> i32 {
     })
 }
 
+// Sets an alarm and reads, in assembly: the handler can tell where it came between the two.
+std::arch::global_asm!(
+    ".global standstill_alarm_and_read",
+    "standstill_alarm_and_read:", // (alarm, descriptor, buffer)
+    "mov r8, rsi",
+    "mov r9, rdx",
+    "mov rsi, rdi",
+    "xor edi, edi",
+    "xor edx, edx",
+    "mov eax, {setitimer}",
+    "syscall",
+    ".global standstill_alarm_is_set",
+    "standstill_alarm_is_set:",
+    "mov rdi, r8",
+    "mov rsi, r9",
+    "mov edx, 1",
+    "mov eax, {read}",
+    ".global standstill_alarm_reads",
+    "standstill_alarm_reads:",
+    "syscall",
+    "ret",
+    setitimer = const libc::SYS_setitimer,
+    read = const libc::SYS_read,
+);
+
+unsafe extern "C" {
+    fn standstill_alarm_and_read(alarm: *const libc::itimerval, fd: i32, byte: *mut u8) -> i64;
+    fn standstill_alarm_is_set();
+    fn standstill_alarm_reads();
+}
+
+/// One alarm, so many microseconds from now.
+fn shot(micros: i64) -> libc::itimerval {
+    libc::itimerval {
+        it_interval: libc::timeval { tv_sec: 0, tv_usec: 0 },
+        it_value: libc::timeval { tv_sec: 0, tv_usec: micros },
+    }
+}
+
+/// Where a thread was preempted between its alarm and its read, nothing would end the read: it gets another alarm. A read
+/// that had begun gets none, also where it is about to begin again.
+extern "C" fn alarm_again_if_early(_: i32, _: *mut libc::siginfo_t, context: *mut libc::ucontext_t) {
+    let at = unsafe { (*context).uc_mcontext.gregs[libc::REG_RIP as usize] } as usize;
+    if (standstill_alarm_is_set as *const () as usize..standstill_alarm_reads as *const () as usize).contains(&at) {
+        let (alarm, null) = (shot(1000), std::ptr::null_mut::<libc::itimerval>());
+        unsafe { libc::syscall(libc::SYS_setitimer, libc::ITIMER_REAL, &raw const alarm, null) };
+    }
+}
+
 /// A read that only an alarm ends, over and over: whatever comes between, the read ends with EINTR, each time.
 pub(super) fn alarm() {
     static ROUNDS: AtomicU64 = AtomicU64::new(0);
     static FAILED: AtomicI32 = AtomicI32::new(0);
-    extern "C" fn nothing(_: i32) {}
-    act(libc::SIGALRM, nothing as extern "C" fn(i32) as usize, 0, &[]);
+    act(libc::SIGALRM, alarm_again_if_early as *const () as usize, libc::SA_SIGINFO, &[]);
     mask(libc::SIG_BLOCK, &[libc::SIGALRM]);
     let (out, _into) = pipe(0);
-    let tid_of = Shared::new();
     std::thread::spawn(move || {
         mask(libc::SIG_UNBLOCK, &[libc::SIGALRM]);
-        tid_of.set(0, gettid() as u64);
         for round in 0u64.. {
             // one shot, to this thread's process: no second alarm comes to the rescue
-            let micros = 500 + (round * 7919) % 3000;
-            let shot = libc::itimerval {
-                it_interval: libc::timeval { tv_sec: 0, tv_usec: 0 },
-                it_value: libc::timeval { tv_sec: 0, tv_usec: micros as i64 },
-            };
-            let null = std::ptr::null_mut::<libc::itimerval>();
-            sys(unsafe { libc::syscall(libc::SYS_setitimer, libc::ITIMER_REAL, &raw const shot, null) });
+            let alarm = shot(500 + (round * 7919 % 3000) as i64);
             let mut byte = 0u8;
-            let r = unsafe { libc::read(out, (&raw mut byte).cast(), 1) };
-            if r != -1 || errno() != libc::EINTR {
+            let r = unsafe { standstill_alarm_and_read(&raw const alarm, out, &raw mut byte) };
+            if r != i64::from(-libc::EINTR) {
                 FAILED.store(1, Ordering::SeqCst);
             }
             ROUNDS.store(round + 1, Ordering::SeqCst);
