@@ -45,10 +45,26 @@ fn again<const N: usize>(opts: &Options, fds: [OwnedFd; N]) -> [OwnedFd; N] {
     let images = Images::new(MemoryStore::new());
     let ids = try_dump(opts, &images, &fds.each_ref(), true).unwrap();
     drop(fds);
-    let mut cx = RestoreFiles::read(opts, &images).unwrap();
-    let made = std::array::from_fn(|n| cx.open(ids[n]).unwrap().try_clone_to_owned().unwrap());
-    repair_ends(&mut cx).unwrap();
-    drop(cx);
+    let open = || -> Result<[OwnedFd; N]> {
+        let mut cx = RestoreFiles::read(opts, &images)?;
+        let mut made = Vec::new();
+        for id in &ids {
+            made.push(cx.open(*id)?.try_clone_to_owned().unwrap());
+        }
+        repair_ends(&mut cx)?;
+        Ok(made.try_into().unwrap())
+    };
+    let began = std::time::Instant::now();
+    let made = loop {
+        match open() {
+            Ok(made) => break made,
+            // a child that another test just forked still has the old one
+            Err(e) if e.to_string().contains("is in use") && began.elapsed().as_secs() < 10 => {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            Err(e) => panic!("{e}"),
+        }
+    };
     let second = Images::new(MemoryStore::new());
     try_dump(opts, &second, &made.each_ref(), false).unwrap();
     let (before, mut after) = (entries(&images), entries(&second));
@@ -130,7 +146,8 @@ fn datagrams() {
 
 #[test]
 fn not_connected() {
-    let socket = |family| rustix::net::socket(family, rustix::net::SocketType::STREAM, None).unwrap();
+    let flags = rustix::net::SocketFlags::CLOEXEC;
+    let socket = |family| rustix::net::socket_with(family, rustix::net::SocketType::STREAM, flags, None).unwrap();
     let (plain, bound) = (socket(rustix::net::AddressFamily::INET), socket(rustix::net::AddressFamily::INET6));
     super::IPV6_V6ONLY.set(bound.as_fd(), 1).unwrap();
     // a port that the kernel gives to nobody else meanwhile
