@@ -13,6 +13,7 @@
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketType};
 
@@ -78,7 +79,17 @@ impl Daemon {
         let address = SocketAddrUnix::new(short).map_err(failed)?;
         let flags = rustix::net::SocketFlags::CLOEXEC;
         let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).call("socket")?;
-        rustix::net::connect(&socket, &address).map_err(failed)?;
+        let began = Instant::now();
+        loop {
+            match rustix::net::connect(&socket, &address) {
+                Ok(()) => break,
+                // a daemon whose socket has a name listens in a moment
+                Err(rustix::io::Errno::CONNREFUSED) if began.elapsed() < Duration::from_millis(500) => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(e) => return Err(failed(e)),
+            }
+        }
         Ok(Daemon { socket })
     }
 
