@@ -34,6 +34,7 @@ use crate::proc;
 use crate::progress::Verb;
 use crate::sockets::inet;
 use crate::sockets::netlock::Lifted;
+use crate::sockets::tcp::Reconnected;
 use crate::stages::{Stage, Stages};
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
@@ -207,12 +208,15 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
 }
 
 /// A tree that is whole and held: all that is left is to let it go.
+///
+/// If it is dropped instead, the fields go in this order: connections are locked, then taken back, then their owners end.
 struct Poised<'a> {
+    lifted: Lifted,
+    connections: Vec<Reconnected>,
     nursery: Nursery,
     held: release::Seized,
     arena: Arena<'a>,
     stops: Vec<(i32, i32)>,
-    lifted: Lifted,
     figures: Figures,
 }
 
@@ -238,6 +242,7 @@ impl Poised<'_> {
         guard.choose(Choice::Nothing);
         self.nursery.finished = true;
         self.lifted.done();
+        self.connections.into_iter().for_each(Reconnected::keep);
         cgroups.inspect(|c| c.set_states());
         self.held.go()?;
         self.arena.release();
@@ -582,14 +587,15 @@ fn build<'r>(
         stages.announce(Stage::NetworkUnlock, Some(pid));
     }
     networks.unlock_nested(inventory, !connections.is_empty())?;
+    inet::guard(files)?;
     let lifted = Lifted::lift(inventory, connections, files.guard, networks.locked())?;
-    inet::repair_ends(files)?;
+    let connections = inet::repair_ends(files)?;
     sysv::settle(files)?;
     if let Some(id) = own.id(namespaces::Kind::Ipc) {
         namespaces::ipc::settle(pid, id, &files.sysv, images)?;
     }
     phases.mark("registers");
-    Ok(Poised { nursery, held, arena, stops, lifted, figures })
+    Ok(Poised { lifted, connections, nursery, held, arena, stops, figures })
 }
 
 /// What descriptors go through.

@@ -35,7 +35,7 @@ use crate::sys::diag::{Diag, DiagError};
 mod groups;
 mod restore;
 
-pub use restore::{connections, open, repair_ends, Restored};
+pub use restore::{connections, guard, open, repair_ends, Restored};
 
 const IPPROTO_UDPLITE: u32 = 136;
 const IPPROTO_MPTCP: u32 = 262;

@@ -154,8 +154,19 @@ impl Repair {
         Repair::begin(fd, e, false)
     }
 
-    /// Lets the connection go on.
-    pub fn end(mut self) -> Result<()> {
+    /// Should the engine die, the guard takes the connection back: it is in repair mode again when its last owner is gone.
+    pub fn guarded(&self, guard: &Guard<'_>) -> Result<()> {
+        Guarded::new(guard, self.fd.as_fd())?.resets(REPAIR, 1)
+    }
+
+    /// Lets the connection go on, until what comes back is dropped.
+    pub fn end(self) -> Result<Reconnected> {
+        let socket = Reconnected(Some(self.fd.try_clone().call("fcntl(F_DUPFD_CLOEXEC)")?));
+        self.leave()?;
+        Ok(socket)
+    }
+
+    fn leave(mut self) -> Result<()> {
         self.resumes = false;
         if let Some((packet, own, peer, error)) = self.over {
             // its last packet comes before repair mode ends, so that it never speaks to anybody
@@ -202,6 +213,26 @@ impl Repair {
     fn off(&self) -> Result<()> {
         REPAIR.set(self.fd.as_fd(), 0)?;
         options::REUSEADDR.bring_if(self.fd.as_fd(), self.opts.reuseaddr)
+    }
+}
+
+/// A connection that goes on. If this is dropped, that is taken back: it ends without a word to its peer when its last owner
+/// is gone, and has its place free for another restore.
+pub struct Reconnected(Option<OwnedFd>);
+
+impl Reconnected {
+    /// It goes on for good.
+    pub fn keep(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Reconnected {
+    fn drop(&mut self) {
+        if let Some(fd) = &self.0 {
+            // a connection that ended meanwhile has nothing to take back
+            let _ = REPAIR.set(fd.as_fd(), 1);
+        }
     }
 }
 

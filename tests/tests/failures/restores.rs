@@ -178,6 +178,9 @@ pub(crate) fn connected_at_restore() -> Option<String> {
                 listen(L, 5); socket(C, PF_INET, SOCK_STREAM, 0); connect(C, getsockname(L)) or die; accept(A, L)";
     let program = dumped(code, &["--tcp-established"]);
     let text = restore_fails(&program, &[]);
+    // it fails at last, when connections go on already: nothing of them may be in the way of the next
+    let late = restore_fails(&program, &["--tcp-established", "--pidfile", "none/pid"]);
+    assert!(late.contains("none/pid"), "{late}");
     comes_back(&program, &["--tcp-established"]);
     Some(text)
 }

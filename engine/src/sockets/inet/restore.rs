@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use standstill_images::proto::{InetSkEntry, IpOptsEntry, TcpOptsEntry};
 
 use super::super::netlock::Ends;
-use super::super::tcp::{self, Repair};
+use super::super::tcp::{self, Reconnected, Repair};
 use super::super::{options, shutdown_how, CLOSE, LISTEN};
 use super::{address, called, groups, is_connection, new, ICMP, ICMPV6, RAW, STREAM, TCP};
 use crate::error::{At, Call, Error, Place, Result};
@@ -38,13 +38,20 @@ pub fn connections(cx: &RestoreFiles<'_>) -> Result<Vec<Ends>> {
     sockets.filter(|e| is_connection(e) && e.state != CLOSE).map(super::ends).collect()
 }
 
-/// Lets all connections go on: after the network is open, before the first task runs.
-pub fn repair_ends(cx: &mut RestoreFiles<'_>) -> Result<()> {
+/// Before [`repair_ends`]: should the engine die, the guard takes all connections back.
+pub fn guard(cx: &RestoreFiles<'_>) -> Result<()> {
+    let Some(guard) = cx.guard else { return Ok(()) };
+    cx.inet.repaired.iter().try_for_each(|(_, repair)| repair.guarded(guard))
+}
+
+/// Lets all connections go on, until what comes back is dropped: after the network is open, before the first task runs.
+pub fn repair_ends(cx: &mut RestoreFiles<'_>) -> Result<Vec<Reconnected>> {
+    let mut going = Vec::new();
     for (network, repair) in std::mem::take(&mut cx.inet.repaired) {
         let _inside = cx.network(network)?;
-        repair.end()?;
+        going.push(repair.end()?);
     }
-    Ok(())
+    Ok(going)
 }
 
 /// A socket on its way.

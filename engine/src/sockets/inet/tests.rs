@@ -10,6 +10,7 @@ use standstill_images::{Images, MemoryStore};
 use super::*;
 use crate::files::RestoreFiles;
 use crate::options::Options;
+use crate::sockets::tcp::Reconnected;
 use crate::sys::calls;
 
 fn established() -> Options {
@@ -51,7 +52,7 @@ fn again<const N: usize>(opts: &Options, fds: [OwnedFd; N]) -> [OwnedFd; N] {
         for id in &ids {
             made.push(cx.open(*id)?.try_clone_to_owned().unwrap());
         }
-        repair_ends(&mut cx)?;
+        repair_ends(&mut cx)?.into_iter().for_each(Reconnected::keep);
         Ok(made.try_into().unwrap())
     };
     let began = std::time::Instant::now();
@@ -177,7 +178,7 @@ fn connection(at: &str) -> Option<(TcpListener, TcpStream, TcpStream)> {
     let server = listener.accept().unwrap().0;
     let fd: OwnedFd = client.try_clone().unwrap().into();
     match tcp::Repair::of_new(fd.as_fd(), &InetSkEntry::default()) {
-        Ok(repair) => repair.end().unwrap(),
+        Ok(repair) => repair.end().unwrap().keep(),
         Err(_) => {
             println!("skipped: no CAP_NET_ADMIN");
             return None;
