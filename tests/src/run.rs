@@ -176,7 +176,7 @@ impl Run {
             self.pid = text.trim().parse().unwrap_or_else(|e| panic!("{path}: {e}"));
             self.tree = process::tree(self.pid);
             let live = self.tree.iter().filter(|pid| process::alive(**pid)).count();
-            assert_eq!(live, self.lived, "so many processes live");
+            assert!(live == self.lived || self.guest.restless, "{live} processes live, {} did", self.lived);
             return;
         }
         if !process::alive(self.pid) && !self.file("result").exists() {

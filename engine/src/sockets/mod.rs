@@ -87,3 +87,18 @@ fn shutdown_how(bits: Option<i32>) -> Option<rustix::net::Shutdown> {
         _ => None,
     }
 }
+
+/// For tests: makes sockets again whose names are in use as long as a child that another test just forked has the old ones.
+#[cfg(test)]
+fn once_free<T>(mut make: impl FnMut() -> crate::error::Result<T>) -> T {
+    let began = std::time::Instant::now();
+    loop {
+        match make() {
+            Ok(made) => return made,
+            Err(e) if e.chain().contains("in use") && began.elapsed().as_secs() < 10 => {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            Err(e) => panic!("{}", e.chain()),
+        }
+    }
+}

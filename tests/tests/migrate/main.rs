@@ -127,6 +127,15 @@ impl Moved {
     }
 }
 
+/// Is it about to end? When its tracer dies nobody has a hand on it any more, and SIGKILL is there before it can run.
+fn is_killed(pid: i32, pending: &str) -> bool {
+    const PF_EXITING: u64 = 4;
+    let killed = u64::from_str_radix(pending, 16).is_ok_and(|set| set & 1 << (libc::SIGKILL - 1) != 0);
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let flags = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(6)).map(str::parse::<u64>);
+    killed || !matches!(flags, Some(Ok(flags)) if flags & PF_EXITING == 0)
+}
+
 /// Processes that lead the guest, with nobody's hand on them.
 fn running(run: &Run) -> Vec<i32> {
     let files = run.file("").to_string_lossy().trim_end_matches('/').to_owned();
@@ -141,7 +150,11 @@ fn running(run: &Run) -> Vec<i32> {
         let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).unwrap_or("").trim().to_owned();
         // the root alone is 1 in its namespace
         let leads = field("NSpid:").split_whitespace().last() == Some("1");
-        if leads && field("TracerPid:") == "0" && !field("State:").starts_with('Z') && !field("State:").starts_with('X')
+        if leads
+            && field("TracerPid:") == "0"
+            && !field("State:").starts_with('Z')
+            && !field("State:").starts_with('X')
+            && !is_killed(pid, &field("SigPnd:"))
         {
             found.push(pid);
         }

@@ -46,7 +46,7 @@ fn again<const N: usize>(opts: &Options, fds: [OwnedFd; N]) -> [OwnedFd; N] {
     let images = Images::new(MemoryStore::new());
     let ids = try_dump(opts, &images, &fds.each_ref(), true).unwrap();
     drop(fds);
-    let open = || -> Result<[OwnedFd; N]> {
+    let made: [OwnedFd; N] = super::super::once_free(|| {
         let mut cx = RestoreFiles::read(opts, &images)?;
         let mut made = Vec::new();
         for id in &ids {
@@ -54,18 +54,7 @@ fn again<const N: usize>(opts: &Options, fds: [OwnedFd; N]) -> [OwnedFd; N] {
         }
         repair_ends(&mut cx)?.into_iter().for_each(Reconnected::keep);
         Ok(made.try_into().unwrap())
-    };
-    let began = std::time::Instant::now();
-    let made = loop {
-        match open() {
-            Ok(made) => break made,
-            // a child that another test just forked still has the old one
-            Err(e) if e.to_string().contains("is in use") && began.elapsed().as_secs() < 10 => {
-                std::thread::sleep(std::time::Duration::from_millis(5));
-            }
-            Err(e) => panic!("{e}"),
-        }
-    };
+    });
     let second = Images::new(MemoryStore::new());
     try_dump(opts, &second, &made.each_ref(), false).unwrap();
     let (before, mut after) = (entries(&images), entries(&second));

@@ -91,12 +91,14 @@ fn again<const N: usize>(fds: [OwnedFd; N]) -> [OwnedFd; N] {
     let (opts, images) = (Options::default(), Images::new(MemoryStore::new()));
     let ids = try_dump(&opts, &images, &fds.each_ref()).unwrap();
     drop(fds);
-    let mut cx = RestoreFiles::read(&opts, &images).unwrap();
-    let mut made: BTreeMap<u32, OwnedFd> = BTreeMap::new();
-    for id in &ids {
-        made.insert(*id, cx.open(*id).unwrap().try_clone_to_owned().unwrap());
-    }
-    drop(cx);
+    let mut made = super::super::once_free(|| {
+        let mut cx = RestoreFiles::read(&opts, &images)?;
+        let mut made: BTreeMap<u32, OwnedFd> = BTreeMap::new();
+        for id in &ids {
+            made.insert(*id, cx.open(*id)?.try_clone_to_owned().unwrap());
+        }
+        Ok(made)
+    });
     std::array::from_fn(|n| made.remove(&ids[n]).unwrap())
 }
 
