@@ -38,9 +38,22 @@ core::arch::global_asm!(
     ".section .text.entry,\"ax\",@progbits",
     ".globl entry",
     "entry:",
-    // rdi = control; keep the extended state of an interrupted program
-    "mov rbx, rdi",
+    "jmp 5f",
+    // plan::LEAVE, with rbx = control: back into the program
+    ".org {leave}",
+    "4:",
     "mov r12, [rbx + 72]", // xsave
+    "test r12, r12",
+    "jz 3f",
+    "mov eax, -1",
+    "mov edx, -1",
+    "xrstor64 [r12]",
+    "3:",
+    "jmp qword ptr [rbx + 80]", // way_back
+    // rdi = control; keep the extended state of an interrupted program
+    "5:",
+    "mov rbx, rdi",
+    "mov r12, [rbx + 72]",
     "test r12, r12",
     "jz 2f",
     "mov eax, -1",
@@ -51,15 +64,9 @@ core::arch::global_asm!(
     "and rsp, -16",
     "mov rdi, rbx",
     "call {work}",
-    // the engine is gone: back into the program
-    "mov r12, [rbx + 72]",
-    "test r12, r12",
-    "jz 3f",
-    "mov eax, -1",
-    "mov edx, -1",
-    "xrstor64 [r12]",
-    "3:",
-    "jmp qword ptr [rbx + 80]", // way_back
+    // the engine is gone
+    "jmp 4b",
+    leave = const plan::LEAVE,
     work = sym work,
 );
 const _: () = assert!(core::mem::offset_of!(Control, xsave) == 72 && core::mem::offset_of!(Control, way_back) == 80);

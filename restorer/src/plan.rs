@@ -274,6 +274,10 @@ pub struct Guard {
 }
 const _: () = assert!(core::mem::size_of::<Guard>() == 56);
 
+/// Where in the executor a thread leaves it: with the address of its [`Control`] in `rbx` it takes the extended state that it
+/// came with, and the way back.
+pub const LEAVE: u64 = 16;
+
 /// FUTEX_OWNER_DIED: the kernel sets it in [`Owner::word`] when the engine's thread is gone (futex(2)).
 pub const OWNER_DIED: u32 = 0x4000_0000;
 /// How often the executor looks at [`Owner::hold`]: it gives up after that.

@@ -151,6 +151,7 @@ guests! {
     proc_self
     registers
     registers_base
+    registers_leader
     robust
     rpc_self
     rseq

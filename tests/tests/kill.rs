@@ -219,6 +219,16 @@ fn a_dump_of_rings_killed_at_each_request() {
     each_request_of_a_dump("io_uring_busy", "dump", &["-R"]);
 }
 
+/// Of a thread that computes: what is in its registers is in no memory that could be compared.
+#[test]
+fn a_dump_of_registers_killed_at_each_request() {
+    let Some(()) = strace("a_dump_of_registers_killed_at_each_request") else { return };
+    let _alone = alone();
+    for guest in ["registers_leader", "registers"] {
+        each_request_of_a_dump(guest, "dump", &["-R"]);
+    }
+}
+
 /// What the kernel has a holder of, and no dump may let go or answer: locks, watches with events, a terminal with text.
 #[test]
 fn a_dump_of_locks_killed_at_each_request() {

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use standstill_restorer::arch::{self, Registers, STUB_SIZE};
-use standstill_restorer::plan::{Code, Control, Expect, Owner};
+use standstill_restorer::plan::{Code, Control, Expect, Owner, LEAVE};
 
 use super::{await_entry, await_result, begin_call, Stopped, ALL_SIGNALS, STOP_LIMIT};
 use crate::error::{At, Call, Error, Place, Result};
@@ -565,8 +565,12 @@ impl<'a> Infected<'a> {
         }
         self.halt()?;
         // everyone back to where it was, the leader last: it unmaps the area, which nobody may be in then
-        for thread in self.threads.iter().skip(1).filter(|_| self.running) {
-            self.put_back(thread)?;
+        if self.running {
+            for (i, thread) in self.threads.iter().enumerate().skip(1) {
+                self.turn_back(i)?;
+                self.put_back(thread)?;
+            }
+            self.turn_back(0)?;
         }
         let pid = self.pid();
         if self.area.address != 0 {
@@ -584,11 +588,21 @@ impl<'a> Infected<'a> {
         Ok(())
     }
 
+    /// Gives a thread that ran the executor its extended state back. Should we die from here on, it is on its way out of the
+    /// executor: never in the program with the executor's state, nor the other way round.
+    fn turn_back(&self, i: usize) -> Result<()> {
+        let thread = &self.threads[i];
+        let tid = thread.tid();
+        let mut regs = thread.registers;
+        regs.ip = self.area.address + LEAVE;
+        regs.orig_ax = u64::MAX;
+        regs.bx = self.area.address + self.area.slot(i) as u64;
+        regs.flags &= !0x500;
+        ptrace::set_registers(tid, &regs).and_then(|()| ptrace::set_xstate(tid, &thread.xstate)).task(tid)
+    }
+
     fn put_back(&self, thread: &Stopped) -> Result<()> {
         let tid = thread.tid();
-        if self.running {
-            ptrace::set_xstate(tid, &thread.xstate).task(tid)?;
-        }
         ptrace::set_signal_mask(tid, thread.mask).task(tid)?;
         ptrace::set_registers(tid, &thread.registers).task(tid)
     }

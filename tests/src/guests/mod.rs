@@ -307,6 +307,7 @@ pub const ALL: &[Guest] = &[
     guest("proc_self", proc_self::proc_self),
     guest("registers", registers::registers),
     guest("registers_base", registers::base),
+    guest("registers_leader", registers::leader),
     guest("robust", robust::robust),
     guest("rpc_self", rpc::asks_for_itself),
     guest("rseq", rseq::rseq),

@@ -157,6 +157,18 @@ pub(super) fn registers() {
     }
 }
 
+/// The same of the group leader, which a checkpoint has more to do in than in other threads, and leaves last.
+pub(super) fn leader() {
+    static GATE: AtomicU32 = AtomicU32::new(0);
+    let other = std::thread::spawn(|| {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        ready();
+        GATE.store(1, std::sync::atomic::Ordering::SeqCst);
+    });
+    hold_and_check(0x5a, false, &GATE);
+    check!(other.join().is_ok());
+}
+
 /// The segment bases, one of which the C library does not use.
 pub(super) fn base() {
     const ARCH_SET_GS: i32 = 0x1001;
