@@ -17,12 +17,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use standstill_images::Store;
+
 use crate::check::{self, Category, Found};
 use crate::dump::DumpReport;
 use crate::error::Result;
 use crate::options::{FinalState, NetworkLock, Options};
 use crate::progress::{Event, Hook, Listener};
 use crate::restore::RestoreReport;
+use crate::stores::Given;
 
 /// Brings a process tree to a standstill, into images.
 ///
@@ -46,6 +49,14 @@ impl Dump {
     /// Where images go; the folder must be there.
     pub fn images_dir(mut self, dir: impl Into<PathBuf>) -> Dump {
         self.options.images_dir = dir.into();
+        self
+    }
+
+    /// Images go to this store instead of a folder: to another host, to memory, encrypted. Each is written once, the inventory last,
+    /// and the store is committed before a tree that is to be killed is killed. `stats-dump` is written only if there is a
+    /// work folder.
+    pub fn to_store(mut self, store: Arc<dyn Store>) -> Dump {
+        self.options.store = Some(Given(store));
         self
     }
 
@@ -163,6 +174,12 @@ impl Restore {
     /// From the images in `dir`. [`Restore::run`] returns when the program has ended, unless told otherwise.
     pub fn new(dir: impl Into<PathBuf>) -> Restore {
         Restore { options: Options { images_dir: dir.into(), ..Options::default() } }
+    }
+
+    /// From the images in this store. What has no file behind it is gathered into memory, which takes as much of it as the
+    /// images are long until the program runs.
+    pub fn from_store(store: Arc<dyn Store>) -> Restore {
+        Restore { options: Options { store: Some(Given(store)), ..Options::default() } }
     }
 
     /// Where `stats-restore` and the pidfile go, if not to the images.

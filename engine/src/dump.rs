@@ -36,6 +36,7 @@ use crate::progress::Verb;
 use crate::sockets::netlock::{self, Lock};
 use crate::stages::{NetworkLocked, Stage, Stages};
 use crate::stats::Phases;
+use crate::stores;
 use crate::sys::futex::RobustList;
 use crate::sys::interrupt;
 use crate::tasks::facts::Facts;
@@ -53,7 +54,7 @@ use entries::{complete_rings, dump_files, inventory, pstree_entry, set_filter, w
 pub(crate) use entries::{ns_pid, run_id};
 use reading::read;
 pub(crate) use reading::{code_ends, read_vdso, suspend_seccomp_and_settle};
-pub(crate) use setup::{open_images, remove_old_images, with_own_thread, Workers};
+pub(crate) use setup::{remove_old_images, with_own_thread, Workers};
 use snapshot::{Ahead, Copies};
 
 /// What a dump did.
@@ -106,7 +107,7 @@ struct Alive {
     cgroups: Vec<u32>,
 }
 
-/// Dumps the tree below `opts.pid` into `opts.images_dir`. Whatever happens, the tree goes on, unless it was to be killed
+/// Dumps the tree below `opts.pid` into its [store](crate::stores). Whatever happens, the tree goes on, unless it was to be killed
 /// and the checkpoint is complete.
 pub fn run(opts: &Options) -> Result<DumpReport> {
     run_with(opts, &Stages::new(opts, None))
@@ -130,7 +131,7 @@ pub fn run_with(opts: &Options, stages: &Stages<'_>) -> Result<DumpReport> {
             what: "--lazy-pages leaves pages in the tree: leave out --snapshot and --page-server".into(),
         });
     }
-    let images = open_images(opts)?;
+    let images = stores::for_dump(opts)?;
     with_own_thread(|| match dump(opts, stages, root, &images, true) {
         Err(e) if matches!(e.cause(), Error::Moving) => {
             tracing::info!("{e}: once more, with all read in the freeze");
@@ -673,10 +674,11 @@ pub(crate) fn begin_tracking(
     stat: Option<&crate::proc::stat::Stat>,
     images: &Images,
 ) -> Result<Option<Tracking>> {
-    let Some(stat) = stat.filter(|_| opts.track_mem || opts.prev_images_dir.is_some()) else { return Ok(None) };
+    let parent = images.parent()?;
+    let Some(stat) = stat.filter(|_| opts.track_mem || parent.is_some()) else { return Ok(None) };
     if opts.personality == Persona::Criu && opts.track_mem && track::available().is_none() {
         return Err(track::unavailable());
     }
     let again = opts.track_mem && opts.final_state != FinalState::Kill;
-    Tracking::begin(root, stat, images.parent()?, again).map(Some)
+    Tracking::begin(root, stat, parent, again).map(Some)
 }

@@ -12,6 +12,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use crate::progress::Listener;
+use crate::stores::Given;
 
 mod refusals;
 mod values;
@@ -42,6 +43,8 @@ pub struct Options {
     pub pid: Option<i32>,
     /// Where images are (`-D`); the current folder if nothing is said.
     pub images_dir: PathBuf,
+    /// Where images are instead of a folder (library only).
+    pub store: Option<Given>,
     /// Where logs, pidfile and stats go (`-W`); [`Options::work_dir`] answers with the image folder if this is unset.
     pub work_dir: Option<PathBuf>,
     /// The folder with the checkpoint before this one, relative to the image folder (`--prev-images-dir`).
@@ -257,6 +260,7 @@ impl Default for Options {
             personality: Persona::default(),
             pid: None,
             images_dir: PathBuf::from("."),
+            store: None,
             work_dir: None,
             prev_images_dir: None,
             stream: false,
@@ -356,6 +360,11 @@ impl Options {
     /// Where logs, pidfile and stats go.
     pub fn work_dir(&self) -> &Path {
         self.work_dir.as_deref().unwrap_or(&self.images_dir)
+    }
+
+    /// Images are in a folder, or at least meet there (`--stream`).
+    pub fn has_folder(&self) -> bool {
+        self.store.is_none()
     }
 
     /// A path that was given relative to the work folder, as one relative to the current folder. The engine never

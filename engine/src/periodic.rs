@@ -65,7 +65,7 @@ pub fn last_whole(folder: &Path) -> Option<PathBuf> {
 
 /// What to restore instead of a folder that has no checkpoint but a series of them: the same options, with another folder.
 pub fn instead(opts: &Options) -> Option<Options> {
-    if opts.personality == Persona::Criu || opts.images_dir.join("inventory.img").exists() {
+    if opts.personality == Persona::Criu || !opts.has_folder() || opts.images_dir.join("inventory.img").exists() {
         return None;
     }
     let images_dir = last_whole(&opts.images_dir)?;

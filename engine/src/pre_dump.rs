@@ -39,7 +39,7 @@ pub fn run(opts: &Options) -> Result<DumpReport> {
     let opts = &Options { track_mem: true, final_state: FinalState::Run, ..opts.clone() };
     opts.refuse_unsupported().map_err(|e| Error::Usage { what: e.to_string() })?;
     let root = opts.required_pid().map_err(|e| Error::Usage { what: e.to_string() })?;
-    let images = dump::open_images(opts)?;
+    let images = crate::stores::for_dump(opts)?;
     dump::with_own_thread(|| pre_dump(opts, root, &images))
 }
 

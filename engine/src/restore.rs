@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use standstill_images::proto::{FdinfoEntry, InventoryEntry, SeccompEntry, TimensEntry};
-use standstill_images::{FolderStore, ImageKind, Images};
+use standstill_images::{ImageKind, Images};
 use standstill_restorer::plan::{Code, Expect};
 
 use crate::cgroups;
@@ -37,6 +37,7 @@ use crate::sockets::netlock::Lifted;
 use crate::sockets::tcp::Reconnected;
 use crate::stages::{Stage, Stages};
 use crate::stats::Phases;
+use crate::stores;
 use crate::sys::futex::RobustList;
 use crate::sys::{calls, ptrace, spawn, thread};
 use crate::tasks::pids::Hosts;
@@ -67,7 +68,7 @@ pub struct RestoreReport {
     pub exit_code: Option<i32>,
 }
 
-/// Restores the checkpoint in `opts.images_dir`. Without `opts.restore_detach` it returns when the program has ended.
+/// Restores the checkpoint in its [store](crate::stores). Without `opts.restore_detach` it returns when the program has ended.
 pub fn run(opts: &Options) -> Result<RestoreReport> {
     run_with(opts, &Stages::new(opts, None))
 }
@@ -77,7 +78,7 @@ pub fn run_with(opts: &Options, stages: &Stages<'_>) -> Result<RestoreReport> {
     opts.refuse_unsupported().map_err(|e| Error::Usage { what: e.to_string() })?;
     let of_series = periodic::instead(opts);
     let opts = of_series.as_ref().unwrap_or(opts);
-    let images = Images::new(FolderStore::open(&opts.images_dir)?);
+    let images = stores::for_restore(opts)?;
     let report = thread::apart(|| restore(opts, stages, &images))?;
     if opts.restore_detach || opts.restore_sibling || !opts.exec_cmd.is_empty() {
         return Ok(report);

@@ -169,6 +169,9 @@ impl<'a> Stages<'a> {
 
     /// The folder as a path that a script can follow wherever it stands: through our own descriptor.
     fn images_folder(&self) -> Option<String> {
+        if !self.options.has_folder() {
+            return None;
+        }
         if self.images.get().is_none() {
             let folder = File::open(&self.options.images_dir).ok()?;
             let _ = self.images.set(folder);

@@ -203,6 +203,9 @@ fn try_write_restore(opts: &Options, phases: &Phases, total: Duration, figures: 
 }
 
 fn write(opts: &Options, kind: ImageKind, entry: StatsEntry) -> Result<()> {
+    if !opts.has_folder() && opts.work_dir.is_none() {
+        return Ok(());
+    }
     let images = Images::new(FolderStore::open(opts.work_dir())?);
     images.write_one(kind, (), &entry)?;
     Ok(())

@@ -1,8 +1,8 @@
 //! Where images are.
 //!
 //! A [`Store`] knows names and bytes, nothing of what is in them: [`FolderStore`] is a folder as CRIU has it,
-//! [`MemoryStore`] holds everything in memory. Metadata are small and are read as a whole; pages are read where they
-//! lie ([`ReadAt`]).
+//! [`MemoryStore`] holds everything in memory, and so do those in [`held`], as files. Metadata are small and are read as a
+//! whole; pages are read where they lie ([`ReadAt`]).
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,6 +18,7 @@ use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 
+pub mod held;
 pub mod stream;
 
 /// The largest image that is read as a whole. Pages and archives are never read so.
@@ -72,6 +73,41 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// If that fails.
     fn commit(&self) -> Result<()>;
+}
+
+/// A store that has several owners.
+impl<S: Store + ?Sized> Store for Arc<S> {
+    fn read(&self, name: &str) -> Result<Bytes> {
+        (**self).read(name)
+    }
+
+    fn open(&self, name: &str) -> Result<Box<dyn ReadAt>> {
+        (**self).open(name)
+    }
+
+    fn create(&self, name: &str) -> Result<Box<dyn ImageOutput>> {
+        (**self).create(name)
+    }
+
+    fn exists(&self, name: &str) -> Result<bool> {
+        (**self).exists(name)
+    }
+
+    fn list(&self) -> Result<Vec<String>> {
+        (**self).list()
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        (**self).remove(name)
+    }
+
+    fn parent(&self) -> Result<Option<Arc<dyn Store>>> {
+        (**self).parent()
+    }
+
+    fn commit(&self) -> Result<()> {
+        (**self).commit()
+    }
 }
 
 /// An image that is being written. It is complete only when it is finished.

@@ -1,33 +1,11 @@
-//! What a dump and a pre-dump begin with: the folder of images, the thread that traces, the threads that copy.
+//! What a dump and a pre-dump begin with: a place without old images, the thread that traces, the threads that copy.
 
 use rayon::prelude::*;
-use standstill_images::{FolderStore, ImageKind, Images};
+use standstill_images::{ImageKind, Images};
 
-use crate::error::{Call, Error, Result};
+use crate::error::{Error, Result};
 use crate::options::Options;
 use crate::sys::{interrupt, thread};
-
-/// The folder that images go to, linked to the checkpoint that they build on.
-pub(crate) fn open_images(opts: &Options) -> Result<Images> {
-    let folder = FolderStore::open(&opts.images_dir)?;
-    if let Some(parent) = &opts.prev_images_dir {
-        // an absolute path stays one when it is joined
-        let there = rustix::fs::stat(opts.images_dir.join(parent)).map(|s| (s.st_dev, s.st_ino)).ok();
-        let here = rustix::fs::fstat(&folder).call("fstat")?;
-        if there == Some((here.st_dev, here.st_ino)) {
-            return Err(Error::Usage {
-                what: "a checkpoint cannot build on itself: --prev-images-dir is the image folder".into(),
-            });
-        }
-    }
-    folder.set_parent(opts.prev_images_dir.as_deref())?;
-    let images = Images::new(folder);
-    if let (Some(parent), None) = (&opts.prev_images_dir, images.parent()?) {
-        let what = format!("there is no checkpoint to build on: {} (seen from the image folder)", parent.display());
-        return Err(Error::Usage { what });
-    }
-    Ok(images)
-}
 
 /// Runs `work` in a thread of its own: all of ptrace belongs to one thread, which outlives its tracees.
 pub(crate) fn with_own_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
@@ -40,7 +18,9 @@ pub(crate) fn with_own_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) 
 /// of it can be taken for part of the new one. What is not an image stays.
 pub(crate) fn remove_old_images(opts: &Options, images: &Images) -> Result<()> {
     images.remove(ImageKind::Inventory, ())?;
-    super::snapshot::remove_old(&opts.images_dir)?;
+    if opts.has_folder() {
+        super::snapshot::remove_old(&opts.images_dir)?;
+    }
     crate::transfer::client::remove_notes(images)?;
     for name in images.store().list()? {
         if name.ends_with(".img") && ImageKind::from_file_name(&name).is_some() {

@@ -33,6 +33,8 @@ fn behaves(store: &dyn Store) {
 #[test]
 fn memory() {
     behaves(&MemoryStore::new());
+    behaves(&held::HeldStore::new());
+    behaves(&held::GatheredStore::new(Arc::new(MemoryStore::new())));
 }
 
 #[test]
