@@ -79,6 +79,51 @@ pub enum Error {
         #[source]
         source: Malformed,
     },
+    /// An image is sealed and does not open, or is not and should be.
+    #[error("{image} cannot be opened with this key")]
+    Sealed {
+        /// File name of the image.
+        image: String,
+        /// Why.
+        #[source]
+        source: SealFault,
+    },
+}
+
+/// Why a sealed image does not open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SealFault {
+    /// There is no list of sealed images.
+    #[error("it is not sealed, or was not written to its end")]
+    NotSealed,
+    /// The first bytes are not those of a sealed image.
+    #[error("it does not begin as a sealed image, or is one of another version")]
+    Head,
+    /// The key does not belong to the image.
+    #[error("it was sealed with another key, or its first bytes were changed")]
+    Key,
+    /// The image is one of another checkpoint, or was sealed another time.
+    #[error("it does not belong to this checkpoint")]
+    Checkpoint,
+    /// The image is longer or shorter than it was.
+    #[error("it is longer or shorter than it was when it was sealed")]
+    Size,
+    /// Bytes were changed.
+    #[error("it was changed: piece {number} of it is not what was sealed")]
+    Chunk {
+        /// Which piece, from 0.
+        number: u32,
+    },
+    /// The image is listed and not there.
+    #[error("it is missing")]
+    Gone,
+    /// The list of images is malformed although its seal is whole.
+    #[error("it is no list of images")]
+    Manifest,
+    /// There are no random numbers.
+    #[error("the system has no random numbers")]
+    Random,
 }
 
 /// What is wrong with the bytes of an image.

@@ -3,7 +3,8 @@
 //! - [`proto`]: the messages.
 //! - [`ImageKind`]: the table.
 //! - [`Reader`], [`Writer`]: one image's bytes, as entries and payloads, and back.
-//! - [`Store`]: where images are: a folder, memory; [`store::stream`] carries all of them over one connection.
+//! - [`Store`]: where images are: a folder, memory; [`store::stream`] carries all of them over one connection,
+//!   [`store::sealed`] encrypts them.
 //! - [`Images`]: the images of a store, by kind.
 //! - [`pages`]: which page is where.
 //! - [`json`], [`explore`]: images for people and their tools.
@@ -27,7 +28,7 @@ pub mod store;
 mod table;
 mod wire;
 
-pub use error::{Error, JsonFault, Malformed, PagesFault, RecordFault, Result};
+pub use error::{Error, JsonFault, Malformed, PagesFault, RecordFault, Result, SealFault};
 pub use framing::{Entry, GhostContent, Reader, Writer};
 pub use images::{Image, ImageWriter, Images};
 pub use payload::{Cursor, WithPayload};

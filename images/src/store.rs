@@ -19,6 +19,7 @@ use rustix::io::Errno;
 use crate::error::{Error, Result};
 
 pub mod held;
+pub mod sealed;
 pub mod stream;
 
 /// The largest image that is read as a whole. Pages and archives are never read so.
@@ -140,7 +141,10 @@ pub trait ReadAt: Send + Sync {
 }
 
 /// Refuses names that would leave the store.
-pub(crate) fn check_name(name: &str) -> Result<()> {
+///
+/// # Errors
+/// If no image can have this name.
+pub fn check_name(name: &str) -> Result<()> {
     if name.is_empty() || name.len() > 255 || name == "." || name == ".." || name.contains(['/', '\0']) {
         return Err(Error::Name { name: name.to_owned() });
     }

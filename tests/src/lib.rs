@@ -19,4 +19,5 @@ pub mod program;
 #[allow(unsafe_code)]
 pub mod rpc;
 pub mod run;
+pub mod s3;
 pub mod skip;
