@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use standstill_images::{Images, MemoryStore};
 
 use super::super::testing::{descriptor, dump as dump_fds, me, open as open_id};
+use super::restore::by_id;
 use super::*;
+use crate::files::RestoreFiles;
 use crate::options::{External, InheritFd, Options};
 
 /// A folder of its own for a test.
