@@ -89,9 +89,7 @@ pub fn run(listener: &TcpListener, receive: &Receive, told: &Told) -> Result<()>
 impl Shared {
     /// One connection. The root of a tree that runs now, as a child of ours.
     fn serve(&self, stream: TcpStream) -> Option<i32> {
-        let served =
-            stream.set_nonblocking(false).call("fcntl").and_then(|()| Channel::accept(stream, &self.receive.options));
-        let served = served.and_then(|channel| self.hear(channel));
+        let served = Channel::accept(stream, &self.receive.options).and_then(|channel| self.hear(channel));
         served.unwrap_or_else(|e| {
             (self.told)(&e.chain());
             None
@@ -419,7 +417,8 @@ impl Hold<'_> {
                 Ok(Heard::Message(Message::Abort { id })) if id == self.id => {
                     return Decision { commit: false, answer: there.clone() };
                 }
-                Ok(Heard::Message(_) | Heard::Nothing) => {}
+                Ok(Heard::Message(_)) => {}
+                Ok(Heard::Nothing) => there.wait_briefly(),
                 Ok(Heard::End) | Err(_) => {
                     (self.shared.told)(&format!(
                         "in doubt: the source of {} is gone, its tree is held here until the source resumes",

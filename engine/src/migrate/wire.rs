@@ -13,25 +13,19 @@
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-
-use rustls::{Connection, StreamOwned};
 
 use super::lock;
 use super::needs::Needs;
 use crate::error::{Call, Error, Result};
 use crate::options::Options;
-use crate::sys::interrupt;
-use crate::transfer::link::Side;
-use crate::transfer::tls;
+use crate::transfer::link::{Link, Side};
 
 const GREETING: &[u8; 21] = b"standstill migrate 1\n";
 /// The longest message.
 const LONGEST: usize = 1 << 20;
-/// How long one wait for the network takes before we look whether to go on.
-const SLICE: Duration = Duration::from_millis(100);
 /// How long the other side may say nothing. Who works long says so in between ([`Message::Working`]).
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -113,26 +107,19 @@ pub enum Message {
     Ended,
 }
 
-/// A connection of both directions.
-pub trait Duplex: Read + Write + Send {}
-impl<T: Read + Write + Send> Duplex for T {}
-
-/// A connection to the other side. A copy is the same connection.
+/// A connection to the other side. A copy is the same connection. It is heard in one thread at a time; messages of several
+/// threads do not mix.
 #[derive(Clone)]
 pub struct Channel {
-    stream: Arc<Mutex<Box<dyn Duplex>>>,
+    link: Arc<Link>,
+    sending: Arc<Mutex<()>>,
     peer: String,
-    patience: Duration,
 }
 
 impl std::fmt::Debug for Channel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Channel({})", self.peer)
     }
-}
-
-fn again(e: &io::Error) -> bool {
-    matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted)
 }
 
 impl Channel {
@@ -142,8 +129,8 @@ impl Channel {
         for address in to.to_socket_addrs().call("getaddrinfo")? {
             match TcpStream::connect_timeout(&address, limit) {
                 Ok(stream) => {
-                    let mut channel = Channel::new(stream, to, options, Side::Client)?;
-                    channel.write_all(GREETING).and_then(|()| channel.flush()).call("send")?;
+                    let mut channel = Channel::new(stream, to, options, Side::Client, PATIENCE)?;
+                    channel.write_all(GREETING).call("send")?;
                     return Ok(channel);
                 }
                 Err(e) => last = e,
@@ -155,7 +142,7 @@ impl Channel {
     /// Takes a call.
     pub fn accept(stream: TcpStream, options: &Options) -> Result<Channel> {
         let peer = stream.peer_addr().map_or_else(|_| "somebody".to_owned(), |a| a.to_string());
-        let mut channel = Channel::new(stream, &peer, options, Side::Server)?;
+        let mut channel = Channel::new(stream, &peer, options, Side::Server, PATIENCE)?;
         let mut greeting = [0; GREETING.len()];
         channel.read_exact(&mut greeting).call("recv")?;
         match &greeting == GREETING {
@@ -164,53 +151,20 @@ impl Channel {
         }
     }
 
-    fn new(stream: TcpStream, peer: &str, options: &Options, side: Side) -> Result<Channel> {
-        stream.set_nodelay(true).call("setsockopt(TCP_NODELAY)")?;
-        stream.set_read_timeout(Some(SLICE)).call("setsockopt(SO_RCVTIMEO)")?;
-        stream.set_write_timeout(Some(SLICE)).call("setsockopt(SO_SNDTIMEO)")?;
-        if !options.tls {
-            return Ok(Channel::over(stream, peer));
-        }
+    fn new(stream: TcpStream, peer: &str, options: &Options, side: Side, patience: Duration) -> Result<Channel> {
         // who is called is known by the host that was named; who calls, by those who signed for him
         let host = peer.rsplit_once(':').map(|(host, _)| host.trim_matches(['[', ']']).to_owned());
         let options = match side {
             Side::Client => Options { address: host, ..options.clone() },
             Side::Server => Options { tls_no_cn_verify: true, ..options.clone() },
         };
-        Ok(match tls::connection(&options, side)? {
-            Connection::Client(connection) => Channel::over(StreamOwned::new(connection, stream), peer),
-            Connection::Server(connection) => Channel::over(StreamOwned::new(connection, stream), peer),
-        })
-    }
-
-    /// Over something that never waits for long: what it calls a time-out is tried again until our patience ends.
-    pub fn over(stream: impl Duplex + 'static, peer: &str) -> Channel {
-        Channel { stream: Arc::new(Mutex::new(Box::new(stream))), peer: peer.to_owned(), patience: PATIENCE }
+        let link = Link::patient(stream.into(), &options, side, Some(patience))?;
+        Ok(Channel { link: Arc::new(link), sending: Arc::default(), peer: peer.to_owned() })
     }
 
     /// Who is at the other end.
     pub fn peer(&self) -> &str {
         &self.peer
-    }
-
-    fn patiently<T>(&mut self, mut act: impl FnMut(&mut dyn Duplex) -> io::Result<T>) -> io::Result<T> {
-        let began = Instant::now();
-        loop {
-            let result = act(lock(&self.stream).as_mut());
-            match result {
-                Err(e) if again(&e) => {
-                    interrupt::check().map_err(io::Error::other)?;
-                    if began.elapsed() > self.patience {
-                        return Err(io::Error::other(format!(
-                            "{} has said nothing for {} s",
-                            self.peer,
-                            self.patience.as_secs()
-                        )));
-                    }
-                }
-                other => return other,
-            }
-        }
     }
 
     /// Says something.
@@ -220,7 +174,7 @@ impl Channel {
         let size = size.ok_or_else(|| Error::Usage { what: "a message that is too long".into() })?;
         let mut bytes = size.to_le_bytes().to_vec();
         bytes.extend(body);
-        self.write_all(&bytes).and_then(|()| self.flush()).call("send")
+        self.write_all(&bytes).call("send")
     }
 
     /// Hears what the other side says; none if it hangs up instead.
@@ -235,13 +189,16 @@ impl Channel {
     /// The same, if it says something at once.
     pub fn hear_at_once(&mut self) -> Result<Heard> {
         let mut first = [0];
-        let got = lock(&self.stream).read(&mut first);
-        match got {
-            Err(e) if again(&e) => Ok(Heard::Nothing),
-            Ok(0) => Ok(Heard::End),
-            Ok(_) => self.rest(first[0]).map(Heard::Message),
-            Err(e) => Err(e).call("recv"),
+        match self.link.some_now(&mut first).call("recv")? {
+            None => Ok(Heard::Nothing),
+            Some(0) => Ok(Heard::End),
+            Some(_) => self.rest(first[0]).map(Heard::Message),
         }
+    }
+
+    /// Until it says something, or some time has passed.
+    pub fn wait_briefly(&self) {
+        self.link.wait_briefly();
     }
 
     fn rest(&mut self, first: u8) -> Result<Message> {
@@ -307,17 +264,18 @@ pub enum Heard {
 
 impl Read for Channel {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.patiently(|stream| stream.read(buffer))
+        self.link.some(buffer)
     }
 }
 
 impl Write for Channel {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.patiently(|stream| stream.write(bytes))
+        let _one = lock(&self.sending);
+        self.link.send_all(bytes).map(|()| bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.patiently(|stream| stream.flush())
+        Ok(())
     }
 }
 
@@ -372,10 +330,28 @@ mod tests {
             .contains("does not speak"));
     }
 
+    /// While one thread waits for what is said, others say something.
+    #[test]
+    fn both_directions() {
+        let (mut here, mut there) = pair();
+        std::thread::scope(|scope| {
+            let mut waits = here.clone();
+            let heard = scope.spawn(move || waits.hear());
+            for _ in 0..100 {
+                here.say(&Message::Working).unwrap();
+                assert_eq!(there.hear().unwrap(), Some(Message::Working));
+            }
+            there.say(&Message::Arrived).unwrap();
+            assert_eq!(heard.join().unwrap().unwrap(), Some(Message::Arrived));
+        });
+    }
+
     #[test]
     fn silence_ends() {
-        let (mut here, _there) = pair();
-        here.patience = Duration::from_millis(200);
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let patience = Duration::from_millis(200);
+        let mut here = Channel::new(stream, "there:1", &Options::default(), Side::Client, patience).unwrap();
         assert!(here.hear().unwrap_err().chain().contains("has said nothing"));
     }
 }

@@ -10,7 +10,7 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
@@ -27,6 +27,8 @@ use crate::sys::interrupt;
 const SILENCE: Duration = Duration::from_secs(30);
 /// How often it is looked whether the work is to end.
 const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
+/// How long a wait takes that is not for long.
+const BRIEFLY: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 /// Bytes that are read from an encrypted connection at once.
 const CHUNK: usize = 64 << 10;
 
@@ -34,6 +36,7 @@ const CHUNK: usize = 64 << 10;
 pub struct Link {
     socket: OwnedFd,
     tls: Option<Tls>,
+    patience: Option<Duration>,
 }
 
 struct Tls {
@@ -109,7 +112,7 @@ pub fn listen(opts: &Options) -> Result<(TcpListener, u16)> {
 /// The next one who connects.
 pub fn accept(listener: BorrowedFd<'_>, opts: &Options) -> Result<Link> {
     loop {
-        wait(listener, PollFlags::IN).call("poll")?;
+        wait(listener, PollFlags::IN, None).call("poll")?;
         match rustix::net::accept_with(listener, rustix::net::SocketFlags::CLOEXEC) {
             Ok(socket) => return Link::new(socket, opts, Side::Server),
             Err(Errno::INTR | Errno::AGAIN | Errno::CONNABORTED) => {}
@@ -118,8 +121,9 @@ pub fn accept(listener: BorrowedFd<'_>, opts: &Options) -> Result<Link> {
     }
 }
 
-/// Waits until something can be done with a socket, or the work is to end.
-fn wait(fd: BorrowedFd<'_>, what: PollFlags) -> io::Result<()> {
+/// Waits until something can be done with a socket, or the work is to end; not for longer than a patience.
+fn wait(fd: BorrowedFd<'_>, what: PollFlags, patience: Option<Duration>) -> io::Result<()> {
+    let began = Instant::now();
     loop {
         interrupt::check().map_err(|_| io::Error::other("interrupted"))?;
         match poll(&mut [PollFd::from_borrowed_fd(fd, what)], Some(&LOOK)) {
@@ -127,20 +131,37 @@ fn wait(fd: BorrowedFd<'_>, what: PollFlags) -> io::Result<()> {
             Ok(_) => return Ok(()),
             Err(e) => return Err(e.into()),
         }
+        if let Some(patience) = patience.filter(|patience| began.elapsed() > *patience) {
+            let verb = if what == PollFlags::IN { "said" } else { "taken" };
+            let what = format!("the other side has {verb} nothing for {} s", patience.as_secs());
+            return Err(io::Error::new(io::ErrorKind::TimedOut, what));
+        }
     }
 }
 
 /// The socket alone.
-struct Raw<'a>(BorrowedFd<'a>);
+struct Raw<'a>(&'a Link);
+
+impl Raw<'_> {
+    /// What is there at once; none if nothing is.
+    fn read_now(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        loop {
+            match rustix::net::recv(&self.0.socket, &mut *buffer, RecvFlags::DONTWAIT) {
+                Ok((n, _)) => return Ok(Some(n)),
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+}
 
 impl Read for Raw<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
-            match rustix::net::recv(self.0, &mut *buffer, RecvFlags::DONTWAIT) {
-                Ok((n, _)) => return Ok(n),
-                Err(Errno::AGAIN) => wait(self.0, PollFlags::IN)?,
-                Err(Errno::INTR) => {}
-                Err(e) => return Err(e.into()),
+            match self.read_now(buffer)? {
+                Some(n) => return Ok(n),
+                None => self.0.wait(PollFlags::IN)?,
             }
         }
     }
@@ -149,9 +170,9 @@ impl Read for Raw<'_> {
 impl Write for Raw<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         loop {
-            match rustix::net::send(self.0, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            match rustix::net::send(&self.0.socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
                 Ok(n) => return Ok(n),
-                Err(Errno::AGAIN) => wait(self.0, PollFlags::OUT)?,
+                Err(Errno::AGAIN) => self.0.wait(PollFlags::OUT)?,
                 Err(Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
             }
@@ -166,6 +187,11 @@ impl Write for Raw<'_> {
 impl Link {
     /// Over a connected socket; encrypted, if the options want that.
     pub fn new(socket: OwnedFd, opts: &Options, side: Side) -> Result<Link> {
+        Link::patient(socket, opts, side, None)
+    }
+
+    /// The same, with another side that is not waited for longer than this.
+    pub fn patient(socket: OwnedFd, opts: &Options, side: Side, patience: Option<Duration>) -> Result<Link> {
         use rustix::net::sockopt;
         // a socket that is no TCP socket has none of these, and needs none
         let _ = sockopt::set_tcp_nodelay(&socket, true);
@@ -174,7 +200,7 @@ impl Link {
         let _ = sockopt::set_tcp_keepintvl(&socket, SILENCE / 6);
         let _ = sockopt::set_tcp_keepcnt(&socket, 4);
         let _ = sockopt::set_tcp_user_timeout(&socket, u32::try_from(SILENCE.as_millis()).unwrap_or(30_000));
-        let mut link = Link { socket, tls: None };
+        let mut link = Link { socket, tls: None, patience };
         if opts.tls {
             let mut connection = tls::connection(opts, side)?;
             connection.set_buffer_limit(None);
@@ -190,18 +216,32 @@ impl Link {
     }
 
     fn raw(&self) -> Raw<'_> {
-        Raw(self.socket.as_fd())
+        Raw(self)
+    }
+
+    fn wait(&self, what: PollFlags) -> io::Result<()> {
+        wait(self.socket.as_fd(), what, self.patience)
+    }
+
+    /// Waits until something comes, but not for long.
+    pub fn wait_briefly(&self) {
+        // an error shows when it is read
+        let _ = poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], Some(&BRIEFLY));
     }
 
     /// Sends all of it.
     pub fn send(&self, bytes: &[u8]) -> Result<()> {
-        let lost = |e: io::Error| self.lost(e, "Can't write to the other side");
-        let Some(tls) = &self.tls else { return self.raw().write_all(bytes).map_err(lost) };
+        self.send_all(bytes).map_err(|e| self.lost(e, "Can't write to the other side"))
+    }
+
+    /// The same, for who has errors of its own.
+    pub fn send_all(&self, bytes: &[u8]) -> io::Result<()> {
+        let Some(tls) = &self.tls else { return self.raw().write_all(bytes) };
         let mut connection = lock(&tls.connection);
         for part in bytes.chunks(CHUNK) {
-            connection.writer().write_all(part).map_err(lost)?;
+            connection.writer().write_all(part)?;
             while connection.wants_write() {
-                connection.write_tls(&mut self.raw()).map_err(lost)?;
+                connection.write_tls(&mut self.raw())?;
             }
         }
         Ok(())
@@ -222,8 +262,18 @@ impl Link {
     }
 
     /// Receives what is there, at least one byte; 0: the other side is done.
-    fn some(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        let Some(tls) = &self.tls else { return self.raw().read(buffer) };
+    pub fn some(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.some_now(buffer)? {
+                Some(n) => return Ok(n),
+                None => self.wait(PollFlags::IN)?,
+            }
+        }
+    }
+
+    /// The same without waiting; none if nothing is there.
+    pub fn some_now(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        let Some(tls) = &self.tls else { return self.raw().read_now(buffer) };
         let mut incoming = lock(&tls.incoming);
         let (bytes, used) = &mut *incoming;
         loop {
@@ -231,7 +281,7 @@ impl Link {
                 let mut connection = lock(&tls.connection);
                 match connection.reader().read(buffer) {
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                    done => return done,
+                    done => return done.map(Some),
                 }
                 if *used < bytes.len() {
                     let mut rest = &bytes[*used..];
@@ -244,12 +294,14 @@ impl Link {
                 }
             }
             bytes.resize(CHUNK, 0);
-            let n = self.raw().read(bytes)?;
-            bytes.truncate(n);
             *used = 0;
-            if n == 0 {
+            let got = self.raw().read_now(bytes);
+            bytes.truncate(got.as_ref().map_or(0, |got| got.unwrap_or(0)));
+            match got? {
+                None => return Ok(None),
                 // without a farewell: someone may have cut it short
-                return Err(io::ErrorKind::UnexpectedEof.into());
+                Some(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Some(_) => {}
             }
         }
     }
