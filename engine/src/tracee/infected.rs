@@ -593,6 +593,8 @@ impl<'a> Infected<'a> {
     fn turn_back(&self, i: usize) -> Result<()> {
         let thread = &self.threads[i];
         let tid = thread.tid();
+        // it may have been stopped before it had saved anything
+        self.shared()?.write(self.area.xsave(i), &thread.xstate);
         let mut regs = thread.registers;
         regs.ip = self.area.address + LEAVE;
         regs.orig_ax = u64::MAX;

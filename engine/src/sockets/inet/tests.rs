@@ -299,11 +299,14 @@ fn what_comes_before_the_lock() {
         cx.finish().unwrap();
         cx.inet.tasks_are_gone();
         drop((cx, fds));
-        let mut cx = RestoreFiles::read(&opts, &images).unwrap();
-        let state = cx.entry(ids[1]).unwrap().isk.as_ref().unwrap().state;
-        assert_eq!(state, if reset { CLOSE } else { tcp::CLOSE_WAIT });
-        let made: OwnedFd = cx.open(ids[1]).unwrap().try_clone_to_owned().unwrap();
-        repair_ends(&mut cx).unwrap().into_iter().for_each(Reconnected::keep);
+        let made: OwnedFd = super::super::once_free(|| {
+            let mut cx = RestoreFiles::read(&opts, &images)?;
+            let state = cx.entry(ids[1])?.isk.as_ref().unwrap().state;
+            assert_eq!(state, if reset { CLOSE } else { tcp::CLOSE_WAIT });
+            let made = cx.open(ids[1])?.try_clone_to_owned().unwrap();
+            repair_ends(&mut cx)?.into_iter().for_each(Reconnected::keep);
+            Ok(made)
+        });
         let (mut server, mut text) = (TcpStream::from(made), [0; 10]);
         server.read_exact(&mut text).unwrap();
         assert_eq!(&text, b"last words");
