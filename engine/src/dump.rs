@@ -76,6 +76,8 @@ pub struct DumpReport {
 
 /// So many threads are worth being written side by side.
 const MANY_THREADS: usize = 64;
+/// How often a dump begins anew because what had been read changed.
+const MOST_TRIES: u32 = 5;
 
 /// Memory to be copied, the task's pid and the number of its pages in images, and its vdso as the kernel made it.
 type Draining = (drain::Drain, u32, u32, Option<(u64, Vec<u8>)>);
@@ -132,12 +134,16 @@ pub fn run_with(opts: &Options, stages: &Stages<'_>) -> Result<DumpReport> {
         });
     }
     let images = stores::for_dump(opts)?;
-    with_own_thread(|| match dump(opts, stages, root, &images, true) {
-        Err(e) if matches!(e.cause(), Error::Moving) => {
-            tracing::info!("{e}: once more, with all read in the freeze");
-            dump(opts, stages, root, &images, false)
+    with_own_thread(|| {
+        for n in 0.. {
+            match dump(opts, stages, root, &images, n == 0) {
+                Err(e) if matches!(e.cause(), Error::Moving { .. }) && n < MOST_TRIES => {
+                    tracing::info!("{e}: once more, with all read in the freeze");
+                }
+                result => return result,
+            }
         }
-        result => result,
+        Err(Error::Gone)
     })
 }
 
@@ -280,9 +286,9 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
                 tracking.watch(host, stat)?;
             }
         }
-        files.ttys.read_queues(host)?;
     }
     complete_rings(&tasks, &fdinfos, &mut infected, &mut files)?;
+    infected.iter_mut().try_for_each(|host| files.ttys.read_queues(host))?;
     infected.iter_mut().try_for_each(Infected::ask_to_halt)?;
     for host in &mut infected {
         // after the timers were asked: one that is over by now has left a signal, and one of the two is in the images

@@ -122,9 +122,12 @@ pub enum Error {
     /// A task ended or fled while it was worked on.
     #[error("the task ended meanwhile")]
     Gone,
-    /// Flags of memory areas were changed while a snapshot was taken, for which they are read ahead.
-    #[error("the flags of memory areas changed while the snapshot was taken")]
-    Moving,
+    /// What had been read is not so any more: it is to be read once more.
+    #[error("{what}")]
+    Moving {
+        /// What changed.
+        what: &'static str,
+    },
     /// Something took longer than it may.
     #[error("{what} did not happen within {seconds} s")]
     Timeout {
@@ -183,7 +186,7 @@ impl Error {
             Error::Timeout { .. } => libc::ETIMEDOUT,
             Error::Peer { .. } => libc::EPIPE,
             Error::Interrupted => libc::EINTR,
-            Error::Moving => libc::EAGAIN,
+            Error::Moving { .. } => libc::EAGAIN,
             Error::Gpu(_) => libc::EIO,
             Error::InDoubt { .. } => libc::EINPROGRESS,
             Error::Proc(_) | Error::Image(_) | Error::Lie { .. } | Error::Usage { .. } | Error::Changed { .. } => {

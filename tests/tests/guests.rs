@@ -94,6 +94,7 @@ guests! {
     io_uring_polled
     io_uring_registered
     io_uring_shapes
+    io_uring_writes
     ipc
     lease
     lease_breaking

@@ -118,7 +118,9 @@ impl Ahead {
     /// An error if a flag of these tasks, which run again, may not have been what was written.
     pub(super) fn confirm(&self, pids: &[i32]) -> Result<()> {
         match self.flags.as_ref().and_then(|flags| pids.iter().find(|pid| !flags.still_so(**pid))) {
-            Some(pid) => Err(Error::Moving).task(*pid),
+            Some(pid) => {
+                Err(Error::Moving { what: "the flags of memory areas changed while the snapshot was taken" }).task(*pid)
+            }
             None => Ok(()),
         }
     }

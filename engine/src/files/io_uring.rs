@@ -12,6 +12,11 @@
 //! requests are completed as were submitted, which is how a timeout shows, which nothing else tells. A program that leaves out
 //! completions (IOSQE_CQE_SKIP_SUCCESS) has more of the former: then no ring of the machine may have a timeout.
 //!
+//! Requests change open files too, and open and close some, while their program stands still: by workers and polling threads of
+//! the kernel at any time, and in a thread that runs the executor. So descriptors of who has a ring are read until they stay
+//! the same ([`settled`]), and once more when all requests were waited for and some of them had not been completed before: a
+//! difference ends this attempt of the dump ([`Error::Moving`]).
+//!
 //! Order at restore ([`restore`]): the owner makes the ring when all processes exist; the engine takes it from there, and
 //! everyone who has it takes it from the engine. Its rings are mapped with the descriptors. When all threads are there, the one
 //! that may submit brings the ring to where it was (requests that do nothing move heads and tails, in the kernel too), then
@@ -46,6 +51,7 @@ mod restore;
 mod rings;
 
 pub use ask::{complete, Process};
+pub use flight::settled;
 pub use restore::{make, map_areas, open, opens_late, plan_owners, room, Restored, Thread};
 
 /// What /proc/PID/fd/N points to.
@@ -70,6 +76,8 @@ struct Ring {
     entry: StandstillIoUringEntry,
     /// Only one thread may use it.
     single: bool,
+    /// Since it was read, requests were completed.
+    moved: bool,
 }
 
 impl Dumped {
@@ -193,7 +201,7 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
         ..Default::default()
     };
     let copy = copy.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?;
-    cx.io_uring.rings.push(Ring { ino: d.stat.st_ino, copy, info: (**info).clone(), entry, single });
+    cx.io_uring.rings.push(Ring { ino: d.stat.st_ino, copy, info: (**info).clone(), entry, single, moved: false });
     Ok(file)
 }
 

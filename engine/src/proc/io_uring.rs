@@ -97,6 +97,18 @@ impl IoUring {
             && self.cq_overflow.is_empty()
     }
 
+    /// A thread polls for submissions, and there are some that it has not taken.
+    #[must_use]
+    pub fn is_polled_for(&self) -> bool {
+        self.sq_thread > 0 && self.sq_head != self.sq_tail
+    }
+
+    /// How many requests were completed, as far as it shows.
+    #[must_use]
+    pub fn completed(&self) -> (u32, usize) {
+        (self.cached_cq_tail, self.cq_overflow.len())
+    }
+
     /// Takes one line. Lists follow their key on lines that begin with space.
     pub(super) fn line(&mut self, at: Place, line: &[u8]) -> Result<(), ParseError> {
         // behind a large completion

@@ -48,6 +48,8 @@ pub mod code {
 
 /// IORING_ENTER_GETEVENTS.
 pub const GETEVENTS: u32 = 1;
+/// IORING_ENTER_SQ_WAKEUP.
+pub const SQ_WAKEUP: u32 = 2;
 const EXT_ARG: u32 = 1 << 3;
 
 /// Where the words of a ring are, from its beginning.

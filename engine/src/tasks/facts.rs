@@ -1,12 +1,12 @@
 //! What /proc says of a stopped process: read from outside, in parallel, before anything is put into it.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rayon::prelude::*;
 
 use crate::error::{At, Call, Error, Place, Result};
-use crate::files::Descriptor;
+use crate::files::{io_uring, Descriptor};
 use crate::proc::{self, limits::Limit, maps::Vma, status::Status, timers::PosixTimer};
 use crate::sys::calls;
 
@@ -97,15 +97,9 @@ impl Facts {
             Err(e) if e.errno() == libc::ENOENT => None,
             Err(e) => return Err(e),
         };
-        let mut numbers: Vec<i32> = Vec::new();
-        for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).call("open(/proc/PID/fd)")? {
-            let entry = entry.call("getdents(/proc/PID/fd)")?;
-            numbers.extend(entry.file_name().to_str().and_then(|n| n.parse::<i32>().ok()));
-        }
-        numbers.sort_unstable();
-        let mut descriptors = Vec::with_capacity(numbers.len());
-        for fd in numbers {
-            descriptors.push(Descriptor::read(pid, pidfd.as_fd(), fd, &mut buf).at(Place::Fd(fd))?);
+        let mut descriptors = descriptors(pid, pidfd.as_fd())?;
+        if descriptors.iter().any(|d| d.link == io_uring::LINK) || areas.iter().any(io_uring::is_ring) {
+            descriptors = io_uring::settled(pid, descriptors, || self::descriptors(pid, pidfd.as_fd()))?;
         }
         Ok(Facts {
             pid,
@@ -121,6 +115,18 @@ impl Facts {
             loginuid,
         })
     }
+}
+
+/// All descriptors of a task, in order of number.
+pub fn descriptors(pid: i32, pidfd: BorrowedFd<'_>) -> Result<Vec<Descriptor>> {
+    let mut numbers: Vec<i32> = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).call("open(/proc/PID/fd)")? {
+        let entry = entry.call("getdents(/proc/PID/fd)")?;
+        numbers.extend(entry.file_name().to_str().and_then(|n| n.parse::<i32>().ok()));
+    }
+    numbers.sort_unstable();
+    let mut buffer = Vec::with_capacity(1024);
+    numbers.into_iter().map(|fd| Descriptor::read(pid, pidfd, fd, &mut buffer).at(Place::Fd(fd))).collect()
 }
 
 /// Memory areas, from /proc/PID/smaps. Of many areas the text is long, and the kernel takes its time for each of them: what is

@@ -491,6 +491,52 @@ pub(super) fn busy() {
     });
 }
 
+/// Requests that change open files while their program stands still: workers of the kernel carry them out, or a thread that
+/// polls for them. One file has a name, another has none.
+pub(super) fn writes() {
+    let counters = super::storm::counters();
+    let done = || asked(&folder().join("check")).is_some();
+    std::thread::scope(|scope| {
+        for (thread, flags, slow, deleted) in [(0, 0, ASYNC, false), (1, SQPOLL, 0, false), (2, 0, ASYNC, true)] {
+            scope.spawn(move || {
+                let ring = Ring::new(4, 0, flags, false);
+                let name = format!("file-{thread}");
+                let file = did(std::fs::File::options().read(true).write(true).create(true).truncate(true).open(&name));
+                if deleted {
+                    did(std::fs::remove_file(&name));
+                }
+                let (mut bytes, mut found) = (vec![0u8; 300_000], Vec::new());
+                for turn in 1u64.. {
+                    if done() {
+                        break;
+                    }
+                    bytes.fill(turn as u8);
+                    let length = bytes.len() as u32 - turn as u32 % 1000;
+                    did(file.set_len(0));
+                    let (fd, address) = (file.as_raw_fd(), bytes.as_ptr() as u64);
+                    ring.push(Sqe { op: WRITE, flags: slow, fd, address, length, data: turn, ..Sqe::default() });
+                    let wake = if flags == SQPOLL { SQ_WAKEUP } else { 0 };
+                    let submitted = ring.enter(ring.fd, 1, 0, wake);
+                    check_eq!(submitted, 1);
+                    eventually("a completion", || {
+                        ring.enter(ring.fd, 0, 0, GETEVENTS | wake);
+                        ring.words()[2] != ring.words()[3]
+                    });
+                    check_eq!(ring.take().map(|(data, result, _)| (data, result)), Some((turn, length as i32)));
+                    found.resize(length as usize + 1, 0);
+                    let n = did(std::os::unix::fs::FileExt::read_at(&file, &mut found, 0));
+                    check_eq!(n, length as usize);
+                    check!(found[..n].iter().all(|byte| *byte == turn as u8));
+                    counters.iter().skip(thread).step_by(3).for_each(|c| {
+                        c.fetch_add(1, Ordering::Relaxed);
+                    });
+                }
+            });
+        }
+        ready();
+    });
+}
+
 /// Requests under way, each kind in its own guest.
 fn in_flight(sqe: Sqe) {
     let ring = Ring::new(4, 0, 0, false);

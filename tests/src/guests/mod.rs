@@ -235,6 +235,7 @@ pub const ALL: &[Guest] = &[
     guest("io_uring_polled", io_uring::polled).criu(URING),
     guest("io_uring_registered", io_uring::registered).criu(URING),
     guest("io_uring_shapes", io_uring::shapes).criu(URING),
+    guest("io_uring_writes", io_uring::writes).changes("it goes on").criu(URING).dumps(10),
     guest("inotify_deleted", inotify::deleted)
         .dump(&["--link-remap"])
         .restore(&["--link-remap"])

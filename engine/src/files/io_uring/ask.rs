@@ -13,7 +13,7 @@ use standstill_images::proto::{
 };
 use standstill_restorer::plan::{Code, Expect};
 
-use super::flight::{self, Seen};
+use super::flight::{self, Seen, PATIENCE};
 use super::rings::{Content, Shape};
 use super::{Descriptor, DumpFiles, Ring};
 use crate::error::{At, Call, Error, Place, Result};
@@ -22,11 +22,11 @@ use crate::proc::fdinfo::{self, FdDetail};
 use crate::proc::io_uring::IoUring;
 use crate::proc::maps::Vma;
 use crate::proc::{self, status};
+use crate::sys::calls;
 use crate::sys::io_uring::{self as sys, code, setup};
+use crate::tasks::facts;
 use crate::tracee::{Answers, Infected};
 
-/// How long requests may take.
-const PATIENCE: Duration = Duration::from_secs(1);
 /// So many descriptors of rings a thread can register.
 const SLOTS: u32 = 16;
 
@@ -106,6 +106,15 @@ pub fn complete(hosts: &mut [Infected<'_>], processes: &[Process<'_>], cx: &mut 
         one(ring, &holders, hosts, processes).at(Place::Fd(fd)).task(pid)?;
     }
     users(&mut rings, hosts, processes, cx)?;
+    if rings.iter().any(|ring| ring.moved) {
+        for process in processes {
+            let pidfd = calls::pidfd_open(process.pid, 0)?;
+            if !flight::same_files(process.descriptors, &facts::descriptors(process.pid, pidfd.as_fd())?) {
+                let what = "requests of an io_uring changed open files while those were read";
+                return Err(Error::Moving { what }).task(process.pid);
+            }
+        }
+    }
     for ring in rings {
         cx.set_io_uring(ring.entry);
     }
@@ -245,12 +254,14 @@ fn wait(ring: &mut Ring, issuer: Issuer, holders: &[(i32, i32)], hosts: &mut [In
     let mut text = Vec::new();
     loop {
         let mut plan = Plan::new();
-        let args = [issuer.fd.into(), 0.into(), 0.into(), sys::GETEVENTS.into(), 0.into(), 0.into()];
+        let wake = if ring.info.is_polled_for() { sys::SQ_WAKEUP } else { 0 };
+        let args = [issuer.fd.into(), 0.into(), 0.into(), (sys::GETEVENTS | wake).into(), 0.into(), 0.into()];
         plan.ask("completions of an io_uring", libc::SYS_io_uring_enter, &args);
         in_thread(&mut hosts[issuer.host], issuer.thread, plan)?;
         let path = format!("/proc/{pid}/fdinfo/{}", issuer.fd);
         proc::read_proc(path.as_ref(), &mut text).call("read(/proc/PID/fdinfo/N)")?;
         let FdDetail::IoUring(info) = fdinfo::parse(&text)?.detail else { return Err(Error::Gone) };
+        ring.moved |= ring.info.completed() != info.completed();
         ring.info = *info;
         let last = began.elapsed() > PATIENCE;
         let shape = Shape::of(&ring.entry);

@@ -1,7 +1,69 @@
 //! Is there a request under way, and which?
 
+use std::time::{Duration, Instant};
+
+use rustix::fs::FileType;
+
+use crate::error::Result;
+use crate::files::Descriptor;
 use crate::proc;
+use crate::proc::fdinfo::FdDetail;
 use crate::proc::io_uring::IoUring;
+
+/// How long requests may take.
+pub(super) const PATIENCE: Duration = Duration::from_secs(1);
+/// How often descriptors are read again because they are not what they were.
+const MOST_READS: u32 = 5;
+
+/// The descriptors of a task with rings, which stands still, when the kernel has carried out what it could without the task.
+/// `before` is what was read already.
+pub fn settled(
+    pid: i32,
+    before: Vec<Descriptor>,
+    mut read: impl FnMut() -> Result<Vec<Descriptor>>,
+) -> Result<Vec<Descriptor>> {
+    let began = Instant::now();
+    let mut before = before;
+    for _ in 0..MOST_READS {
+        while (before.iter().any(polled_for) || has_busy_worker(pid)) && began.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_micros(500));
+            before = read()?;
+        }
+        let now = read()?;
+        if same_files(&before, &now) {
+            return Ok(now);
+        }
+        before = now;
+    }
+    Ok(before)
+}
+
+fn polled_for(d: &Descriptor) -> bool {
+    matches!(&d.info.detail, FdDetail::IoUring(info) if info.is_polled_for())
+}
+
+/// Is what a task has open the same as before, in what requests may change and is in its entries?
+pub(super) fn same_files(before: &[Descriptor], now: &[Descriptor]) -> bool {
+    let same = |(a, b): (&Descriptor, &Descriptor)| {
+        let count = |d: &Descriptor| match &d.info.detail {
+            FdDetail::Eventfd { count, .. } => Some(*count),
+            _ => None,
+        };
+        let content = |d: &Descriptor| {
+            let s = &d.stat;
+            (FileType::from_raw_mode(s.st_mode) == FileType::RegularFile).then_some((
+                s.st_size,
+                s.st_mtime,
+                s.st_mtime_nsec,
+                s.st_nlink,
+                s.st_mode,
+            ))
+        };
+        let file = |d: &Descriptor| (d.fd, d.stat.st_dev, d.stat.st_ino, d.flags, d.cloexec, d.info.pos);
+        file(a) == file(b) && a.link == b.link && content(a) == content(b) && count(a) == count(b)
+    };
+    before.len() == now.len() && before.iter().zip(now).all(same)
+}
 
 /// What is known of a ring's requests at one moment.
 #[derive(Debug, Clone, Copy)]
@@ -39,6 +101,9 @@ impl Seen<'_> {
         }
         if workers {
             return Some("a request that a worker carries out".into());
+        }
+        if self.info.is_polled_for() {
+            return Some("a request that its polling thread has not taken yet".into());
         }
         match self.missing() {
             0 => None,
