@@ -441,7 +441,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
                 freezer.tree_ends();
             }
             files.tasks_end();
-            finish::kill(infected)?;
+            finish::kill(infected, own.has(namespaces::Kind::Pid))?;
             if let Some(cuda) = &mut cuda {
                 cuda.tasks_end();
             }

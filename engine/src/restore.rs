@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use standstill_images::proto::{FdinfoEntry, InventoryEntry, SeccompEntry, TimensEntry};
 use standstill_images::{ImageKind, Images};
@@ -109,17 +109,7 @@ impl Drop for Nursery {
             }
         }
         let _ = calls::kill(self.root, libc::SIGKILL);
-        let patience = Instant::now();
-        let others = self.seized.iter().copied().filter(|tid| !self.pids.contains(tid));
-        for tid in others.collect::<Vec<_>>() {
-            while let Ok(ended) = calls::wait_child(tid, libc::__WALL | libc::WNOHANG) {
-                match ended {
-                    Some((_, status)) if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) => break,
-                    _ if patience.elapsed() > REAP_LIMIT => break,
-                    _ => std::thread::sleep(Duration::from_micros(100)),
-                }
-            }
-        }
+        release::wait_for_ends(self.seized.iter().copied().filter(|tid| !self.pids.contains(tid)), Some(REAP_LIMIT));
         if !self.sibling {
             while let Ok(Some((_, status))) = calls::wait_child(self.root, libc::__WALL) {
                 if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {

@@ -145,6 +145,7 @@ guests! {
     moving_words
     pidfd
     pid_namespace
+    pid_namespace_threads
     pipes
     pipes_full
     pipes_halves

@@ -25,8 +25,11 @@
 //! **Not moved**: files (the destination has the same, or a shared file system), and the network's addresses, which action scripts
 //! move: `post-dump` at the source comes before the commit, `pre-resume` at the destination right after it.
 //!
-//! Not here yet: established connections (a source with fifty of them under load waited for ever after the hand-over; refused until
-//! that is understood), post-copy and hybrid, and several trees at one cut.
+//! **Connections** go along with `--tcp-established` when their address does: packets are held up at the source from the moment
+//! that the tree stands still, and at the destination until its tree is let go. A script takes the address away behind
+//! `post-dump`, gives it to the destination before `pre-restore`, and turns routes at `pre-resume`.
+//!
+//! Not here yet: post-copy and hybrid, and several trees at one cut.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};

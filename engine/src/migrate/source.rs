@@ -85,9 +85,6 @@ fn send(channel: &mut Channel, folder: &Path, parent: Option<&str>, last: bool) 
 /// Moves a tree. When this returns an error, the source's tree runs, but for [`Error::InDoubt`].
 pub fn run(migrate: &Migrate, told: &Told) -> Result<Report> {
     let root = migrate.options.required_pid().map_err(|e| Error::Usage { what: e.to_string() })?;
-    if migrate.options.tcp_established {
-        return Err(Error::refused("a tree with established connections", "close them before it moves"));
-    }
     let needs = Needs::of_tree(root)?;
     let folder = migrate.options.images_dir.clone();
     let id = dump::run_id();

@@ -5,6 +5,7 @@ use crate::error::{At, Result};
 use crate::gpu::dump::Cuda;
 use crate::guard::{Choice, Guard, List};
 use crate::sys::calls;
+use crate::tasks::release;
 use crate::tracee::{Infected, Stopped};
 
 /// From here on everyone is killed, whatever becomes of us: one store, if there is more than one process or something that
@@ -23,10 +24,9 @@ pub fn decide(infected: &[Infected<'_>], guard: &Guard<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Kills everyone, which was decided.
-pub fn kill(infected: Vec<Infected<'_>>) -> Result<()> {
+/// Kills everyone, which was decided; the root may be the `init` of a pid namespace.
+pub fn kill(infected: Vec<Infected<'_>>, init: bool) -> Result<()> {
     let mut ends = Vec::new();
-    // a namespace's init, the root, does not end before all others were waited for
     for host in infected.iter().rev() {
         ends.extend(host.threads().iter().rev().map(Stopped::tid));
         match calls::kill(host.pid(), libc::SIGKILL) {
@@ -37,6 +37,10 @@ pub fn kill(infected: Vec<Infected<'_>>) -> Result<()> {
     }
     infected.into_iter().for_each(Infected::forget);
     // as their tracer we are told of each thread's end first; the parent hears of the process after that
+    if init {
+        release::wait_for_ends(ends, None);
+        return Ok(());
+    }
     for tid in ends {
         while let Ok(Some((_, status))) = calls::wait_child(tid, libc::__WALL) {
             if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {

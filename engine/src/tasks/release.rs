@@ -1,6 +1,7 @@
 //! The end of a restore: holding everyone by ptrace, taking the executor out, letting go; and waiting for the program.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::time::{Duration, Instant};
 
 use crate::error::{At, Call, Error, Result};
 use crate::sys::ptrace::Stop;
@@ -104,15 +105,42 @@ pub fn still_there(pid: i32) -> Result<()> {
     }
 }
 
+/// Is told the ends of tasks that were killed, in whatever order they come, for as long as `limit`: the last thread of a pid
+/// namespace's init does not end before all others there were waited for, those of its own process that are traced too
+/// (pid_namespaces(7), kernel/pid_namespace.c).
+pub fn wait_for_ends(tids: impl IntoIterator<Item = i32>, limit: Option<Duration>) {
+    let began = Instant::now();
+    let mut left: VecDeque<i32> = tids.into_iter().collect();
+    let mut alive = 0;
+    while let Some(tid) = left.pop_front() {
+        match calls::wait_child(tid, libc::__WALL | libc::WNOHANG) {
+            Ok(Some((_, status))) if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) => alive = 0,
+            Ok(_) => {
+                left.push_back(tid);
+                alive += 1;
+            }
+            // it is none of ours any more
+            Err(_) => alive = 0,
+        }
+        if alive > 0 && alive >= left.len() {
+            if limit.is_some_and(|limit| began.elapsed() > limit) {
+                return;
+            }
+            std::thread::sleep(Duration::from_micros(100));
+            alive = 0;
+        }
+    }
+}
+
 /// Makes a task with a pid that may still be in use: by the dumped tasks, dead and not yet waited for, as process, group or
 /// session. Whoever has to wait for them gets a few seconds for that, as long as no living process has the id.
 pub fn when_reaped(pid: i32, mut make: impl FnMut() -> Result<i32>) -> Result<i32> {
-    const LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
-    let began = std::time::Instant::now();
+    const LIMIT: Duration = Duration::from_secs(5);
+    let began = Instant::now();
     loop {
         match make() {
             Err(e) if e.errno() == libc::EEXIST && began.elapsed() < LIMIT && !lives(pid) => {
-                std::thread::sleep(std::time::Duration::from_millis(2));
+                std::thread::sleep(Duration::from_millis(2));
             }
             other => return other,
         }

@@ -301,6 +301,10 @@ pub const ALL: &[Guest] = &[
     guest("pid_namespace", namespaces::pid_namespace)
         .within(libc::CLONE_NEWPID)
         .criu(Criu::DumpsOnly("CRIU 4.2 gives out ids from the lowest on")),
+    // its last thread ends only when all others were waited for
+    guest("pid_namespace_threads", threads::threads)
+        .within(libc::CLONE_NEWPID)
+        .criu(Criu::DumpsOnly("CRIU 4.2 gives out ids from the lowest on")),
     guest("pipes", pipes::pipes),
     guest("pipes_full", pipes::full),
     guest("pipes_halves", pipes::halves),

@@ -2,6 +2,8 @@
 //!
 //! $STANDSTILL_MIGRATIONS says how many migrations are killed at random moments (10).
 
+mod redis;
+
 use std::collections::HashSet;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -207,8 +209,6 @@ fn what_the_destination_lacks() {
     );
     let moved = migrate(&[], &["-t", &run.pid.to_string(), "--to", "127.0.0.1:1"]);
     assert!(moved.code == Some(1) && moved.text.contains("Connection refused"), "{}", moved.text);
-    let moved = migrate(&[], &["-t", &run.pid.to_string(), "--to", &host.address, "--tcp-established"]);
-    assert!(moved.code == Some(1) && moved.text.contains("established connections"), "{}", moved.text);
     let moved = migrate(&[], &["-t", "999999999", "--to", &host.address]);
     assert!(moved.code == Some(1) && moved.text.contains("no process 999999999"), "{}", moved.text);
     run.check(How::Running);
