@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use standstill_images::store::sealed::Key;
 use standstill_images::Store;
 
 use crate::check::{self, Category, Found};
@@ -57,6 +58,12 @@ impl Dump {
     /// work folder.
     pub fn to_store(mut self, store: Arc<dyn Store>) -> Dump {
         self.options.store = Some(Given(store));
+        self
+    }
+
+    /// Images are sealed with this key: [`standstill_images::store::sealed`].
+    pub fn key(mut self, key: Key) -> Dump {
+        self.options.key = Some(key);
         self
     }
 
@@ -180,6 +187,12 @@ impl Restore {
     /// images are long until the program runs.
     pub fn from_store(store: Arc<dyn Store>) -> Restore {
         Restore { options: Options { store: Some(Given(store)), ..Options::default() } }
+    }
+
+    /// The key that the images were sealed with.
+    pub fn key(mut self, key: Key) -> Restore {
+        self.options.key = Some(key);
+        self
     }
 
     /// Where `stats-restore` and the pidfile go, if not to the images.

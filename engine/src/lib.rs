@@ -71,4 +71,5 @@ pub use api::{Check, Dump, Restore};
 pub use dump::DumpReport;
 pub use error::{Error, Result};
 pub use restore::RestoreReport;
+pub use standstill_images::store::sealed::Key;
 pub use standstill_images::Store;

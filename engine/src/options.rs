@@ -11,6 +11,8 @@ use std::ffi::OsString;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
+use standstill_images::store::sealed::Key;
+
 use crate::progress::Listener;
 use crate::stores::Given;
 
@@ -45,6 +47,8 @@ pub struct Options {
     pub images_dir: PathBuf,
     /// Where images are instead of a folder (library only).
     pub store: Option<Given>,
+    /// Images are sealed with this key (`--key-file`, `--key-fd`).
+    pub key: Option<Key>,
     /// Where logs, pidfile and stats go (`-W`); [`Options::work_dir`] answers with the image folder if this is unset.
     pub work_dir: Option<PathBuf>,
     /// The folder with the checkpoint before this one, relative to the image folder (`--prev-images-dir`).
@@ -261,6 +265,7 @@ impl Default for Options {
             pid: None,
             images_dir: PathBuf::from("."),
             store: None,
+            key: None,
             work_dir: None,
             prev_images_dir: None,
             stream: false,

@@ -13,10 +13,13 @@ use std::fmt;
 use std::sync::Arc;
 
 use standstill_images::store::held::GatheredStore;
+use standstill_images::store::sealed::{self, SealedStore};
 use standstill_images::{FolderStore, Images, Store};
 
 use crate::error::{Call, Error, Result};
-use crate::options::Options;
+use crate::options::{Options, Persona};
+
+pub mod keys;
 
 /// A store among the options.
 #[derive(Clone)]
@@ -32,17 +35,64 @@ impl fmt::Debug for Given {
 pub(crate) fn for_dump(opts: &Options) -> Result<Images> {
     refuse(opts)?;
     match &opts.store {
-        Some(given) => Ok(Images::new(given.0.clone())),
-        None => Ok(Images::new(folder(opts)?)),
+        Some(given) => to_write(opts, given.0.clone()),
+        None => to_write(opts, Arc::new(folder(opts)?)),
     }
+}
+
+/// Seals what is written, if there is a key.
+fn to_write(opts: &Options, store: Arc<dyn Store>) -> Result<Images> {
+    let Some(key) = &opts.key else {
+        // a sealed checkpoint that was there is none any more; as criu, nobody has made one
+        if opts.personality == Persona::Standstill {
+            store.remove(sealed::MANIFEST)?;
+            if let Some(parent) = store.parent()? {
+                refuse_sealed(&*parent)?;
+            }
+        }
+        return Ok(Images::new(store));
+    };
+    keys::refuse(&[
+        (opts.snapshot, "--snapshot", "it reads its own images while it writes others"),
+        (opts.auto_dedup, "--auto-dedup", "nothing can be taken out of what is sealed"),
+        (opts.use_page_server, "--page-server", "pages would be sent as they are"),
+        (opts.lazy_pages, "--lazy-pages", "pages would be sent as they are"),
+        (opts.every.is_some(), "--every", "which of a series is whole is not told without the key"),
+        (opts.display_gpus, "--display-gpus", "it reads the image folder"),
+    ])?;
+    Ok(Images::new(SealedStore::create(store, key.clone())?))
+}
+
+/// Opens what is sealed. All of it is brought into memory, so that whatever was changed is found before anything is made.
+fn to_read(opts: &Options, store: Arc<dyn Store>) -> Result<Images> {
+    let Some(key) = &opts.key else {
+        if opts.personality == Persona::Standstill {
+            refuse_sealed(&*store)?;
+        }
+        return Ok(Images::new(GatheredStore::new(store)));
+    };
+    keys::refuse(&[
+        (opts.lazy_pages, "--lazy-pages", "the daemon reads pages as they are"),
+        (opts.auto_dedup, "--auto-dedup", "nothing can be taken out of what is sealed"),
+        (opts.display_gpus, "--display-gpus", "it reads the image folder"),
+    ])?;
+    let store = SealedStore::open(store, key.clone())?;
+    Ok(Images::new(GatheredStore::all(Arc::new(store))?))
+}
+
+fn refuse_sealed(store: &dyn Store) -> Result<()> {
+    if sealed::is_sealed(store)? {
+        return Err(Error::Usage { what: "it is sealed: give the key with --key-file or --key-fd".into() });
+    }
+    Ok(())
 }
 
 /// Where a restore reads from.
 pub(crate) fn for_restore(opts: &Options) -> Result<Images> {
     refuse(opts)?;
     match &opts.store {
-        Some(given) => Ok(Images::new(GatheredStore::new(given.0.clone()))),
-        None => Ok(Images::new(FolderStore::open(&opts.images_dir)?)),
+        Some(given) => to_read(opts, given.0.clone()),
+        None => to_read(opts, Arc::new(FolderStore::open(&opts.images_dir)?)),
     }
 }
 

@@ -4,11 +4,15 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use standstill_images::explore::{self, View};
 use standstill_images::json::{self, Style};
-use standstill_images::Images;
+use standstill_images::store::sealed::{self, Key, SealedStore};
+use standstill_images::{FolderStore, Images, Store as _};
+
+use crate::stores::keys::{self, KeyError};
 
 /// Show, change and explore images.
 #[derive(Debug, Parser)]
@@ -16,6 +20,9 @@ use standstill_images::Images;
 struct Arguments {
     #[command(subcommand)]
     verb: Verb,
+    /// The key of a sealed checkpoint.
+    #[arg(long, value_name = "FILE", global = true)]
+    key_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -86,6 +93,10 @@ enum What {
 enum Failure {
     #[error(transparent)]
     Image(#[from] standstill_images::Error),
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    #[error("{} is sealed: give the key with --key-file", path.display())]
+    Sealed { path: PathBuf },
     #[error("cannot {operation} {}", path.display())]
     File {
         operation: &'static str,
@@ -106,7 +117,11 @@ pub fn run(arguments: &[OsString]) -> i32 {
             return error.exit_code();
         }
     };
-    match act(&arguments.verb) {
+    let done = match arguments.key_file.as_deref().map(keys::of_file).transpose() {
+        Ok(key) => act(&arguments.verb, key.as_ref()),
+        Err(e) => Err(e.into()),
+    };
+    match done {
         Ok(()) => 0,
         Err(Failure::File { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => 1,
         Err(failure) => {
@@ -123,21 +138,21 @@ pub fn run(arguments: &[OsString]) -> i32 {
     }
 }
 
-fn act(verb: &Verb) -> Result<(), Failure> {
+fn act(verb: &Verb, key: Option<&Key>) -> Result<(), Failure> {
     match verb {
         Verb::Decode { input, output, pretty, nopl } => {
-            decode(input.as_deref(), output.as_deref(), Style { pretty: *pretty, payload: !nopl })
+            decode(input.as_deref(), output.as_deref(), Style { pretty: *pretty, payload: !nopl }, key)
         }
         Verb::Encode { input, output } => {
-            let (name, text) = read(input.as_deref())?;
+            let (name, text) = read(input.as_deref(), None)?;
             write(output.as_deref(), &json::encode_text(&name, &text)?)
         }
         Verb::Info { input } => {
-            let (name, bytes) = read(Some(input))?;
+            let (name, bytes) = read(Some(input), key)?;
             let text = json::to_text(&json::info(&name, &bytes)?, true);
             write(None, format!("{text}\n").as_bytes())
         }
-        Verb::Show { input, nopl } => decode(Some(input), None, Style { pretty: true, payload: !nopl }),
+        Verb::Show { input, nopl } => decode(Some(input), None, Style { pretty: true, payload: !nopl }, key),
         Verb::X { folder, what } => {
             let view = match what {
                 What::Ps => View::Ps,
@@ -145,13 +160,19 @@ fn act(verb: &Verb) -> Result<(), Failure> {
                 What::Mems => View::Mems,
                 What::Rss => View::Rss,
             };
-            write(None, explore::view(&Images::open_folder(folder)?, view)?.as_bytes())
+            let store = FolderStore::open(folder)?;
+            let images = match key {
+                Some(key) => Images::new(SealedStore::open(Arc::new(store), key.clone())?),
+                None if sealed::is_sealed(&store)? => return Err(Failure::Sealed { path: folder.clone() }),
+                None => Images::new(store),
+            };
+            write(None, explore::view(&images, view)?.as_bytes())
         }
     }
 }
 
-fn decode(input: Option<&Path>, output: Option<&Path>, style: Style) -> Result<(), Failure> {
-    let (name, bytes) = read(input)?;
+fn decode(input: Option<&Path>, output: Option<&Path>, style: Style, key: Option<&Key>) -> Result<(), Failure> {
+    let (name, bytes) = read(input, key)?;
     let mut text = json::to_text(&json::decode(&name, &bytes, style)?, style.pretty);
     // As crit: a line on a terminal, the bare value in a file.
     if output.is_none() {
@@ -160,15 +181,22 @@ fn decode(input: Option<&Path>, output: Option<&Path>, style: Style) -> Result<(
     write(output, text.as_bytes())
 }
 
-/// What to call the input in errors, and its content.
-fn read(path: Option<&Path>) -> Result<(String, Vec<u8>), Failure> {
+/// What to call the input in errors, and its content. A sealed image is opened with the others of its folder.
+fn read(path: Option<&Path>, key: Option<&Key>) -> Result<(String, Vec<u8>), Failure> {
     let Some(path) = path else {
         let mut bytes = Vec::new();
         let failed = |source| Failure::File { operation: "read", path: "standard input".into(), source };
         io::stdin().lock().read_to_end(&mut bytes).map_err(failed)?;
         return Ok(("on standard input".to_owned(), bytes));
     };
+    if let Some(key) = key {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let store = SealedStore::open(Arc::new(FolderStore::open(folder)?), key.clone())?;
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        return Ok((path.display().to_string(), store.read(name)?.to_vec()));
+    }
     match fs::read(path) {
+        Ok(bytes) if sealed::looks_sealed(&bytes) => Err(Failure::Sealed { path: path.to_owned() }),
         Ok(bytes) => Ok((path.display().to_string(), bytes)),
         Err(source) => Err(Failure::File { operation: "read", path: path.to_owned(), source }),
     }

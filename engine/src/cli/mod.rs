@@ -77,6 +77,7 @@ fn run(args: &[OsString]) -> i32 {
             Some("x") => return image::run(&args[1..]),
             Some(crate::gpu::guard::VERB) => return crate::gpu::guard::run(&args[2..]),
             Some("demo") => return demo::run(&args[2..]),
+            Some("keygen") => return keygen(&args[2..]),
             Some("migrate") => return migrate::run(&args[2..]),
             Some("receive") => return migrate::run_receive(&args[2..]),
             Some("version") => return stop(Stop::Version, persona),
@@ -96,6 +97,24 @@ fn run(args: &[OsString]) -> i32 {
     match perform(line, program) {
         Ok(code) => code,
         Err(UsageError) => stop(Stop::Usage, persona),
+    }
+}
+
+/// Makes a key for --key-file.
+fn keygen(words: &[OsString]) -> i32 {
+    let [file] = words else {
+        error!("usage: standstill keygen FILE");
+        return 1;
+    };
+    match crate::stores::keys::generate(Path::new(file)) {
+        Ok(()) => {
+            print(&format!("a new key is in {}; who loses it loses the checkpoints sealed with it\n", shown(file)));
+            0
+        }
+        Err(e) => {
+            error!("{}", e.chain());
+            1
+        }
     }
 }
 

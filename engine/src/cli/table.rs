@@ -11,6 +11,7 @@ use crate::options::{
     Persona, PreDumpMode,
 };
 use crate::progress::Listener;
+use crate::stores::keys;
 use std::ffi::OsStr;
 
 /// Where the usage text lists an option.
@@ -399,6 +400,14 @@ pub const TABLE: &[Opt] = &[
     value("keep", "N", |o, v| { o.keep = u32::try_from(positive(o, "keep", v)?).unwrap_or(1); Ok(()) }, Ours,
         "with --every: how many checkpoints are kept (2)"),
     switch("json", |o| &mut o.json, Ours, "print results as JSON"),
+    value("key-file", "FILE", |o, v| {
+        o.key = Some(keys::of_file(&path(v)).map_err(OptionError::Key)?);
+        Ok(())
+    }, Ours, "images are sealed with the key in FILE: 32 bytes or 64 hexadecimal digits"),
+    value("key-fd", "FD", |o, v| {
+        o.key = Some(keys::of_fd(number(o.personality, "key-fd", v)?).map_err(OptionError::Key)?);
+        Ok(())
+    }, Ours, "images are sealed with the key that the descriptor gives"),
 ];
 
 /// The options that are known under a name, with their spellings in the same order.

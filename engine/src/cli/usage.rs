@@ -44,6 +44,7 @@ pub fn short(persona: Persona) -> String {
         ("cpuinfo dump|check -D DIR", "write down this CPU, or compare with it"),
     ];
     if persona == Persona::Standstill {
+        lines.push(("keygen FILE", "make a key for --key-file"));
         lines.push(("untrack -t PID", "end what pre-dump left running: the tracking of memory"));
         lines.push(("image VERB ...", "look into images"));
         lines.push(("demo", "see it work, on a program of its own"));

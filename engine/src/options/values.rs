@@ -362,6 +362,8 @@ pub enum OptionError {
     UnixSocketInode(String),
     #[error("Unable to parse a value of --status-fd")]
     StatusFd,
+    #[error(transparent)]
+    Key(crate::stores::keys::KeyError),
     #[error("--{option} is not supported: {reason}")]
     Unsupported { option: &'static str, reason: &'static str },
 }

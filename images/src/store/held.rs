@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
@@ -27,6 +28,8 @@ const SMALL: usize = 64 << 10;
 const PIECE: usize = 4 << 20;
 /// How many threads bring one large image. What they wait for is mostly another host.
 const THREADS: u64 = 4;
+/// How many images are brought at a time.
+const SIDE_BY_SIDE: usize = 8;
 
 /// Images in memory, the large ones as files. A copy of the store is the same store.
 #[derive(Debug, Clone, Default)]
@@ -84,6 +87,17 @@ impl HeldStore {
         self.with(|images| images.insert(name.to_owned(), held));
     }
 
+    /// Brings an image from elsewhere, as a file only if it is large.
+    fn bring_whole(&self, name: &str, from: &dyn ReadAt) -> Result<()> {
+        if from.len() > SMALL as u64 {
+            return self.bring(name, from);
+        }
+        let mut bytes = vec![0; usize::try_from(from.len()).unwrap_or(SMALL)];
+        from.read_exact_at(&mut bytes, 0).map_err(|source| super::sealed::failed(name, source))?;
+        self.put(name, Held::Small(bytes.into()));
+        Ok(())
+    }
+
     /// Brings an image from elsewhere.
     fn bring(&self, name: &str, from: &dyn ReadAt) -> Result<()> {
         let (file, size) = (memory_file().map_err(failed(name, "hold"))?, from.len());
@@ -106,7 +120,7 @@ impl HeldStore {
             let theirs = others.into_iter().map(|t| t.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())));
             theirs.fold(mine, io::Result::and)
         });
-        done.map_err(failed(name, "read"))?;
+        done.map_err(|source| super::sealed::failed(name, source))?;
         self.put(name, Held::Large(Whole::seal(file, size).map_err(failed(name, "hold"))?));
         Ok(())
     }
@@ -237,18 +251,50 @@ impl ReadAt for Arc<Whole> {
 pub struct GatheredStore {
     from: Arc<dyn Store>,
     held: HeldStore,
+    below: Option<Arc<Self>>,
 }
 
 impl GatheredStore {
     /// The images of another store.
     #[must_use]
     pub fn new(from: Arc<dyn Store>) -> Self {
-        Self { from, held: HeldStore::new() }
+        Self { from, held: HeldStore::new(), below: None }
+    }
+
+    /// The images of another store and of those that it builds on, all of which are brought now, several at a time: what
+    /// is wrong with any of them, the store behind says now and not later.
+    ///
+    /// # Errors
+    /// If one of them does not come.
+    pub fn all(from: Arc<dyn Store>) -> Result<Self> {
+        let below = match from.parent()? {
+            Some(parent) => Some(Arc::new(Self::all(parent)?)),
+            None => None,
+        };
+        let this = Self { below, ..Self::new(from) };
+        let (names, next) = (this.from.list()?, AtomicUsize::new(0));
+        let bring = || -> Result<()> {
+            while let Some(name) = names.get(next.fetch_add(1, Ordering::Relaxed)) {
+                this.held.bring_whole(name, &*this.from.open(name)?)?;
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let others: Vec<_> = (1..names.len().min(SIDE_BY_SIDE)).map(|_| scope.spawn(bring)).collect();
+            let mine = bring();
+            let gone = || Error::Io { image: "images".into(), operation: "read", source: io::ErrorKind::Other.into() };
+            let theirs = others.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(gone())));
+            theirs.fold(mine, Result::and)
+        })?;
+        Ok(this)
     }
 }
 
 impl Store for GatheredStore {
     fn read(&self, name: &str) -> Result<Bytes> {
+        if self.held.exists(name)? {
+            return self.held.read(name);
+        }
         self.from.read(name)
     }
 
@@ -283,6 +329,9 @@ impl Store for GatheredStore {
     }
 
     fn parent(&self) -> Result<Option<Arc<dyn Store>>> {
+        if let Some(below) = &self.below {
+            return Ok(Some(below.clone()));
+        }
         Ok(self.from.parent()?.map(|parent| -> Arc<dyn Store> { Arc::new(Self::new(parent)) }))
     }
 
@@ -339,6 +388,27 @@ mod tests {
             is_file_with(&*store.open(name).unwrap(), &content(size));
         }
         assert!(store.open("none").err().is_some_and(|e| e.is_missing()));
+    }
+
+    #[test]
+    fn all_at_once_and_what_is_below() {
+        let below = MemoryStore::new();
+        below.insert("below", content(2 * PIECE)).unwrap();
+        let memory = MemoryStore::new().on(below.clone());
+        let sizes = [0, 1, SMALL, SMALL + 1, PIECE, 2 * PIECE + 9];
+        for (n, size) in sizes.into_iter().enumerate() {
+            memory.insert(&n.to_string(), content(size)).unwrap();
+        }
+        let store = GatheredStore::all(Arc::new(memory.clone())).unwrap();
+        for name in memory.list().unwrap() {
+            memory.insert(&name, b"changed".as_slice()).unwrap();
+        }
+        below.insert("below", b"changed".as_slice()).unwrap();
+        for (n, size) in sizes.into_iter().enumerate() {
+            assert!(store.read(&n.to_string()).unwrap() == content(size));
+            is_file_with(&*store.open(&n.to_string()).unwrap(), &content(size));
+        }
+        assert!(store.parent().unwrap().unwrap().read("below").unwrap() == content(2 * PIECE));
     }
 
     /// An image that ends early.

@@ -334,6 +334,12 @@ pub fn is_sealed(store: &dyn Store) -> Result<bool> {
     store.exists(MANIFEST)
 }
 
+/// Whether these are the bytes of a sealed image.
+#[must_use]
+pub fn looks_sealed(bytes: &[u8]) -> bool {
+    bytes.starts_with(MAGIC)
+}
+
 /// Reads the head of an image; `expected` are the identity and the salt that it must have.
 fn open_head(
     image: &dyn ReadAt,
@@ -363,7 +369,7 @@ fn open_head(
 }
 
 /// An error of reading: what is wrong with a chunk is said as such.
-fn failed(name: &str, source: io::Error) -> Error {
+pub(super) fn failed(name: &str, source: io::Error) -> Error {
     match source.get_ref().and_then(|inner| inner.downcast_ref::<SealFault>()) {
         Some(fault) => sealed(name, *fault),
         None => Error::Io { image: name.to_owned(), operation: "read", source },
