@@ -137,7 +137,7 @@ pub fn run_with(opts: &Options, stages: &Stages<'_>) -> Result<DumpReport> {
     with_own_thread(|| {
         for n in 0.. {
             match dump(opts, stages, root, &images, n == 0) {
-                Err(e) if matches!(e.cause(), Error::Moving { .. }) && n < MOST_TRIES => {
+                Err(e) if matches!(e.cause(), Error::Moving { .. }) && n < MOST_TRIES && opts.has_folder() => {
                     tracing::info!("{e}: once more, with all read in the freeze");
                 }
                 result => return result,
