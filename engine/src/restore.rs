@@ -32,9 +32,9 @@ use crate::plan::arena::{Arena, Slot};
 use crate::plan::{Arg, Plan};
 use crate::proc;
 use crate::progress::Verb;
-use crate::sockets::inet;
 use crate::sockets::netlock::Lifted;
 use crate::sockets::tcp::Reconnected;
+use crate::sockets::{inet, unix};
 use crate::stages::{Stage, Stages};
 use crate::stats::Phases;
 use crate::stores;
@@ -272,7 +272,7 @@ fn build<'r>(
     }
     let mut draft = read_tables(images, tree)?;
     let count = tree.nodes.len() + tree.alive().map(|(_, _, a)| a.threads.len()).sum::<usize>();
-    let len = arena_size(tree, &draft.tables, files.locks.len(), io_uring::room(files), count);
+    let len = arena_size(tree, &draft.tables, files.locks.len(), io_uring::room(files), count) + unix::room(files);
     let start = free_address(tree, Arena::span(len))?;
     let mut arena = Arena::new(Arena::base_in(start), len, robust)?;
     let mut slots: Vec<Slot> = Vec::with_capacity(tree.nodes.len());
@@ -354,6 +354,19 @@ fn build<'r>(
     phases.mark("birth");
 
     sysv::prepare(files)?;
+    let own_root = unix::Root {
+        pid: root,
+        host: pid,
+        status: &birth.status,
+        in_namespace: own.has(namespaces::Kind::Pid),
+        run: Box::new(|plan, fds, answer| {
+            arena.load(slots[0], root, plan)?;
+            send(&ours, fds, &alive)?;
+            arena.finish(slots[0], STAGE_LIMIT, alive).task(root)?;
+            Ok(arena.answer(slots[0], answer))
+        }),
+    };
+    unix::make_with(files, Some(own_root))?;
     let mut transfer = open_files(opts, tree, files, &mut draft)?;
     for master in std::mem::take(&mut files.ttys.orphan_masters) {
         stages.orphan_master(master.as_fd())?;

@@ -28,6 +28,7 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[
     ("files", "tfd.vsec", "timers went on"),
     ("files", "tfd.vnsec", "timers went on"),
     ("files", "tfd.ticks", "timers went on"),
+    ("files", "standstill_peer.pid", "the id of one that is gone may be somebody else's by now"),
     ("ids", "time_ns_id", "a plain restore enters a time namespace of its own, so that clocks go on"),
     ("ids", "cgroup_ns_id", "numbers of namespaces: that of time comes before it"),
     ("ipcns-shm", "standstill_changed", "it was made again"),

@@ -213,6 +213,8 @@ guests! {
     unix_options
     unix_pairs
     unix_path_only
+    unix_peercred
+    unix_peercred_within
     unix_rights
     unix_waiting
     waits

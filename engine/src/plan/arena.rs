@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use standstill_restorer::plan::{self as shared, Control};
 
-use super::Plan;
+use super::{Data, Plan};
 use crate::error::{At, Call, Error, Result};
 use crate::sys::futex::{self, RobustList};
 use crate::sys::memory::Shared;
@@ -37,7 +37,7 @@ pub struct Arena<'r> {
     code: usize,
     next: usize,
     len: usize,
-    runs: Vec<(Slot, i32, Plan)>,
+    runs: Vec<(Slot, i32, Plan, [usize; 2])>,
     expected: [u32; shared::STAGES],
     robust: &'r RobustList,
 }
@@ -165,7 +165,7 @@ impl<'r> Arena<'r> {
         write_control(&self.memory, slot.control, &control);
         futex::wake(&self.memory.at::<Control>(slot.control).turn);
         self.runs.retain(|(s, ..)| *s != slot);
-        self.runs.push((slot, pid, plan));
+        self.runs.push((slot, pid, plan, [at_data, at_results]));
         Ok(())
     }
 
@@ -212,6 +212,24 @@ impl<'r> Arena<'r> {
         }
     }
 
+    /// What lies in the data of the plan that a slot has run.
+    pub fn answer(&self, slot: Slot, data: Data) -> Vec<u8> {
+        let mut bytes = vec![0; data.len];
+        if let Some((.., [at, _])) = self.runs.iter().find(|(s, ..)| *s == slot) {
+            self.memory.read(at + usize::try_from(data.offset).unwrap_or(usize::MAX), &mut bytes);
+        }
+        bytes
+    }
+
+    /// What an operation of the plan that a slot has run came to.
+    pub fn result(&self, slot: Slot, of: super::At) -> i64 {
+        let mut word = [0; 8];
+        if let Some((.., [_, at])) = self.runs.iter().find(|(s, ..)| *s == slot) {
+            self.memory.read(at + 8 * of.0 as usize, &mut word);
+        }
+        i64::from_ne_bytes(word)
+    }
+
     /// Says how many will come to a stage.
     pub fn expect(&mut self, stage: usize, count: u32) {
         self.expected[stage] = count;
@@ -255,7 +273,7 @@ impl<'r> Arena<'r> {
 
     /// The first failure of a plan, with its task.
     fn failure(&self) -> Result<()> {
-        for (slot, pid, plan) in &self.runs {
+        for (slot, pid, plan, _) in &self.runs {
             let control: &Control = self.memory.at(slot.control);
             let failed = control.failed.load(Ordering::Acquire);
             let result = control.failure.load(Ordering::Relaxed) as i64;
@@ -274,7 +292,7 @@ impl<'r> Arena<'r> {
     pub fn describe(&self) -> String {
         use std::fmt::Write;
         let mut text = String::new();
-        for (_, pid, plan) in &self.runs {
+        for (_, pid, plan, _) in &self.runs {
             let _ = writeln!(text, "task {pid}\n{plan}");
         }
         text

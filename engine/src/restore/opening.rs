@@ -210,7 +210,7 @@ pub(super) fn open_late(files: &mut RestoreFiles<'_>, late: &HashMap<u32, OwnedF
 }
 
 /// Sends descriptors in messages of at most 64.
-pub(super) fn send(socket: &OwnedFd, list: &[OwnedFd], alive: &impl Fn() -> Result<()>) -> Result<()> {
+pub(super) fn send(socket: &OwnedFd, list: &[impl AsFd], alive: &impl Fn() -> Result<()>) -> Result<()> {
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
     for part in list.chunks(64) {
         let borrowed: Vec<BorrowedFd<'_>> = part.iter().map(AsFd::as_fd).collect();

@@ -11,8 +11,10 @@
 //! Queues are looked at when all descriptors are known ([`finish`]): what is in flight may be a file that a task has, or a
 //! socket whose queue has files in turn.
 //!
-//! Not kept: credentials of the peer (SO_PEERCRED says the engine), options without a field ([`options`]), a pending error
-//! (SO_ERROR), and that a socket outside the tree waits to be accepted. Refused: in flight, what can only be opened when a
+//! Who the peer is, as SO_PEERCRED says it: [`peer`].
+//!
+//! Not kept: options without a field ([`options`]), a pending error (SO_ERROR), and that a socket outside the tree waits to be
+//! accepted. Refused: in flight, what can only be opened when a
 //! task of the tree is there (its pidfd, a file below /proc/PID).
 //!
 //! Man pages: unix(7), sock_diag(7).
@@ -36,9 +38,11 @@ use crate::sys::{calls, mount};
 
 mod connect;
 mod name;
+mod peer;
 mod restore;
 
-pub use restore::{make, open, Restored};
+pub use peer::{room, Root};
+pub use restore::{make, make_with, open, Restored};
 
 /// `uflags`: the peer of one of ours, outside the tree.
 pub const EXTERN: u32 = 1;
@@ -149,6 +153,8 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
         ns_id: Some(cx.net_ns),
         mnt_id: None,
         standstill_moved: None,
+        standstill_peer: peer::dump(d.copy.as_fd(), cx)?,
+        standstill_connector: None,
     };
     if let UnixAddress::Path(path) = socket.address() {
         bound_file(d, &socket, path, &mut entry, cx)?;
@@ -159,6 +165,7 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
         entry.state = CLOSE;
         entry.peer = 0;
         entry.uflags = SERVICE;
+        entry.standstill_peer = None;
     } else if state == LISTEN {
         pending(&socket, cx)?;
     } else if queue::is_readable(d.copy.as_fd())? {
@@ -166,6 +173,9 @@ pub fn dump(d: &Descriptor, id: u32, cx: &mut DumpFiles<'_>) -> Result<FileEntry
     }
     if entry.peer == 0 && !to_us && state == ESTABLISHED && kind != SocketType::DGRAM {
         entry.peer = other_end(&socket, cx)?;
+        if entry.peer != 0 && !d.in_flight() {
+            entry.standstill_connector = Some(peer::of_task(d.pid, cx)?);
+        }
     }
     cx.unix.ours.insert(ino, Ours { id, kind });
     Ok(FileEntry { id, r#type: FdTypes::Unixsk.into(), usk: Some(entry), ..FileEntry::default() })

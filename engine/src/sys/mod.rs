@@ -2,6 +2,7 @@
 //! invariant that makes it sound.
 #![allow(unsafe_code)]
 
+pub mod alias;
 pub mod calls;
 pub mod cgroupfs;
 pub mod cpu;

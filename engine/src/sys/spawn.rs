@@ -57,20 +57,21 @@ pub fn memfd(name: &std::ffi::CStr, flags: u32) -> Result<OwnedFd> {
     }
 }
 
+/// struct clone_args (clone3(2)).
 #[repr(C)]
 #[derive(Default)]
-struct CloneArgs {
-    flags: u64,
-    pidfd: u64,
-    child_tid: u64,
-    parent_tid: u64,
-    exit_signal: u64,
-    stack: u64,
-    stack_size: u64,
-    tls: u64,
-    set_tid: u64,
-    set_tid_size: u64,
-    cgroup: u64,
+pub(super) struct CloneArgs {
+    pub(super) flags: u64,
+    pub(super) pidfd: u64,
+    pub(super) child_tid: u64,
+    pub(super) parent_tid: u64,
+    pub(super) exit_signal: u64,
+    pub(super) stack: u64,
+    pub(super) stack_size: u64,
+    pub(super) tls: u64,
+    pub(super) set_tid: u64,
+    pub(super) set_tid_size: u64,
+    pub(super) cgroup: u64,
 }
 
 /// What the child needs, in memory that it shares with us until it execs.
@@ -167,7 +168,7 @@ impl Prepared {
 }
 
 /// With all signals of this thread blocked, so that no handler of the program runs in a child that has our memory.
-fn unsignalled<T>(run: impl FnOnce() -> T) -> T {
+pub(super) fn unsignalled<T>(run: impl FnOnce() -> T) -> T {
     let all = !0u64;
     let mut before = 0u64;
     // SAFETY: two words that live across the call.
@@ -329,12 +330,13 @@ impl Drop for Kept {
 }
 
 /// CLONE_CLEAR_SIGHAND: all actions are the default.
-const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
+pub(super) const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
 
 /// What a child of [`clone_child`] runs.
-type Entry = unsafe extern "C" fn(*mut libc::c_void) -> !;
+pub(super) type Entry = unsafe extern "C" fn(*mut libc::c_void) -> !;
 
-unsafe fn clone_child(args: &CloneArgs, with: *mut libc::c_void, entry: Entry) -> i64 {
+/// clone3(2), whose child runs `entry`.
+pub(super) unsafe fn clone_child(args: &CloneArgs, with: *mut libc::c_void, entry: Entry) -> i64 {
     let r: i64;
     // SAFETY: the child starts on its own stack and never comes back into this function.
     unsafe {
@@ -359,7 +361,8 @@ unsafe fn clone_child(args: &CloneArgs, with: *mut libc::c_void, entry: Entry) -
     r
 }
 
-unsafe fn raw(nr: i64, a: [usize; 5]) -> i64 {
+/// A system call that touches no errno.
+pub(super) unsafe fn raw(nr: i64, a: [usize; 5]) -> i64 {
     let r: i64;
     // SAFETY: the caller's arguments are those of the system call.
     unsafe {

@@ -86,6 +86,19 @@ fn whole(half: &[u32], what: &str) -> Result<u64> {
     }
 }
 
+fn capset(eff: u64, prm: u64, inh: u64, plan: &mut Plan) {
+    const VERSION_3: u32 = 0x2008_0522;
+    let header = plan.words(&[u64::from(VERSION_3)]);
+    let words = [eff as u32, prm as u32, inh as u32, (eff >> 32) as u32, (prm >> 32) as u32, (inh >> 32) as u32];
+    let data = plan.bytes(&words.map(u32::to_le_bytes).concat());
+    plan.call("capabilities", libc::SYS_capset, &[header.into(), data.into()]);
+}
+
+/// What `now` may have takes effect again, in a task whose effective user was changed.
+pub fn take_permitted(now: &Status, plan: &mut Plan) {
+    capset(now.cap_permitted, now.cap_permitted, now.cap_inheritable, plan);
+}
+
 /// Adds to `plan` what turns the credentials `now` (those of the engine, which its tasks are born with) into the image's.
 pub fn restore(e: &CredsEntry, now: &Status, plan: &mut Plan) -> Result<()> {
     let label = "credentials";
@@ -125,11 +138,7 @@ pub fn restore(e: &CredsEntry, now: &Status, plan: &mut Plan) -> Result<()> {
     }
     let eff_now = if ids_change { !0 } else { now.cap_effective };
     if ids_change || (inh, prm, eff) != (now.cap_inheritable, now.cap_permitted, eff_now) {
-        const VERSION_3: u32 = 0x2008_0522;
-        let header = plan.words(&[u64::from(VERSION_3)]);
-        let words = [eff as u32, prm as u32, inh as u32, (eff >> 32) as u32, (prm >> 32) as u32, (inh >> 32) as u32];
-        let data = plan.bytes(&words.map(u32::to_le_bytes).concat());
-        plan.call("capabilities", libc::SYS_capset, &[header.into(), data.into()]);
+        capset(eff, prm, inh, plan);
     }
     for cap in (0..CAPS).filter(|c| amb >> c & 1 == 1) {
         let args = [PR_CAP_AMBIENT.into(), PR_CAP_AMBIENT_RAISE.into(), cap.into(), 0.into(), 0.into()];

@@ -35,6 +35,7 @@ mod network_namespace;
 mod outside;
 mod packed;
 mod packet;
+mod peercred;
 mod personality;
 mod pidfd;
 mod pipes;
@@ -416,6 +417,10 @@ pub const ALL: &[Guest] = &[
     guest("unix_options", unix::options).criu(Criu::Cannot("CRIU 4.2 keeps a few of these options")),
     guest("unix_pairs", unix::pairs),
     guest("unix_path_only", unix::path_only).criu(Criu::Cannot("CRIU 4.2 takes the path of a socket for the socket")),
+    guest("unix_peercred", peercred::peers).criu(Criu::Cannot("CRIU 4.2 does not know who peers are")),
+    guest("unix_peercred_within", peercred::peers)
+        .criu(Criu::Cannot("CRIU 4.2 does not know who peers are"))
+        .within(libc::CLONE_NEWUSER | libc::CLONE_NEWPID | libc::CLONE_NEWNET),
     guest("unix_rights", unix::rights).criu(Criu::DumpsOnly("CRIU 4.2 cannot arm a timer in flight")),
     guest("unix_waiting", unix::waiting),
     guest("waits", waits::waits).changes("its threads end one by one").dumps(4).criu(Criu::RestoresOnly(EINTR)),

@@ -3,7 +3,7 @@
 use super::pipes::{read, write};
 use super::support::*;
 
-fn pair(kind: i32) -> (i32, i32) {
+pub(super) fn pair(kind: i32) -> (i32, i32) {
     let mut fds = [0; 2];
     unsafe { sys(libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr())) };
     (fds[0], fds[1])
@@ -91,18 +91,22 @@ fn address(path: &str) -> (libc::sockaddr_un, u32) {
     (a, (2 + path.len() + usize::from(!path.starts_with('\0'))) as u32)
 }
 
-fn bound(kind: i32, path: &str) -> i32 {
+pub(super) fn bound(kind: i32, path: &str) -> i32 {
     let fd = unsafe { sys(libc::socket(libc::AF_UNIX, kind, 0)) };
     let (a, size) = address(path);
     unsafe { sys(libc::bind(fd, (&raw const a).cast(), size)) };
     fd
 }
 
-fn connected(kind: i32, path: &str) -> i32 {
+pub(super) fn connected(kind: i32, path: &str) -> i32 {
     let fd = unsafe { sys(libc::socket(libc::AF_UNIX, kind, 0)) };
     let (a, size) = address(path);
     unsafe { sys(libc::connect(fd, (&raw const a).cast(), size)) };
     fd
+}
+
+pub(super) fn accept(listener: i32) -> i32 {
+    unsafe { sys(libc::accept(listener, std::ptr::null_mut(), std::ptr::null_mut())) }
 }
 
 /// Listening, by a name in the file system and by one that is not, and a connection that one of them took.
@@ -211,7 +215,7 @@ pub(super) fn waiting() {
 }
 
 /// Sends descriptors with a text.
-fn send(fd: i32, text: &[u8], rights: &[i32]) {
+pub(super) fn send(fd: i32, text: &[u8], rights: &[i32]) {
     let mut control = [0u64; 16];
     let mut part = libc::iovec { iov_base: text.as_ptr().cast_mut().cast(), iov_len: text.len() };
     unsafe {
@@ -228,7 +232,7 @@ fn send(fd: i32, text: &[u8], rights: &[i32]) {
 }
 
 /// Receives a text and descriptors.
-fn receive(fd: i32) -> (Vec<u8>, Vec<i32>) {
+pub(super) fn receive(fd: i32) -> (Vec<u8>, Vec<i32>) {
     let (mut text, mut control) = ([0u8; 64], [0u64; 16]);
     let mut part = libc::iovec { iov_base: text.as_mut_ptr().cast(), iov_len: text.len() };
     unsafe {

@@ -8,11 +8,12 @@ use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
-use standstill_images::proto::UnixSkEntry;
+use standstill_images::proto::{StandstillCredentialsEntry, UnixSkEntry};
 
 use super::super::queue::{self, Stored};
 use super::super::{options, shutdown_how, CLOSE, ESTABLISHED, LISTEN};
 use super::name::{self, Name};
+use super::peer::{Makers, Root};
 use super::{connect, kind_of, CALLBACK, EXTERN, SERVICE};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{set_status_flags, RestoreFiles};
@@ -34,11 +35,17 @@ pub fn open(e: &UnixSkEntry, cx: &mut RestoreFiles<'_>) -> Result<OwnedFd> {
 
 /// Makes all of them, if they are not there yet: with them come the files that they are bound to.
 pub fn make(cx: &mut RestoreFiles<'_>) -> Result<()> {
+    make_with(cx, None)
+}
+
+/// The same, when the first task of the tree is there.
+pub fn make_with(cx: &mut RestoreFiles<'_>, root: Option<Root<'_>>) -> Result<()> {
     if cx.unix.made {
         return Ok(());
     }
     cx.unix.made = true;
-    All::read(cx)?.make(cx)
+    let mut makers = Makers::new(root, &cx.users)?;
+    All::read(cx)?.make(cx, &mut makers)
 }
 
 /// What one socket is to the others.
@@ -72,6 +79,8 @@ struct All {
     ghosts: HashMap<usize, OwnedFd>,
     /// Sockets that listen for a moment.
     listening: Vec<(UnixSkEntry, OwnedFd, Option<OwnedFd>)>,
+    /// Who those that listen tell others that they are now, if that is not what they are to say in the end.
+    said: HashMap<usize, StandstillCredentialsEntry>,
 }
 
 fn kind(e: &UnixSkEntry) -> Result<SocketType> {
@@ -110,6 +119,7 @@ impl All {
             nodes: HashMap::new(),
             ghosts: HashMap::new(),
             listening: Vec::new(),
+            said: HashMap::new(),
         };
         let mut by_ino = HashMap::new();
         for (n, e) in all.sockets.iter().enumerate() {
@@ -187,23 +197,27 @@ impl All {
     }
 
     /// Makes all of them.
-    fn make(&mut self, cx: &mut RestoreFiles<'_>) -> Result<()> {
+    fn make(&mut self, cx: &mut RestoreFiles<'_>, makers: &mut Makers<'_>) -> Result<()> {
         let all = 0..self.sockets.len();
         // a name whose file is gone before the one whose file stays
         let mut first: Vec<usize> = all.clone().collect();
         first.sort_by_key(|&n| self.sockets[n].deleted != Some(true));
         for n in first {
-            self.single(n, cx).at(self.place(n))?;
+            self.single(n, cx, makers).at(self.place(n))?;
         }
         for n in all.clone() {
-            self.connected(n, cx).at(self.place(n))?;
+            self.connected(n, cx, makers).at(self.place(n))?;
         }
         self.listening.clear();
         for n in all.clone() {
             self.pair_queue(n, cx).at(self.place(n))?;
         }
         self.datagrams(cx)?;
-        self.late(cx)?;
+        self.late(cx, makers)?;
+        for &n in self.said.keys() {
+            let e = &self.sockets[n];
+            makers.listen(self.fd(n, cx)?, backlog(e), e.standstill_peer.as_ref()).at(self.place(n))?;
+        }
         self.ghosts.clear();
         for n in all {
             self.last(n, cx).at(self.place(n))?;
@@ -225,7 +239,7 @@ impl All {
     }
 
     /// Those that need no other end to be made.
-    fn single(&mut self, n: usize, cx: &mut RestoreFiles<'_>) -> Result<()> {
+    fn single(&mut self, n: usize, cx: &mut RestoreFiles<'_>, makers: &mut Makers<'_>) -> Result<()> {
         let e = &self.sockets[n];
         let fd = match self.roles[n] {
             Role::Given(fd) => {
@@ -238,7 +252,7 @@ impl All {
                 if is_dgram(e) && self.queues.contains_key(&e.id) && self.sender(n).is_none() =>
             {
                 // its messages come from another end; without a peer of its own, others can connect to it
-                let (fd, ghost) = pair(e, cx)?;
+                let (fd, ghost) = pair(e, cx, makers)?;
                 rustix::net::connect_unspec(&fd).call("connect(AF_UNSPEC)")?;
                 self.ghosts.insert(n, ghost);
                 fd
@@ -250,7 +264,7 @@ impl All {
                 self.nodes.insert(n, node);
             }
             if e.state == LISTEN {
-                rustix::net::listen(&fd, i32::try_from(e.backlog).unwrap_or(i32::MAX)).call("listen")?;
+                makers.listen(fd.as_fd(), backlog(e), e.standstill_peer.as_ref())?;
             }
         }
         self.keep(n, fd, cx);
@@ -258,27 +272,27 @@ impl All {
     }
 
     /// Pairs, and those whose other end is gone.
-    fn connected(&mut self, n: usize, cx: &mut RestoreFiles<'_>) -> Result<()> {
+    fn connected(&mut self, n: usize, cx: &mut RestoreFiles<'_>, makers: &mut Makers<'_>) -> Result<()> {
         match self.roles[n] {
             Role::Pair(other) if other > n => {
                 let (a, b) = (self.sockets[n].clone(), self.sockets[other].clone());
                 let (fd, peer) = if is_dgram(&a) {
-                    let (fd, peer) = pair(&a, cx)?;
+                    let (fd, peer) = pair(&a, cx, makers)?;
                     name::bind(fd.as_fd(), &a, cx)?;
                     name::bind(peer.as_fd(), &b, cx)?;
                     (fd, peer)
                 } else if self.listener(&b).is_some() && self.listener(&a).is_none() || a.name.is_empty() {
-                    let (peer, fd) = self.accepted(&b, Some(&a), cx)?;
+                    let (peer, fd) = self.accepted(&b, Some(&a), cx, makers)?;
                     (fd, peer)
                 } else {
-                    self.accepted(&a, Some(&b), cx)?
+                    self.accepted(&a, Some(&b), cx, makers)?
                 };
                 self.keep(n, fd, cx);
                 self.keep(other, peer, cx);
             }
             Role::Severed => {
                 let e = self.sockets[n].clone();
-                let (fd, ghost) = self.accepted(&e, None, cx)?;
+                let (fd, ghost) = self.accepted(&e, None, cx, makers)?;
                 if e.uflags & SERVICE != 0 {
                     let answer = crate::rpc::wire::encode(crate::rpc::answer::dumped_and_restored());
                     rustix::net::send(&ghost, &answer, rustix::net::SendFlags::NOSIGNAL).call("send")?;
@@ -298,22 +312,38 @@ impl All {
         self.sockets.iter().zip(&self.roles).position(listens)
     }
 
+    /// Has one that listens tell who connects next that it is whom `client` was told of.
+    fn say(&mut self, n: usize, client: &UnixSkEntry, cx: &RestoreFiles<'_>, makers: &mut Makers<'_>) -> Result<()> {
+        let (e, Some(wanted)) = (&self.sockets[n], &client.standstill_peer) else { return Ok(()) };
+        if self.said.get(&n).or(e.standstill_peer.as_ref()) != Some(wanted) {
+            makers.listen(self.fd(n, cx)?, backlog(e), Some(wanted))?;
+            self.said.insert(n, wanted.clone());
+        }
+        Ok(())
+    }
+
     /// Two connected sockets, the first with the name of `e` as one that was accepted has it, the second bound as `other`.
     fn accepted(
         &mut self,
         e: &UnixSkEntry,
         other: Option<&UnixSkEntry>,
         cx: &RestoreFiles<'_>,
+        makers: &mut Makers<'_>,
     ) -> Result<(OwnedFd, OwnedFd)> {
         if e.name.is_empty() {
-            return pair(e, cx);
+            return pair(e, cx, makers);
         }
         let from = socket(e, cx)?;
         if let Some(other) = other {
             name::bind(from.as_fd(), other, cx)?;
         }
         let (listening, node) = match self.listener(e) {
-            Some(n) => (self.fd(n, cx)?, self.nodes.get(&n)),
+            Some(n) => {
+                if let Some(other) = other {
+                    self.say(n, other, cx, makers)?;
+                }
+                (self.fd(n, cx)?, self.nodes.get(&n))
+            }
             None => {
                 let at = match self.listening.iter().position(|(there, ..)| same_name(there, e)) {
                     Some(at) => at,
@@ -326,10 +356,13 @@ impl All {
                     }
                 };
                 let (_, fd, node) = &self.listening[at];
+                if let Some(who) = other.and_then(|other| other.standstill_peer.as_ref()) {
+                    makers.listen(fd.as_fd(), 1, Some(who))?;
+                }
                 (fd.as_fd(), node.as_ref())
             }
         };
-        name::connect(from.as_fd(), e, node.map(AsFd::as_fd))?;
+        makers.connect(from.as_fd(), e, node.map(AsFd::as_fd), e.standstill_peer.as_ref())?;
         let to = rustix::net::accept_with(listening, SocketFlags::CLOEXEC).call("accept4")?;
         Ok((to, from))
     }
@@ -378,7 +411,7 @@ impl All {
     }
 
     /// Connections that were not accepted yet, in the order in which their sockets were made.
-    fn late(&mut self, cx: &mut RestoreFiles<'_>) -> Result<()> {
+    fn late(&mut self, cx: &mut RestoreFiles<'_>, makers: &mut Makers<'_>) -> Result<()> {
         let mut waiting: Vec<(usize, usize)> = self
             .roles
             .iter()
@@ -387,8 +420,11 @@ impl All {
             .collect();
         waiting.sort_by_key(|&(n, _)| self.sockets[n].ino);
         for (n, at) in waiting {
+            let client = self.sockets[n].clone();
+            self.say(at, &client, cx, makers).at(self.place(at))?;
             let node = self.nodes.get(&at).map(AsFd::as_fd);
-            name::connect(self.fd(n, cx)?, &self.sockets[at], node).at(self.place(n))?;
+            let who = client.standstill_connector.as_ref();
+            makers.connect(self.fd(n, cx)?, &self.sockets[at], node, who).at(self.place(n))?;
         }
         Ok(())
     }
@@ -439,8 +475,16 @@ fn socket(e: &UnixSkEntry, cx: &RestoreFiles<'_>) -> Result<OwnedFd> {
     rustix::net::socket_with(AddressFamily::UNIX, kind(e)?, flags, None).call("socket")
 }
 
-fn pair(e: &UnixSkEntry, cx: &RestoreFiles<'_>) -> Result<(OwnedFd, OwnedFd)> {
+fn pair(e: &UnixSkEntry, cx: &RestoreFiles<'_>, makers: &mut Makers<'_>) -> Result<(OwnedFd, OwnedFd)> {
     let _inside = cx.network(e.ns_id)?;
+    if let Some(who) = &e.standstill_peer {
+        let of_root = !cx.networks.are_many() || e.ns_id.is_none_or(|id| id == cx.net_ns);
+        return makers.pair(kind(e)?, who, of_root);
+    }
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     rustix::net::socketpair(AddressFamily::UNIX, kind(e)?, flags, None).call("socketpair")
+}
+
+fn backlog(e: &UnixSkEntry) -> i32 {
+    i32::try_from(e.backlog).unwrap_or(i32::MAX)
 }
