@@ -19,6 +19,7 @@ use standstill_images::proto::{
 use standstill_images::{ImageKind, Images};
 
 use crate::cgroups::{self, freezer::Freezer};
+use crate::cpu;
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{fanotify, locks, memfd, DumpFiles};
 use crate::gpu;
@@ -154,6 +155,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     let workers = Workers::new(opts)?;
     let mut cgroups = cgroups::Dumped::new(opts)?;
     remove_old_images(opts, images)?;
+    cpu::dump_if_wanted(opts, images)?;
     let server = Client::connect(opts, opts.track_mem)?.map(Arc::new);
     let waiting = if opts.lazy_pages { Some(transfer::server::socket(opts)?.0) } else { None };
     let mut ahead = if opts.snapshot { Some(Ahead::copy(opts, root, ahead, phases.counter())?) } else { None };

@@ -37,6 +37,7 @@ pub mod cgroups;
 pub mod check;
 #[cfg(feature = "cli")]
 pub mod cli;
+pub mod cpu;
 pub mod dump;
 pub mod error;
 pub mod files;

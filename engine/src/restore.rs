@@ -13,6 +13,7 @@ use standstill_images::{ImageKind, Images};
 use standstill_restorer::plan::{Code, Expect};
 
 use crate::cgroups;
+use crate::cpu;
 use crate::error::{At, Call, Error, Place, Result};
 use crate::files::{fanotify, inotify, io_uring, locks, memfd, remove_names, tty, RestoreFiles};
 use crate::gpu;
@@ -124,6 +125,7 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
     let mut phases = Phases::start(Verb::Restore, opts)?;
     let pager = if opts.lazy_pages { Some(Daemon::connect(opts)?) } else { None };
     let inventory = read_inventory(opts, images)?;
+    cpu::check_if_wanted(opts, images)?;
     let job = opts.shell_job.then(release::own_session_and_group);
     let revival = gpu::restore::prepare(opts, images, &inventory)?;
     let tree = Tree::read(images, job, opts.lazy_pages)?;

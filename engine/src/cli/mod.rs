@@ -27,7 +27,6 @@ pub mod restore;
 pub mod service;
 pub mod swrk;
 pub mod table;
-pub mod unavailable;
 pub mod usage;
 mod values;
 

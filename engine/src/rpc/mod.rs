@@ -14,8 +14,8 @@
 //! if it lives on; if it is killed, it finds the answer in its socket when it is restored, and the answer says so
 //! (`restored`).
 //!
-//! What the engine cannot do yet is refused by the engine's own list ([`crate::options::REFUSALS`]); descriptions
-//! of the CPU are refused by name here. A server for pages is a process of its own.
+//! What the engine cannot do yet is refused by the engine's own list ([`crate::options::REFUSALS`]). A server for pages is
+//! a process of its own.
 //!
 //! Man page: criu(8).
 
@@ -23,8 +23,10 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::process::Child;
 
 use standstill_images::proto::{CriuFeatures, CriuOpts, CriuReq, CriuReqType, CriuResp};
+use standstill_images::Images;
 
 use crate::check::{self, Category};
+use crate::cpu;
 use crate::error::Error;
 use crate::options::Options;
 use crate::stages::{Listener, Stages};
@@ -69,10 +71,6 @@ impl Fault {
             _ => None,
         };
         Fault { errno, text: e.chain() }
-    }
-
-    fn unsupported(what: &str) -> Fault {
-        Fault::bad(format!("{what} is not supported yet"))
     }
 }
 
@@ -144,8 +142,8 @@ impl Session {
             Kind::SinglePreDump => self.pre_dump(kind, &opts),
             Kind::PageServer | Kind::PageServerChld => self.page_server(&opts, kind == Kind::PageServerChld),
             Kind::CpuinfoDump | Kind::CpuinfoCheck => {
-                let what = if kind == Kind::CpuinfoDump { "cpuinfo dump" } else { "cpuinfo check" };
-                self.answer(answer::plain(kind, &Err(Fault::unsupported(what))))
+                let done = self.cpuinfo(&opts, kind == Kind::CpuinfoDump);
+                self.answer(answer::plain(kind, &done))
             }
             Kind::FeatureCheck => self.answer(features(request.features)),
             Kind::Version => self.answer(answer::version()),
@@ -254,6 +252,14 @@ impl Session {
         } else {
             sent
         }
+    }
+
+    fn cpuinfo(&self, opts: &CriuOpts, dumps: bool) -> Result<(), Fault> {
+        let prepared = self.prepare(opts, Purpose::Cpuinfo)?;
+        let options = &prepared.options;
+        let images = Images::open_folder(&options.images_dir).map_err(crate::Error::from);
+        let done = images.and_then(|images| if dumps { cpu::dump(&images) } else { cpu::check_all(options, &images) });
+        done.map_err(|e| Fault::engine(&e))
     }
 
     fn check(&self, opts: &CriuOpts) -> Result<(), Fault> {

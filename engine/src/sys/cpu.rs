@@ -31,3 +31,11 @@ pub fn component(bit: u32) -> Component {
     let (offset, size) = leaf.get(bit as usize).copied().unwrap_or((0, 0));
     Component { bit, offset: offset as usize, size: size as usize }
 }
+
+/// What the cpuid instruction says: eax, ebx, ecx, edx.
+pub fn leaf(number: u32, part: u32) -> [u32; 4] {
+    #[allow(unused_unsafe)]
+    // SAFETY: every x86-64 CPU has the cpuid instruction.
+    let r = unsafe { std::arch::x86_64::__cpuid_count(number, part) };
+    [r.eax, r.ebx, r.ecx, r.edx]
+}

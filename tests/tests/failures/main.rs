@@ -177,6 +177,9 @@ failures! {
     restores::cpu_lacks_feature: "…, which the checkpoint has in use and this CPU lacks, cannot be carried",
         "it was dumped on a newer CPU",
         "restore on a CPU that has it; next time start the program where it finds less";
+    restores::cpu_lacks_instructions: "CPU instruction capabilities do not match run time: this CPU lacks …",
+        "it was dumped on a newer CPU, whose instructions the program may use",
+        "restore on a CPU that has them; or `--cpu-cap=none` if you know that the program does not use them";
     images::no_inventory: "image inventory.img is missing",
         "the dump failed or was killed, or the folder is another one",
         "dump again";

@@ -347,3 +347,21 @@ pub(crate) fn cpu_lacks_feature() -> Option<String> {
     comes_back(&program, &[]);
     Some(text)
 }
+
+/// Instructions of AMD's and Intel's, which no CPU has both.
+pub(crate) fn cpu_lacks_instructions() -> Option<String> {
+    let program = dumped("", &[]);
+    let image = images(&program).join("cpuinfo.img");
+    edit(&image, |text| {
+        let mut json: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+        let words = &mut json["entries"][0]["x86_entry"][0]["capability"];
+        for (word, bits) in [(6, 1 << 21 | 1 << 16), (18, 1 << 2)] {
+            words[word] = (words[word].as_u64().unwrap_or(0) | bits).into();
+        }
+        json.to_string()
+    });
+    let text = restore_fails(&program, &[]);
+    assert!(text.contains("this CPU lacks fma4, tbm, avx512_4vnniw"), "{text}");
+    comes_back(&program, &["--cpu-cap=none"]);
+    Some(text)
+}
