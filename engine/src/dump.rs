@@ -200,7 +200,8 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     let own = numbers.own();
     refuse_users_without_pids(&tasks, &own)?;
     let users = if own.has(namespaces::Kind::User) { Users::of_task(root)? } else { Users::default() };
-    let pids = owners_of(&mut tasks, &own, &users)?;
+    let shared = namespaces::outside::external_key(opts, root)?.is_some();
+    let pids = owners_of(&mut tasks, &own, &users, shared)?;
     cgroups.freezer_state = freezer.as_ref().map(Freezer::state_before);
     cgroups.own_namespace = own.has(namespaces::Kind::Cgroup);
     find_cgroups(&mut tasks, &mut cgroups)?;
@@ -300,6 +301,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     interrupt::check()?;
 
     let time_ns = living(&tasks).find_map(|(_, alive)| alive.ids.time_ns_id);
+    let pid_ns = living(&tasks).find_map(|(_, alive)| alive.ids.pid_ns_id).unwrap_or(0);
     let mut filters: Vec<SeccompFilter> = Vec::new();
     let mut written = Written::default();
     let mut lazy_pages = 0;
@@ -410,6 +412,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     images.write_one(ImageKind::Seccomp, (), &SeccompEntry { seccomp_filters: filters })?;
     write_clocks(images, time_ns, &numbers, written.clocks)?;
     namespaces::dump(root, &own, &files.users, images)?;
+    namespaces::outside::dump(opts, root, pid_ns, images)?;
     let scanned: u64 = drains.iter().map(|d| d.0.scanned).sum();
     let mut in_parent: u64 = drains.iter().map(|d| d.0.in_parent).sum();
     cuda.as_ref().map_or(Ok(()), |cuda| cuda.write(images, &files.pids))?;
@@ -597,7 +600,7 @@ fn refuse_users_without_pids(tasks: &[Task], own: &namespaces::Own) -> Result<()
 }
 
 /// How the tree sees the ids of its processes; the owners of its descriptors are as it sees them from here on.
-fn owners_of(tasks: &mut [Task], own: &namespaces::Own, users: &Users) -> Result<Inner> {
+fn owners_of(tasks: &mut [Task], own: &namespaces::Own, users: &Users, shared: bool) -> Result<Inner> {
     let of_tasks = tasks.iter().map(|task| {
         let facts = match &task.kind {
             Kind::Alive(alive) => Some(&alive.facts),
@@ -605,7 +608,7 @@ fn owners_of(tasks: &mut [Task], own: &namespaces::Own, users: &Users) -> Result
         };
         (task.pid, &task.stat, facts)
     });
-    let pids = if own.has(namespaces::Kind::Pid) { Inner::of(of_tasks)? } else { Inner::default() };
+    let pids = if own.has(namespaces::Kind::Pid) { Inner::of(of_tasks, shared)? } else { Inner::default() };
     for task in tasks {
         if let Kind::Alive(alive) = &mut task.kind {
             for d in &mut alive.facts.descriptors {

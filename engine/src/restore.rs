@@ -24,6 +24,7 @@ use crate::memory::sysv;
 use crate::memory::unpack::{Pipes, TaskEnds, Unpacker};
 use crate::memory::vdso::Layout;
 use crate::mounts;
+use crate::namespaces::outside::Outside;
 use crate::namespaces::user::{self, Users};
 use crate::namespaces::{self, companion, Own};
 use crate::network;
@@ -96,12 +97,17 @@ struct Nursery {
     /// Threads that we trace: their process is not over before we have seen their ends.
     seized: Vec<i32>,
     finished: bool,
+    /// Its PID namespace is there without it.
+    shares_ids: bool,
 }
 
 impl Drop for Nursery {
     fn drop(&mut self) {
         if self.finished || self.root == 0 {
             return;
+        }
+        if self.shares_ids {
+            self.pids = release::descendants(self.root);
         }
         // the root last: its death would give its children to others, not end them
         for &pid in self.pids.iter().rev() {
@@ -122,6 +128,7 @@ impl Drop for Nursery {
 }
 
 fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<RestoreReport> {
+    let mut outside = Outside::enter(opts)?;
     let mut phases = Phases::start(Verb::Restore, opts)?;
     let pager = if opts.lazy_pages { Some(Daemon::connect(opts)?) } else { None };
     let inventory = read_inventory(opts, images)?;
@@ -129,7 +136,9 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
     let job = opts.shell_job.then(release::own_session_and_group);
     let revival = gpu::restore::prepare(opts, images, &inventory)?;
     let tree = Tree::read(images, job, opts.lazy_pages)?;
-    let own = own_namespaces(&inventory, &tree)?;
+    let mut own = own_namespaces(&inventory, &tree)?;
+    let had_ipc = own.id(namespaces::Kind::Ipc);
+    outside.find(opts, images, &tree, &mut own)?;
     let mut cgroups = cgroups::Restored::read(opts, images, &inventory, &tree)?;
     let mounts = own.id(namespaces::Kind::Mnt).map(|_| mounts::restore::read(opts, images, &mount_namespaces(&tree)));
     let mounts = mounts.transpose()?;
@@ -144,7 +153,7 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
     let mut networks = read_networks(opts, images, &inventory, &tree)?;
     let mut files = RestoreFiles::read(opts, images)?;
     let own_ipc = own.id(namespaces::Kind::Ipc);
-    let ipc_ns = own_ipc.or(inventory.root_ids.as_ref().and_then(|r| r.ipc_ns_id)).unwrap_or(0);
+    let ipc_ns = had_ipc.or(inventory.root_ids.as_ref().and_then(|r| r.ipc_ns_id)).unwrap_or(0);
     sysv::read(ipc_ns, own_ipc.is_some(), tree.alive().flat_map(|(_, _, a)| &a.memory.mm.vmas), &mut files)?;
     if let Some(id) = own.id(namespaces::Kind::User) {
         files.set_users(Users::read(id, images)?);
@@ -159,6 +168,7 @@ fn restore(opts: &Options, stages: &Stages<'_>, images: &Images) -> Result<Resto
         images,
         &inventory,
         &own,
+        &outside,
         revival.as_ref(),
         &mut networks,
         mounts,
@@ -255,6 +265,7 @@ fn build<'r>(
     images: &Images,
     inventory: &InventoryEntry,
     own: &Own,
+    outside: &Outside,
     revival: Option<&gpu::restore::Revival>,
     networks: &mut Network,
     mounts: Option<mounts::table::Table>,
@@ -295,7 +306,8 @@ fn build<'r>(
         crate::log::begin(node.pid);
         tracing::info!(pid = node.pid, "comes back, with {} threads", a.threads.len());
     }
-    let mut nursery = Nursery { root: 0, sibling, pids: Vec::new(), seized: Vec::new(), finished: false };
+    let mut nursery =
+        Nursery { root: 0, sibling, pids: Vec::new(), seized: Vec::new(), finished: false, shares_ids: false };
     // an empty plan first: when it is done, the task is out of its exec, whose end clone3 does not wait for
     arena.load(slots[0], root, Plan::new())?;
     let birth_of_root = spawn::Spawn {
@@ -304,18 +316,21 @@ fn build<'r>(
         boot: arena.boot(slots[0]),
         inherit: &[arena.fd(), theirs.as_fd()],
         sibling,
-        namespaces: own.clone_flags() & !networks.outside_flags(),
+        namespaces: own.clone_flags() & !networks.outside_flags() & !outside.flags(),
         maps: files.users.are_own().then(|| files.users.maps()),
     };
-    let pid = network::born_in(networks.outside(), || release::when_reaped(root, || spawn::spawn(&birth_of_root)))
+    let make = || network::born_in(networks.outside(), || release::when_reaped(root, || spawn::spawn(&birth_of_root)));
+    let pid = outside
+        .born_in(make)
         .map_err(|e| match e {
             Error::Sys { call: "clone3", source } => Error::no_task(root, source),
             e => e,
         })
         .task(root)?;
     nursery.root = pid;
+    nursery.shares_ids = outside.has_pids();
     nursery.pids = if own.has(namespaces::Kind::Pid) {
-        // a namespace ends with its init
+        // a namespace ends with its init, if it is one of the tree's own
         files.hosts = Hosts::of_root(root, pid);
         vec![pid]
     } else {
@@ -398,8 +413,15 @@ fn build<'r>(
     let folder = rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
     let proc = rustix::fs::open("/proc", folder, rustix::fs::Mode::empty()).call("open(/proc)")?;
     files.proc_at = draft.base + transfer.add(proc) as i32;
+    let joined_time = match outside.time() {
+        Some(fd) => {
+            let fd = fd.try_clone_to_owned().call("fcntl(F_DUPFD_CLOEXEC)")?;
+            Some(draft.base + transfer.add(fd) as i32)
+        }
+        None => None,
+    };
     // who opens it does not matter: it is of the namespace of whoever writes
-    let last_id = if own.has(namespaces::Kind::Pid) {
+    let last_id = if own.has(namespaces::Kind::Pid) && !outside.has_pids() {
         let file = File::options().write(true).open("/proc/sys/kernel/ns_last_pid").ok();
         file.map(|file| transfer.add(file.into()))
     } else {
@@ -480,7 +502,11 @@ fn build<'r>(
         parked,
         base,
         transfer.list.len(),
-        clocks.as_ref().map(|clocks| (clocks, files.proc_at)),
+        match (&clocks, joined_time) {
+            (_, Some(fd)) => Clocks::Join(fd),
+            (Some(clocks), None) => Clocks::GoOn(clocks, files.proc_at),
+            (None, None) => Clocks::Stay,
+        },
         pid,
     )?;
     if let Some(at) = last_id {
@@ -548,6 +574,9 @@ fn build<'r>(
     arena.gather(BEFORE_CREDS, STAGE_LIMIT, alive)?;
     drop(late);
     let hosts = &files.hosts;
+    if outside.has_pids() {
+        nursery.pids = tree.alive().map(|(_, node, _)| hosts.id(node.pid)).collect::<Result<_>>()?;
+    }
     let mut held = release::Seized::default();
     for (_, _, a) in tree.alive() {
         for (tid, entry) in &a.threads {
@@ -819,6 +848,18 @@ fn expect(tree: &Tree, files: &RestoreFiles<'_>, arena: &mut Arena<'_>) {
     arena.expect(READY, threads);
 }
 
+/// What becomes of the clocks.
+enum Clocks<'c> {
+    /// They are ours.
+    Stay,
+    /// They go on from where they were; a number of /proc.
+    GoOn(&'c TimensEntry, i32),
+    /// They are those of this namespace, by its number.
+    Join(i32),
+}
+
+const CLONE_NEWTIME: i32 = 0x80;
+
 /// What the first task does before its own plan: takes the descriptors, empties its memory, parks the vdso, enters a time
 /// namespace in which the clocks go on from the dump.
 fn preamble(
@@ -827,7 +868,7 @@ fn preamble(
     parked: Layout,
     base: i32,
     fds: usize,
-    clocks: Option<(&TimensEntry, i32)>,
+    clocks: Clocks<'_>,
     pid: i32,
 ) -> Result<Plan> {
     let mut buf = Vec::new();
@@ -860,8 +901,12 @@ fn preamble(
             target as i64,
         );
     }
-    if let Some((clocks, proc_at)) = clocks {
-        time_namespace(clocks, proc_at, &mut plan)?;
+    match clocks {
+        Clocks::Stay => {}
+        Clocks::GoOn(clocks, proc_at) => time_namespace(clocks, proc_at, &mut plan)?,
+        Clocks::Join(fd) => {
+            plan.call("time namespace", libc::SYS_setns, &[fd.into(), CLONE_NEWTIME.into()]);
+        }
     }
     Ok(plan)
 }
@@ -876,7 +921,6 @@ fn go_on_counting(fd: i32, tree: &Tree, plan: &mut Plan) {
 
 /// A time namespace whose clocks go on from the image (time_namespaces(7)).
 fn time_namespace(clocks: &TimensEntry, proc_at: i32, plan: &mut Plan) -> Result<()> {
-    const CLONE_NEWTIME: i32 = 0x80;
     if !std::path::Path::new("/proc/self/ns/time").exists() {
         tracing::warn!("this kernel has no time namespaces: monotonic clocks will jump");
         return Ok(());

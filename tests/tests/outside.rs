@@ -4,15 +4,16 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use standstill_tests::engine::Engine;
 use standstill_tests::guests::support::How;
 use standstill_tests::process;
-use standstill_tests::program::eventually;
+use standstill_tests::program::{self, eventually, Program};
 use standstill_tests::run::Run;
 use standstill_tests::skip::skip;
 
@@ -207,6 +208,165 @@ fn a_file() {
             refused_then_restored(&mut run, &restores, &images, &key[1..], &["--inherit-fd", &option]);
             run.check(How::Restored);
             assert_eq!(fs::read_to_string(run.file("last")).unwrap_or_default(), "stands");
+        }
+    }
+}
+
+/// Somebody whose namespaces a program can be in.
+struct Holder(Child);
+
+impl Holder {
+    /// With new namespaces of these kinds, as options of `unshare`.
+    fn new(kinds: &[&str]) -> Holder {
+        let mut command = Command::new("unshare");
+        // one that has others' children go
+        command.args(kinds).args(["--fork", "--kill-child", "perl", "-e", "$SIG{CHLD} = 'IGNORE'; sleep 1 while 1"]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let holder = Holder(command.spawn().unwrap_or_else(|e| panic!("unshare: {e}")));
+        let children = format!("/proc/{0}/task/{0}/children", holder.0.id());
+        eventually("the holder", || fs::read_to_string(&children).is_ok_and(|text| !text.trim().is_empty()));
+        holder
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/ns/{name}", self.0.id()))
+    }
+
+    fn inode(&self, name: &str) -> u64 {
+        fs::metadata(self.path(name)).unwrap_or_else(|e| panic!("{name}: {e}")).ino()
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        // unshare sees to it that its child goes as well
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn namespace_of(pid: i32, name: &str) -> u64 {
+    fs::metadata(format!("/proc/{pid}/ns/{name}")).unwrap_or_else(|e| panic!("{pid}: {name}: {e}")).ino()
+}
+
+/// The innermost id of a process.
+fn inner(pid: i32) -> String {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let ids = status.lines().find_map(|l| l.strip_prefix("NSpid:")).unwrap_or_default();
+    ids.split_whitespace().last().unwrap_or_default().to_owned()
+}
+
+/// Who lives in a PID namespace.
+fn within(inode: u64) -> Vec<i32> {
+    let all = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = all.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(|pid| fs::metadata(format!("/proc/{pid}/ns/pid")).is_ok_and(|m| m.ino() == inode)).collect()
+}
+
+/// A program that counts, and has a child.
+fn counting(name: &str) -> Program {
+    let mut command = Command::new("perl");
+    command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("programs/count.pl"));
+    command.arg("fork or do { sleep 1 while 1 };");
+    Program::start(name, program::folder(name), &mut command)
+}
+
+/// Restored, where it has another id with us.
+fn restored_by(program: &mut Program, engine: &Engine, options: &[&str]) {
+    let pidfile = program.folder.join("pidfile");
+    let _ = fs::remove_file(&pidfile);
+    let path = pidfile.display().to_string();
+    let images = program.folder.join("images");
+    engine.restore(&images, &[options, &["--pidfile", &path]].concat()).unwrap_or_else(|e| panic!("{e}"));
+    let text = fs::read_to_string(&pidfile).unwrap_or_else(|e| panic!("{path}: {e}"));
+    program.pid = text.trim().parse().unwrap_or_else(|e| panic!("{text}: {e}"));
+    program.tree = process::tree(program.pid);
+    assert_eq!(program.tree.len(), 2);
+}
+
+/// A program in a PID namespace that is somebody else's, and goes on in that, or in another one.
+#[test]
+fn a_pid_namespace() {
+    for (dumps, restores) in pairs("a_pid_namespace") {
+        let (first, second) = (Holder::new(&["--pid"]), Holder::new(&["--pid"]));
+        let open = |holder: &Holder| -> OwnedFd {
+            File::open(holder.path("pid_for_children")).unwrap_or_else(|e| panic!("{e}")).into()
+        };
+        let [of_first, of_second] = [open(&first), open(&second)];
+        let enter = |fd: &OwnedFd| {
+            nix::sched::setns(fd, nix::sched::CloneFlags::CLONE_NEWPID).unwrap_or_else(|e| panic!("{e}"));
+        };
+        let own: OwnedFd = File::open("/proc/thread-self/ns/pid").unwrap_or_else(|e| panic!("{e}")).into();
+        enter(&of_first);
+        let mut program = counting("pid-namespace");
+        enter(&own);
+        program.moves(20);
+        let id = inner(program.pid);
+        let images = program.folder.join("images");
+        fs::create_dir_all(&images).unwrap_or_else(|e| panic!("{e}"));
+        match Engine::ours().dump(program.pid, &images, &[]) {
+            Ok(_) => panic!("it was dumped"),
+            Err(e) => assert!(e.text.contains("not the init of its PID namespace"), "{e}"),
+        }
+        program.moves(20);
+        let inode = first.inode("pid_for_children");
+        let external = format!("pid[{inode}]:pod");
+        program.tree = process::tree(program.pid);
+        let dump = |program: &Program, engine: &Engine| {
+            engine.dump(program.pid, &images, &["--external", &external]).unwrap_or_else(|e| panic!("{e}"));
+            if let Err(left) = process::wait_gone(&program.tree, program::LIMIT) {
+                panic!("{left:?} are still there");
+            }
+        };
+        dump(&program, &dumps);
+        let option = inherit(&of_first, "pod");
+        let before = within(inode);
+        if !dumps.is_criu && !restores.is_criu {
+            let fails = |options: &[&str], word: &str| match restores.restore(&images, options) {
+                Ok(_) => panic!("it was restored"),
+                Err(e) => {
+                    assert!(e.text.contains(word), "{e}");
+                    assert!(process::within(program::LIMIT, || within(inode) == before), "{:?}", within(inode));
+                }
+            };
+            fails(&[], "Unable to find an external pidns: pod");
+            // at the last moment
+            let script = program.folder.join("says-no");
+            fs::write(&script, "#!/bin/sh\n[ $CRTOOLS_SCRIPT_ACTION != post-restore ]\n")
+                .and_then(|()| fs::set_permissions(&script, PermissionsExt::from_mode(0o755)))
+                .unwrap_or_else(|e| panic!("{e}"));
+            fails(&["--inherit-fd", &option, "--action-script", &script.display().to_string()], "post-restore");
+        }
+        restored_by(&mut program, &restores, &["--inherit-fd", &option]);
+        program.moves(20);
+        assert_eq!((namespace_of(program.pid, "pid"), inner(program.pid)), (inode, id.clone()));
+        dump(&program, &dumps);
+        // somebody else's
+        restored_by(&mut program, &restores, &["--inherit-fd", &inherit(&of_second, "pod")]);
+        program.moves(20);
+        assert_eq!((namespace_of(program.pid, "pid"), inner(program.pid)), (second.inode("pid_for_children"), id));
+    }
+}
+
+/// Namespaces that a restore joins.
+#[test]
+fn joined_namespaces() {
+    let holder = Holder::new(&["--uts", "--ipc", "--time"]);
+    let mut program = counting("joined");
+    program.moves(20);
+    let path = |name: &str| holder.path(name).display().to_string();
+    let [uts, ipc, time] =
+        [format!("uts:{}", path("uts")), format!("ipc:{}", path("ipc")), format!("time:{}", path("time_for_children"))];
+    let options = ["--join-ns", &uts, "--join-ns", &ipc, "--join-ns", &time];
+    // from ours, and from where it is then
+    for _ in 0..2 {
+        program.dump(&[]);
+        program.restore(&options);
+        program.moves(20);
+        for pid in &program.tree {
+            for (name, there) in [("uts", "uts"), ("ipc", "ipc"), ("time", "time_for_children")] {
+                assert_eq!(namespace_of(*pid, name), holder.inode(there), "{name} of {pid}");
+            }
         }
     }
 }

@@ -17,6 +17,7 @@ use crate::sys::thread;
 
 pub mod companion;
 pub mod ipc;
+pub mod outside;
 pub mod user;
 pub mod uts;
 
@@ -104,6 +105,17 @@ impl Own {
     pub fn of(root: &TaskKobjIdsEntry, engine: &TaskKobjIdsEntry) -> Own {
         let own = |kind: Kind| Some((kind, kind.id(root).filter(|id| Some(*id) != kind.id(engine))?));
         Own(Kind::ALL.into_iter().filter_map(own).collect())
+    }
+
+    /// It has not one of this kind after all.
+    pub fn remove(&mut self, kind: Kind) {
+        self.0.retain(|(k, _)| *k != kind);
+    }
+
+    /// It has one of this kind, with this number.
+    pub fn add(&mut self, kind: Kind, id: u32) {
+        self.remove(kind);
+        self.0.push((kind, id));
     }
 
     /// The number of the tree's own namespace of a kind.

@@ -2,7 +2,8 @@
 //!
 //! Images have the tree's own numbers. The kernel answers the engine with the engine's, in /proc and in system calls alike,
 //! and says of each task in `status` which ids it has in the namespaces below (NSpid, NSpgid, NSsid). What is outside of the
-//! namespace has the number 0 there. A namespace begins with its init and ends with it: the tree's root must be that.
+//! namespace has the number 0 there. A namespace begins with its init and ends with it: the tree's root must be that, unless the
+//! namespace is somebody else's ([`crate::namespaces::outside`]).
 
 use std::collections::{HashMap, HashSet};
 
@@ -41,7 +42,8 @@ pub struct Inner {
 
 impl Inner {
     /// What a tree in a namespace of its own sees; of each task its id, what /proc says, and nothing more if it is dead.
-    pub fn of<'a>(tasks: impl Iterator<Item = (i32, &'a Stat, Option<&'a Facts>)>) -> Result<Inner> {
+    /// `shared`: its root need not be the init.
+    pub fn of<'a>(tasks: impl Iterator<Item = (i32, &'a Stat, Option<&'a Facts>)>, shared: bool) -> Result<Inner> {
         let mut known = HashMap::new();
         let mut buffer = Vec::new();
         let innermost = |ids: &[i32]| ids.last().copied().unwrap_or(0);
@@ -57,10 +59,10 @@ impl Inner {
                     &dead
                 }
             };
-            if n == 0 && innermost(&status.ns_pid) != 1 {
+            if n == 0 && innermost(&status.ns_pid) != 1 && !shared {
                 return Err(Error::refused(
                     "a tree whose root is not the init of its PID namespace",
-                    "dump the whole namespace, from its init",
+                    "dump the whole namespace, from its init; or name it as external (--external pid[INODE]:KEY)",
                 ))
                 .task(pid);
             }

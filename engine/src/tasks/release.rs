@@ -3,6 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
+use super::freeze;
 use crate::error::{At, Call, Error, Result};
 use crate::sys::ptrace::Stop;
 use crate::sys::{calls, ptrace};
@@ -169,6 +170,17 @@ fn lives(id: i32) -> bool {
         }
     }
     used
+}
+
+/// All that descend from `root` now, parents before their children; without `root` itself.
+pub fn descendants(root: i32) -> Vec<i32> {
+    let (mut all, mut buffer, mut at) = (vec![root], Vec::new(), 0);
+    while let Some(&pid) = all.get(at) {
+        all.extend(freeze::children_of(pid, &freeze::threads_of(pid), &mut buffer).unwrap_or_default());
+        at += 1;
+    }
+    all.remove(0);
+    all
 }
 
 /// True if `pid` descends from `root`: nobody else's process is ever killed.
