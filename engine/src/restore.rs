@@ -347,7 +347,7 @@ fn build<'r>(
             if is_owner { companion::make(pid, namespaces::Kind::Net, networks.to_make(opts)?)? } else { Vec::new() };
         networks.fill(opts, pid, nested, inventory, files)?;
         if let Some(id) = own.id(namespaces::Kind::Ipc) {
-            namespaces::ipc::restore(pid, id, &files.sysv, &files.users, images)?;
+            files.mqueues = namespaces::ipc::restore(pid, id, &files.sysv, &files.users, images)?;
         }
         if let Some(table) = mounts {
             let mut owners = mounts::restore::Owners::of(pid, own)?;

@@ -193,6 +193,7 @@ images! {
     Apparmor, "APPARMOR", "apparmor.img", 0x5942_3047, Common, "apparmor_entry", None;
     Pidfd, "PIDFD", "pidfd.img", 0x5443_5556, Common, "pidfd_entry", None;
     StandstillGpu, "STANDSTILL_GPU", "standstill-gpu.img", 0x4750_5531, Common, "standstill_gpu_entry", None;
+    StandstillMqueue, "STANDSTILL_MQUEUE", "standstill-mqueue-%u.img", 0x4d51_5531, Common, "standstill_mqueue_entry", None;
     StatsDump, "STATS", "stats-dump", 0x5709_3306, Service, "stats_entry", None;
     StatsRestore, "STATS", "stats-restore", 0x5709_3306, Service, "stats_entry", None;
     IrmapCache, "IRMAP_CACHE", "irmap-cache.img", 0x5700_4059, Service, "irmap_cache_entry", None;

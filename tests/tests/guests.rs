@@ -96,6 +96,7 @@ guests! {
     io_uring_shapes
     io_uring_writes
     ipc
+    ipc_posix
     lease
     lease_breaking
     limits
@@ -239,7 +240,7 @@ refused! {
     refused_io_uring_open
     refused_io_uring_poll
     refused_io_uring_timeout
-    refused_posix_queue
+    refused_posix_notify
     refused_lease
     refused_link
     refused_lock

@@ -38,6 +38,7 @@ pub mod io_uring;
 mod lease;
 pub mod locks;
 pub mod memfd;
+pub mod mqueue;
 pub mod nsfile;
 mod paths;
 pub mod pidfd;
@@ -161,6 +162,8 @@ pub struct DumpFiles<'a> {
     pub io_uring: io_uring::Dumped,
     /// Segments of System V shared memory.
     pub sysv: crate::memory::sysv::Dumped,
+    /// POSIX message queues.
+    pub mqueues: mqueue::Dumped,
     /// Id of the IPC namespace that they are in.
     pub ipc_ns: u32,
     /// Id of the network namespace that the last socket was in, at first that of the tree's root (as in the ids image).
@@ -203,6 +206,7 @@ impl<'a> DumpFiles<'a> {
             fsnotify: Default::default(),
             io_uring: Default::default(),
             sysv: Default::default(),
+            mqueues: Default::default(),
             ipc_ns: 0,
             net_ns,
             networks: Rc::new(Doors::ours(net_ns)),
@@ -329,6 +333,7 @@ impl<'a> DumpFiles<'a> {
             FileType::Fifo if !path_only => fifo::dump(d, id, self),
             FileType::CharacterDevice if !path_only && tty::is_tty(d.stat.st_rdev) => tty::dump(d, id, self),
             FileType::RegularFile if memfd::is_one(&d.link, &d.stat) => memfd::dump(d, id, self),
+            FileType::RegularFile if !path_only && mqueue::is_one(d) => mqueue::dump(d, id, self),
             FileType::RegularFile
             | FileType::Directory
             | FileType::CharacterDevice
@@ -374,6 +379,7 @@ impl<'a> DumpFiles<'a> {
         locks::finish(self)?;
         regular::finish(self)?;
         crate::memory::sysv::finish(self)?;
+        mqueue::finish(self)?;
         let entries = sockets::unix::peers_first(std::mem::take(&mut self.entries));
         self.images.write_entries(ImageKind::Files, (), entries)?;
         Ok(())
@@ -419,6 +425,8 @@ pub struct RestoreFiles<'a> {
     pub io_uring: io_uring::Restored,
     /// Segments of System V shared memory.
     pub sysv: crate::memory::sysv::Restored,
+    /// POSIX message queues.
+    pub mqueues: mqueue::Restored,
     /// Network namespaces: ours, and those of the tree.
     pub networks: Rc<Doors>,
     /// Id of that of the tree's root.
@@ -464,6 +472,7 @@ impl<'a> RestoreFiles<'a> {
             fanotify: Default::default(),
             io_uring: Default::default(),
             sysv: Default::default(),
+            mqueues: Default::default(),
             networks: Rc::new(Doors::ours(0)),
             net_ns: 0,
             litter: Default::default(),
@@ -602,6 +611,7 @@ impl<'a> RestoreFiles<'a> {
             FdTypes::Netlinksk => sockets::netlink::open(entry.nlsk.as_ref().ok_or_else(missing)?, self),
             FdTypes::Packetsk => sockets::packet::open(entry.psk.as_ref().ok_or_else(missing)?, self),
             FdTypes::StandstillIoUring => io_uring::open(entry.standstill_io_uring.as_ref().ok_or_else(missing)?, self),
+            FdTypes::StandstillMqueue => mqueue::open(entry.standstill_mqueue.as_ref().ok_or_else(missing)?, self),
             FdTypes::Ns => nsfile::open(entry.nsf.as_ref().ok_or_else(missing)?, self),
             kind @ (FdTypes::Und
             | FdTypes::Tunf
@@ -670,6 +680,7 @@ fn owner_of(entry: &FileEntry) -> Option<&FownEntry> {
         .or(entry.nlsk.as_ref().map(|e| &e.fown))
         .or(entry.psk.as_ref().map(|e| &e.fown))
         .or(entry.standstill_io_uring.as_ref().map(|e| &e.fown))
+        .or(entry.standstill_mqueue.as_ref().map(|e| &e.fown))
 }
 
 /// F_SETSIG and F_SETOWN_EX, with the ids that the owner had when it was set (fcntl(2)).

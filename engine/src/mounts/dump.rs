@@ -72,7 +72,7 @@ impl Mounts {
         let mut written = Vec::new();
         for at in 0..self.table.mounts.len() {
             let m = &self.table.mounts[at];
-            let carried = matches!(m.kind, Fstype::Tmpfs | Fstype::Mqueue | Fstype::Pstore);
+            let carried = matches!(m.kind, Fstype::Tmpfs | Fstype::Pstore);
             if !carried || self.table.external_of(m).is_some() || self.table.is_of_top(m) || written.contains(&m.dev) {
                 continue;
             }

@@ -14,20 +14,18 @@
 //!
 //! Not kept: times, and which processes sent, received, attached or changed a value last; adjustments of semaphores that a
 //! process's end undoes (SEM_UNDO), which the kernel shows nobody; a queue's limit above that of the namespace, if the
-//! one who restores lacks CAP_SYS_RESOURCE. POSIX message queues are files of a mount (mq_overview(7)) and are refused by
-//! name if there are any; as `criu` they are left out with a warning, as CRIU leaves them out.
+//! one who restores lacks CAP_SYS_RESOURCE. POSIX message queues: [`mqueue`].
 //!
 //! Man pages: ipc_namespaces(7), sysvipc(7), proc_sys_kernel(5), msgrcv(2).
 
-use standstill_images::proto::{IpcDescEntry, IpcMsg, IpcMsgEntry, IpcSemEntry, IpcVarEntry};
+use standstill_images::proto::{IpcDescEntry, IpcMsg, IpcMsgEntry, IpcSemEntry, IpcVarEntry, StandstillMqueueEntry};
 use standstill_images::{ImageKind, Images};
 
 use super::user::Users;
 use super::{inside, Kind};
 use crate::error::{At, Call, Error, Place, Result};
-use crate::files::DumpFiles;
+use crate::files::{mqueue, DumpFiles};
 use crate::memory::sysv;
-use crate::options::Persona;
 use crate::sys::ipc::{self, Perm, Queue, Semaphores};
 
 const NEXT_MESSAGES: &str = "/proc/sys/kernel/msg_next_id";
@@ -46,19 +44,13 @@ struct Found {
     segments: Vec<sysv::Found>,
     queues: Vec<(Queue, Vec<Message>)>,
     semaphores: Vec<(Semaphores, Vec<u16>)>,
-    posix: Vec<String>,
+    posix: Option<(u64, Vec<mqueue::Queue>)>,
 }
 
 /// Notes what is in the namespace `id` of process `pid`; the content of segments is written with other memory.
 pub fn dump(pid: i32, id: u32, cx: &mut DumpFiles<'_>) -> Result<()> {
     let found = inside(pid, Kind::Ipc, find).at(Place::Item("IPC namespace", id.into()))?;
-    if let Some(name) = found.posix.first() {
-        if cx.opts.personality == Persona::Standstill {
-            let what = format!("the POSIX message queue {name}");
-            return Err(Error::refused(what, "close and remove it (mq_unlink) before the dump"));
-        }
-        tracing::warn!("POSIX message queues are left out: {}", found.posix.join(", "));
-    }
+    mqueue::note(id, found.posix, cx)?;
     cx.images.write_one(ImageKind::IpcVar, id, &found.vars)?;
     found.segments.into_iter().for_each(|segment| segment.note(cx));
     if !found.queues.is_empty() {
@@ -135,31 +127,7 @@ fn find() -> Result<Found> {
         let values = ipc::values(&set).at(Place::Item("semaphores", set.id.unsigned_abs().into()))?;
         semaphores.push((set, values));
     }
-    Ok(Found { vars, segments: sysv::find(forced)?, queues, semaphores, posix: posix_queues()? })
-}
-
-/// The names of POSIX message queues in this thread's namespace.
-fn posix_queues() -> Result<Vec<String>> {
-    use rustix::fs::{Mode, OFlags};
-    use rustix::mount::{fsconfig_create, fsmount, fsopen, FsMountFlags, FsOpenFlags, MountAttrFlags};
-    let context = match fsopen("mqueue", FsOpenFlags::FSOPEN_CLOEXEC) {
-        // a kernel without them has none
-        Err(rustix::io::Errno::NODEV) => return Ok(Vec::new()),
-        other => other.call("fsopen(mqueue)")?,
-    };
-    fsconfig_create(&context).call("fsconfig(mqueue)")?;
-    let files = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).call("fsmount(mqueue)")?;
-    let mut names = Vec::new();
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let files = rustix::fs::openat(&files, ".", flags, Mode::empty()).call("open(mqueue)")?;
-    for entry in rustix::fs::Dir::read_from(&files).call("getdents")? {
-        let entry = entry.call("getdents")?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if name != "." && name != ".." {
-            names.push(format!("/{name}"));
-        }
-    }
-    Ok(names)
+    Ok(Found { vars, segments: sysv::find(forced)?, queues, semaphores, posix: mqueue::find()? })
 }
 
 /// A file of /proc/sys, in one read: a second one would get nothing. None where there is no such file.
@@ -258,6 +226,7 @@ struct Stored {
     vars: IpcVarEntry,
     queues: Vec<(IpcMsgEntry, Vec<Message>)>,
     semaphores: Vec<(IpcSemEntry, Vec<u16>)>,
+    posix: Vec<StandstillMqueueEntry>,
 }
 
 fn read(id: u32, users: &Users, images: &Images) -> Result<Stored> {
@@ -275,12 +244,19 @@ fn read(id: u32, users: &Users, images: &Images) -> Result<Stored> {
         semaphores = image.reader()?.all_with_payload::<IpcSemEntry>()?;
         semaphores.iter_mut().for_each(|(entry, _)| to_ours(&mut entry.desc, users));
     }
-    Ok(Stored { vars, queues, semaphores })
+    let posix = mqueue::read(id, users, images)?;
+    Ok(Stored { vars, queues, semaphores, posix })
 }
 
 /// Fills the fresh namespace that process `pid` was born into from images of namespace `id`. `segments` are those of
 /// `ipcns-shm-N.img`.
-pub fn restore(pid: i32, id: u32, segments: &sysv::Restored, users: &Users, images: &Images) -> Result<()> {
+pub fn restore(
+    pid: i32,
+    id: u32,
+    segments: &sysv::Restored,
+    users: &Users,
+    images: &Images,
+) -> Result<mqueue::Restored> {
     let stored = read(id, users, images)?;
     inside(pid, Kind::Ipc, || {
         write_vars(&stored.vars)?;
@@ -291,13 +267,21 @@ pub fn restore(pid: i32, id: u32, segments: &sysv::Restored, users: &Users, imag
         for (entry, values) in &stored.semaphores {
             make_semaphores(entry, values).at(Place::Item("semaphores", entry.desc.id.into()))?;
         }
+        for (path, least) in mqueue::limits(&stored.posix) {
+            let path = format!("/proc/sys/{path}");
+            if read_number(&path)?.is_some_and(|now| now < least) {
+                write_var(&path, &least.to_string())?;
+            }
+        }
+        let posix = mqueue::make(&stored.posix)?;
         write_vars(&stored.vars)?;
         let next = [
             (NEXT_MESSAGES, stored.vars.msg_next_id),
             (NEXT_SEMAPHORES, stored.vars.sem_next_id),
             (sysv::NEXT_ID, stored.vars.shm_next_id),
         ];
-        next.into_iter().try_for_each(|(path, n)| n.map_or(Ok(()), |n| write_var(path, &n.to_string())))
+        next.into_iter().try_for_each(|(path, n)| n.map_or(Ok(()), |n| write_var(path, &n.to_string())))?;
+        Ok(posix)
     })
     .at(Place::Item("IPC namespace", id.into()))
 }

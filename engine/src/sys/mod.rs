@@ -13,6 +13,7 @@ pub mod io_uring;
 pub mod ipc;
 pub mod memory;
 pub mod mount;
+pub mod mqueue;
 pub mod netlink;
 pub mod nftables;
 pub mod probe;

@@ -155,13 +155,110 @@ pub(super) fn namespace() {
     check_eq!(wait(child), 0);
 }
 
-/// A POSIX message queue, which is in no image.
-pub(super) fn posix() {
-    unsafe {
-        sys(libc::unshare(libc::CLONE_NEWIPC));
-        let queue = libc::mq_open(c"/standstill".as_ptr(), libc::O_CREAT | libc::O_RDWR, 0o600, std::ptr::null::<u8>());
-        check!(queue >= 0);
-        libc::close(queue);
+fn open_queue(name: &std::ffi::CStr, flags: i32, mode: u32, most: i64, size: i64) -> i32 {
+    let mut wanted: libc::mq_attr = ds();
+    (wanted.mq_maxmsg, wanted.mq_msgsize) = (most, size);
+    sys(unsafe { libc::mq_open(name.as_ptr(), flags, mode, &raw const wanted) })
+}
+
+fn put(queue: i32, bytes: &[u8], priority: u32) {
+    unsafe { sys(libc::mq_send(queue, bytes.as_ptr().cast(), bytes.len(), priority)) };
+}
+
+/// The next message, and its priority; or the error.
+fn take(queue: i32) -> Result<(Vec<u8>, u32), i32> {
+    let (mut bytes, mut priority) = (vec![0u8; 20_000], 0);
+    let got = unsafe { libc::mq_receive(queue, bytes.as_mut_ptr().cast(), bytes.len(), &raw mut priority) };
+    if got < 0 {
+        return Err(errno());
     }
+    bytes.truncate(usize::try_from(got).unwrap_or(0));
+    Ok((bytes, priority))
+}
+
+/// Modes, owners, sizes of queues, and of each descriptor what it is open for.
+fn queues(all: &[i32]) -> Vec<(u32, u32, u32, i64, i64, i64, i64, i32)> {
+    let one = |&queue: &i32| unsafe {
+        let (mut stat, mut now): (libc::stat, libc::mq_attr) = (ds(), ds());
+        sys(libc::fstat(queue, &raw mut stat));
+        sys(libc::mq_getattr(queue, &raw mut now));
+        let flags = sys(libc::fcntl(queue, libc::F_GETFL)) & (libc::O_ACCMODE | libc::O_NONBLOCK);
+        let of_queue = (now.mq_flags, now.mq_maxmsg, now.mq_msgsize, now.mq_curmsgs);
+        (stat.st_mode, stat.st_uid, stat.st_gid, of_queue.0, of_queue.1, of_queue.2, of_queue.3, flags)
+    };
+    all.iter().map(one).collect()
+}
+
+/// POSIX message queues: with messages, of somebody else, without a name, one nobody has open, limits that were lowered; descriptors
+/// that are shared, and for one way only; a child that waits for a message.
+pub(super) fn posix() {
+    sys(unsafe { libc::unshare(libc::CLONE_NEWIPC) });
+    did(std::fs::write("/proc/sys/fs/mqueue/msgsize_max", "16384"));
+    let make = libc::O_CREAT | libc::O_EXCL | libc::O_RDWR;
+    let full = open_queue(c"/full", make | libc::O_NONBLOCK, 0o640, 6, 16_384);
+    let large: Vec<u8> = (0..16_000).map(|i| pattern(i, 7)).collect();
+    for (bytes, priority) in
+        [(&b"low"[..], 1), (b"high", 32_000), (b"", 5), (&large, 5), (b"high too", 32_000), (b"z", 0)]
+    {
+        put(full, bytes, priority);
+    }
+    did(std::fs::write("/proc/sys/fs/mqueue/msgsize_max", "4096"));
+    did(std::fs::write("/proc/sys/fs/mqueue/msg_max", "5"));
+    let reader = open_queue(c"/full", libc::O_RDONLY | libc::O_NONBLOCK | libc::O_CLOEXEC, 0, 0, 0);
+    let writer = open_queue(c"/full", libc::O_WRONLY, 0, 0, 0);
+    // two of one name, of which one is gone
+    let nameless = open_queue(c"/name", make, 0o600, 2, 10);
+    put(nameless, b"of the old", 1);
+    sys(unsafe { libc::mq_unlink(c"/name".as_ptr()) });
+    let named = open_queue(c"/name", make, 0o622, 3, 11);
+    sys(unsafe { libc::fchown(named, 1234, 4321) });
+    put(named, b"of the new", 2);
+    // nobody has it
+    let loose = open_queue(c"/loose", make, 0o600, 4, 12);
+    put(loose, b"nobody's", 3);
+    unsafe { libc::close(loose) };
+    let waited = open_queue(c"/waited", make, 0o600, 1, 8);
+    let child = fork(|| match take(waited) {
+        Ok((bytes, 4)) if bytes == b"at last" => 0,
+        _ => 1,
+    });
+    let all = [full, reader, writer, nameless, named, waited];
+    let before = queues(&all);
+    check_eq!(before[0].6, 6);
     ready();
+    check_eq!(queues(&all), before);
+    check_eq!(did(std::fs::read_to_string("/proc/sys/fs/mqueue/msg_max")).trim(), "5");
+    check_eq!(unsafe { libc::fcntl(reader, libc::F_GETFD) }, libc::FD_CLOEXEC);
+    check_eq!(unsafe { libc::mq_send(full, b"x".as_ptr().cast(), 1, 0) }, -1);
+    check_eq!(errno(), libc::EAGAIN);
+    for (bytes, priority) in
+        [(&b"high"[..], 32_000), (b"high too", 32_000), (b"", 5), (&large, 5), (b"low", 1), (b"z", 0)]
+    {
+        check_eq!(take(reader), Ok((bytes.to_vec(), priority)));
+    }
+    check_eq!(take(full), Err(libc::EAGAIN));
+    check_eq!(take(writer), Err(libc::EBADF));
+    put(writer, b"one more", 9);
+    check_eq!(take(reader), Ok((b"one more".to_vec(), 9)));
+    check_eq!(take(nameless), Ok((b"of the old".to_vec(), 1)));
+    check_eq!(take(named), Ok((b"of the new".to_vec(), 2)));
+    let again = open_queue(c"/name", libc::O_RDWR | libc::O_NONBLOCK, 0, 0, 0);
+    put(named, b"same", 7);
+    check_eq!(take(again), Ok((b"same".to_vec(), 7)));
+    let loose = open_queue(c"/loose", libc::O_RDONLY, 0, 0, 0);
+    check_eq!(take(loose), Ok((b"nobody's".to_vec(), 3)));
+    put(waited, b"at last", 4);
+    check_eq!(wait(child), 0);
+}
+
+/// A POSIX message queue of whose next message a signal is to tell: what that carries is shown to nobody.
+pub(super) fn posix_notify() {
+    sys(unsafe { libc::unshare(libc::CLONE_NEWIPC) });
+    let queue = open_queue(c"/standstill", libc::O_CREAT | libc::O_RDWR, 0o600, 2, 10);
+    let mut event: libc::sigevent = ds();
+    (event.sigev_notify, event.sigev_signo) = (libc::SIGEV_SIGNAL, libc::SIGURG);
+    sys(unsafe { libc::syscall(libc::SYS_mq_notify, queue, &raw const event) } as i32);
+    ready();
+    put(queue, b"x", 1);
+    check_eq!(take(queue), Ok((b"x".to_vec(), 1)));
 }
