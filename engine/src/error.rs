@@ -195,20 +195,24 @@ impl Error {
         }
     }
 
-    /// The error and its causes, in one line; the system's in the C library's words.
-    pub fn chain(&self) -> String {
-        let mut text = self.to_string();
+    /// The error and its causes, each in its own words; the system's in the C library's.
+    pub fn links(&self) -> Vec<String> {
+        let mut links = vec![self.to_string()];
         let mut cause = std::error::Error::source(self);
         while let Some(e) = cause {
-            text.push_str(": ");
             let os = e.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
-            match os {
-                Some(number) => text.push_str(nix::errno::Errno::from_raw(number).desc()),
-                None => text.push_str(&e.to_string()),
-            }
+            links.push(match os {
+                Some(number) => nix::errno::Errno::from_raw(number).desc().to_owned(),
+                None => e.to_string(),
+            });
             cause = e.source();
         }
-        text
+        links
+    }
+
+    /// The error and its causes, in one line.
+    pub fn chain(&self) -> String {
+        self.links().join(": ")
     }
 
     /// What it is about in the end, without the places.

@@ -43,6 +43,7 @@ pub mod error;
 pub mod files;
 pub mod gpu;
 pub mod guard;
+pub mod keep;
 pub mod log;
 pub mod memory;
 pub mod migrate;

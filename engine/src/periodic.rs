@@ -11,18 +11,15 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags};
-use standstill_images::proto::InventoryEntry;
-use standstill_images::{ImageKind, Images};
 
 use crate::dump::{self, DumpReport};
 use crate::error::{At as _, Call as _, Error, Place, Result};
+use crate::keep::{is_whole, remove};
 use crate::options::{FinalState, Options, Persona};
 use crate::sys::calls;
 
 /// How many are kept if nothing is said.
 pub const DEFAULT_KEEP: u32 = 2;
-/// A chain is never longer.
-const LONGEST: usize = 1 << 16;
 
 fn name(number: u32) -> String {
     format!("{number:06}")
@@ -41,23 +38,6 @@ fn numbers(folder: &Path) -> Vec<u32> {
     all
 }
 
-/// Whether a folder has a checkpoint, and so have all that it builds on.
-fn is_whole(folder: &Path) -> bool {
-    let mut at = folder.to_owned();
-    for _ in 0..LONGEST {
-        let inventory =
-            Images::open_folder(&at).and_then(|images| images.read_one::<InventoryEntry>(ImageKind::Inventory, ()));
-        if !inventory.is_ok_and(|inventory| inventory.pre_dump_mode.is_none()) {
-            return false;
-        }
-        match std::fs::read_link(at.join("parent")) {
-            Ok(parent) => at = at.join(parent),
-            Err(_) => return true,
-        }
-    }
-    false
-}
-
 /// The last whole checkpoint of the series in a folder.
 pub fn last_whole(folder: &Path) -> Option<PathBuf> {
     numbers(folder).into_iter().rev().map(|n| folder.join(name(n))).find(|folder| is_whole(folder))
@@ -71,18 +51,6 @@ pub fn instead(opts: &Options) -> Option<Options> {
     let images_dir = last_whole(&opts.images_dir)?;
     tracing::info!("the last whole checkpoint is {}", images_dir.display());
     Some(Options { images_dir, work_dir: Some(opts.work_dir().to_owned()), ..opts.clone() })
-}
-
-fn remove(folder: &Path) -> Result<()> {
-    let absent = |e: &std::io::Error| e.kind() == std::io::ErrorKind::NotFound;
-    match std::fs::remove_file(folder.join("inventory.img")) {
-        Err(e) if !absent(&e) => return Err(e).call("unlink").at(Place::Path(folder.to_owned())),
-        _ => {}
-    }
-    match std::fs::remove_dir_all(folder) {
-        Err(e) if !absent(&e) => Err(e).call("rmdir").at(Place::Path(folder.to_owned())),
-        _ => Ok(()),
-    }
 }
 
 /// Has the process ended, now or within `wait`?
@@ -211,6 +179,8 @@ pub fn parse_duration(text: &str) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use standstill_images::proto::InventoryEntry;
+    use standstill_images::{ImageKind, Images};
 
     #[test]
     fn durations() {

@@ -149,7 +149,7 @@ struct ReceiveArguments {
     tls: TlsArguments,
 }
 
-fn parse<A: Parser>(name: &str, arguments: &[OsString]) -> std::result::Result<A, i32> {
+pub(super) fn parse<A: Parser>(name: &str, arguments: &[OsString]) -> std::result::Result<A, i32> {
     let program = std::iter::once(OsString::from(name));
     A::try_parse_from(program.chain(arguments.iter().cloned())).map_err(|error| {
         // if nobody reads what is wrong, the exit status still tells that something is

@@ -19,8 +19,10 @@ pub mod demo;
 pub mod dump;
 pub mod getopt;
 pub mod image;
+pub mod keep;
 pub mod lazy_pages;
 pub mod migrate;
+pub mod outcome;
 pub mod page_server;
 pub mod parse;
 pub mod restore;
@@ -78,6 +80,8 @@ fn run(args: &[OsString]) -> i32 {
             Some("demo") => return demo::run(&args[2..]),
             Some("keygen") => return keygen(&args[2..]),
             Some("migrate") => return migrate::run(&args[2..]),
+            Some("list") => return keep::run_list(&args[2..]),
+            Some("prune") => return keep::run_prune(&args[2..]),
             Some("receive") => return migrate::run_receive(&args[2..]),
             Some("version") => return stop(Stop::Version, persona),
             Some("help") => return stop(Stop::Help, persona),

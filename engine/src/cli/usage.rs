@@ -47,6 +47,8 @@ pub fn short(persona: Persona) -> String {
         lines.push(("keygen FILE", "make a key for --key-file"));
         lines.push(("untrack -t PID", "end what pre-dump left running: the tracking of memory"));
         lines.push(("image VERB ...", "look into images"));
+        lines.push(("list [DIR] [--json]", "the checkpoints below a folder"));
+        lines.push(("prune DIR --keep N [--dry-run] [--json]", "remove the oldest of a series"));
         lines.push(("demo", "see it work, on a program of its own"));
         lines.push(("migrate", "move a running tree to a host that receives (own options, see --help)"));
         lines.push(("receive", "take trees that migrate (own options, see --help)"));
