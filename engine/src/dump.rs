@@ -501,7 +501,8 @@ fn living(tasks: &[Task]) -> impl Iterator<Item = (&Task, &Alive)> {
 
 /// From here on the images are a checkpoint.
 fn complete(opts: &Options, images: &Images, inventory: &InventoryEntry) -> Result<()> {
-    images.write_one(ImageKind::Inventory, (), inventory)?;
+    let inventory = InventoryEntry { standstill_images: images.written()?, ..inventory.clone() };
+    images.write_one(ImageKind::Inventory, (), &inventory)?;
     images.commit()?;
     // a server frees in its own folder
     if opts.auto_dedup && !opts.use_page_server {

@@ -49,6 +49,7 @@ pub mod memory;
 pub mod migrate;
 pub mod mounts;
 pub mod namespaces;
+pub mod needs;
 pub mod network;
 pub mod options;
 pub mod periodic;
@@ -68,6 +69,7 @@ pub mod tasks;
 pub mod timers;
 pub mod tracee;
 pub mod transfer;
+pub mod verify;
 
 pub use api::{Check, Dump, Restore};
 pub use dump::DumpReport;

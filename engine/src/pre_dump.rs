@@ -135,7 +135,8 @@ pub(crate) fn pass(
     interrupt::check()?;
     release::still_there(root)?;
     let run = dump::run_id();
-    images.write_one(ImageKind::Inventory, (), &inventory(opts, &run)?)?;
+    let inventory = InventoryEntry { standstill_images: images.written()?, ..inventory(opts, &run)? };
+    images.write_one(ImageKind::Inventory, (), &inventory)?;
     images.commit()?;
     let report = DumpReport {
         frozen,

@@ -47,6 +47,7 @@ use crate::tasks::revive::{Birth, Script, Table, Vdso, BEFORE_CREDS, FILLED, FOR
 use crate::tasks::tree::{Alive, Kind, Tree};
 use crate::tasks::{core, registers, release};
 
+pub(crate) mod examine;
 mod network_of;
 mod opening;
 

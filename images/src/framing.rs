@@ -128,6 +128,19 @@ impl<'a> Reader<'a> {
         Ok(Some(bytes))
     }
 
+    /// Checks the next entry, of whatever type the image's kind says, and passes it; none at the end.
+    pub(crate) fn check_next(&mut self) -> Result<Option<()>> {
+        let wanted = expected(self.kind, self.entries).and_then(schema::message);
+        let begin = self.bytes.at();
+        let message = wanted.ok_or_else(|| self.error(begin, Malformed::Raw))?;
+        let Some(bytes) = self.next_bytes()? else { return Ok(None) };
+        schema::check(message, bytes).map_err(|source| {
+            self.entries -= 1;
+            self.error(begin, source)
+        })?;
+        Ok(Some(()))
+    }
+
     /// Where the entry with this number begins, if all entries before it are there.
     pub(crate) fn offset_of(&mut self, entry: usize) -> Result<u64> {
         while self.entries < entry && self.next_bytes()?.is_some() {}

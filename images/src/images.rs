@@ -9,14 +9,16 @@ use bytes::Bytes;
 use crate::error::Result;
 use crate::framing::{Entry, Reader, Writer};
 use crate::payload::WithPayload;
-use crate::proto::{PagemapEntry, PagemapHead};
+use crate::proto::{PagemapEntry, PagemapHead, StandstillImageEntry};
 use crate::store::{FolderStore, ImageOutput, ReadAt, Store};
+use crate::sums::{self, Sums};
 use crate::table::{Id, ImageKind};
 
 /// The images of a store. A copy is cheap and is the same store.
 #[derive(Clone)]
 pub struct Images {
     store: Arc<dyn Store>,
+    sums: Sums,
 }
 
 impl std::fmt::Debug for Images {
@@ -28,7 +30,7 @@ impl std::fmt::Debug for Images {
 impl Images {
     /// The images of this store.
     pub fn new(store: impl Store + 'static) -> Self {
-        Self { store: Arc::new(store) }
+        Self { store: Arc::new(store), sums: Sums::default() }
     }
 
     /// The images of a folder that is there.
@@ -50,7 +52,7 @@ impl Images {
     /// # Errors
     /// If it is there and cannot be opened.
     pub fn parent(&self) -> Result<Option<Self>> {
-        Ok(self.store.parent()?.map(|store| Self { store }))
+        Ok(self.store.parent()?.map(|store| Self { store, sums: Sums::default() }))
     }
 
     /// Whether there is such an image.
@@ -133,7 +135,7 @@ impl Images {
     /// If it cannot be created.
     pub fn create(&self, kind: ImageKind, id: impl Into<Id>) -> Result<ImageWriter> {
         let name = kind.file_name(id)?;
-        let output = self.store.create(&name)?;
+        let output = self.sums.watch(&name, self.store.create(&name)?);
         Ok(ImageWriter { writer: Writer::new(kind, name, output) })
     }
 
@@ -142,7 +144,8 @@ impl Images {
     /// # Errors
     /// If it cannot be created.
     pub fn create_raw(&self, kind: ImageKind, id: impl Into<Id>) -> Result<Box<dyn ImageOutput>> {
-        self.store.create(&kind.file_name(id)?)
+        let name = kind.file_name(id)?;
+        Ok(self.sums.watch(&name, self.store.create(&name)?))
     }
 
     /// A new image with these entries.
@@ -178,6 +181,14 @@ impl Images {
     /// If it cannot be removed.
     pub fn remove(&self, kind: ImageKind, id: impl Into<Id>) -> Result<()> {
         self.store.remove(&kind.file_name(id)?)
+    }
+
+    /// All images that are there but the inventory, which takes this list; the sums of those that were written through here.
+    ///
+    /// # Errors
+    /// If that cannot be told.
+    pub fn written(&self) -> Result<Vec<StandstillImageEntry>> {
+        sums::list(&*self.store, &self.sums)
     }
 
     /// Makes everything that was finished last, as far as the store was asked to.

@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod check;
 mod error;
 pub mod explore;
 mod framing;
@@ -25,6 +26,7 @@ mod payload;
 pub mod proto;
 mod schema;
 pub mod store;
+mod sums;
 mod table;
 mod wire;
 
@@ -34,4 +36,5 @@ pub use images::{Image, ImageWriter, Images};
 pub use payload::{Cursor, WithPayload};
 pub use schema::unknown_fields;
 pub use store::{FolderStore, ImageOutput, MemoryStore, ReadAt, Store};
+pub use sums::crc_of;
 pub use table::{Header, Id, ImageKind, Payload, MAGIC_COMMON, MAGIC_SERVICE};

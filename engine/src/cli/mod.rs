@@ -31,6 +31,7 @@ pub mod swrk;
 pub mod table;
 pub mod usage;
 mod values;
+pub mod verify;
 
 use parse::{CommandLine, Stop};
 
@@ -52,6 +53,7 @@ pub enum Verb {
     ServiceWorker,
     Dedup,
     Untrack,
+    Verify,
     CpuinfoDump,
     CpuinfoCheck,
     Exec,
@@ -197,6 +199,7 @@ fn perform(line: CommandLine, program: &OsStr) -> Result<i32, UsageError> {
         Verb::Swrk | Verb::ServiceLoop | Verb::ServiceWorker | Verb::PageServerWorker | Verb::LazyPagesWorker => 1,
         Verb::Dedup => dump::run_dedup(&options),
         Verb::Untrack => dump::run_untrack(&options),
+        Verb::Verify => verify::run(&options),
         Verb::Exec => {
             error!("The \"exec\" action is deprecated by the Compel library.");
             255
@@ -226,6 +229,7 @@ fn verb<'a>(name: &OsStr, rest: &'a [OsString], persona: Persona) -> Result<(Ver
         "service-worker" => Verb::ServiceWorker,
         "dedup" => Verb::Dedup,
         "untrack" if persona == Persona::Standstill => Verb::Untrack,
+        "verify" if persona == Persona::Standstill => Verb::Verify,
         "exec" => Verb::Exec,
         "show" => Verb::Show,
         "cpuinfo" => match rest.split_first() {
@@ -256,6 +260,10 @@ fn command_to_become(
     rest: &[OsString],
     exec_cmd: bool,
 ) -> Result<(), UsageError> {
+    if let (Verb::Verify, false, [folder]) = (verb, exec_cmd, rest) {
+        options.images_dir = folder.into();
+        return Ok(());
+    }
     let problem = match (exec_cmd, rest.len()) {
         (false, 0) => return Ok(()),
         (false, n) => {

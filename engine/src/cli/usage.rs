@@ -48,6 +48,7 @@ pub fn short(persona: Persona) -> String {
         lines.push(("untrack -t PID", "end what pre-dump left running: the tracking of memory"));
         lines.push(("image VERB ...", "look into images"));
         lines.push(("list [DIR] [--json]", "the checkpoints below a folder"));
+        lines.push(("verify DIR [OPTIONS]", "is a checkpoint whole, and could this host restore it?"));
         lines.push(("prune DIR --keep N [--dry-run] [--json]", "remove the oldest of a series"));
         lines.push(("demo", "see it work, on a program of its own"));
         lines.push(("migrate", "move a running tree to a host that receives (own options, see --help)"));

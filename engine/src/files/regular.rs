@@ -41,7 +41,7 @@ use crate::sys::mount;
 mod restore;
 
 pub use restore::{
-    done, exe, folder, is_of_task, needs_descriptor, open, opened_for_mapping, opens_late, read, Restored,
+    done, exe, folder, is_of_task, is_there, needs_descriptor, open, opened_for_mapping, opens_late, read, Restored,
 };
 pub(super) use restore::{finish_opening, ghost_of, open_as};
 

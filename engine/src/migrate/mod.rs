@@ -41,7 +41,6 @@ use serde::Serialize;
 pub mod destination;
 pub mod journal;
 pub mod members;
-pub mod needs;
 pub mod source;
 pub mod wire;
 

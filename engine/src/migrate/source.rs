@@ -10,11 +10,11 @@ use standstill_images::{FolderStore, ImageKind, Images, Store as _};
 
 use super::journal::{Journal, State};
 use super::members::{Members, Standing};
-use super::needs::Needs;
 use super::wire::{Channel, Message, Request};
 use super::{lock, Heart, Pass, Report, Strategy, Told};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::memory::{track, PAGE};
+use crate::needs::Needs;
 use crate::options::{FinalState, Options};
 use crate::sockets::netlock;
 use crate::stages::{Listener, Stage, Stages};

@@ -18,8 +18,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::lock;
-use super::needs::Needs;
 use crate::error::{Call, Error, Result};
+use crate::needs::Needs;
 use crate::options::Options;
 use crate::transfer::link::{Link, Side};
 

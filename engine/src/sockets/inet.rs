@@ -453,8 +453,13 @@ fn ip_options(fd: BorrowedFd<'_>, e: &InetSkEntry) -> Result<IpOptsEntry> {
     })
 }
 
+/// Does it wait for connections of TCP?
+pub(crate) fn listens(e: &InetSkEntry) -> bool {
+    e.proto == TCP && e.r#type == STREAM && e.state == LISTEN
+}
+
 /// Which files of an image are connections: their image's number.
-fn is_connection(e: &InetSkEntry) -> bool {
+pub(crate) fn is_connection(e: &InetSkEntry) -> bool {
     e.proto == TCP && e.r#type == STREAM && e.dst_port != 0
 }
 

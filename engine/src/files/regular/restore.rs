@@ -136,6 +136,34 @@ pub(in crate::files) fn finish_opening(fd: BorrowedFd<'_>, pos: u64, flags: u32)
     set_status_flags(fd, flags)
 }
 
+/// Would [`open`] find the file, and the one that it was? Nothing is opened for long, and nothing is made.
+pub fn is_there(cx: &RestoreFiles<'_>, e: &RegFileEntry) -> Result<()> {
+    if let Some(ours) = stand_in(cx, e) {
+        return calls::dup_number(ours).map(drop).at(place(&e.name));
+    }
+    if e.ext == Some(true) {
+        return given(cx, e).map(drop);
+    }
+    // the one of a socket goes when that is bound again; what is below a task comes with it
+    let is_socket = e.mode.is_some_and(|mode| FileType::from_raw_mode(mode) == FileType::Socket);
+    if is_socket || is_of_task(e) || cx.regular.remaps.contains_key(&e.id) {
+        return Ok(());
+    }
+    let nofollow = e.flags & libc::O_NOFOLLOW as u32;
+    let file = open_below(restore_root(cx)?.as_fd(), &e.name, libc::O_PATH as u32 | nofollow);
+    let file = file.call("open").at(place(&e.name))?;
+    let stat = rustix::fs::fstat(&file).call("fstat").at(place(&e.name))?;
+    validate::check(file.as_fd(), &stat, e, cx.opts)
+}
+
+/// The descriptor that stands for a file from outside.
+fn given(cx: &RestoreFiles<'_>, e: &RegFileEntry) -> Result<i32> {
+    let id = String::from_utf8_lossy(&e.name);
+    let advice =
+        || Error::Usage { what: format!("{id} is external: say which file it is with --inherit-fd fd[N]:{id}") };
+    cx.opts.inherited_fd(&id).ok_or_else(advice)
+}
+
 /// Opens a mapped file, for reading or for both as the area's `fdflags` say.
 pub fn opened_for_mapping(cx: &mut RestoreFiles<'_>, id: u32, fdflags: u32) -> Result<OwnedFd> {
     open_as(cx, &by_id(cx, id)?, fdflags)
@@ -174,11 +202,7 @@ pub(in crate::files) fn open_as(cx: &mut RestoreFiles<'_>, e: &RegFileEntry, fla
         return calls::dup_number(ours).at(place(&e.name));
     }
     let fd = if e.ext == Some(true) {
-        let id = String::from_utf8_lossy(&e.name);
-        let advice =
-            || Error::Usage { what: format!("{id} is external: say which file it is with --inherit-fd fd[N]:{id}") };
-        let ours = cx.opts.inherited_fd(&id).ok_or_else(advice)?;
-        reopen(calls::dup_number(ours)?.as_fd(), flags)
+        reopen(calls::dup_number(given(cx, e)?)?.as_fd(), flags)
     } else if let Some(&remap) = cx.regular.remaps.get(&e.id) {
         handle(cx, e, remap).and_then(|handle| reopen(handle, flags))
     } else {

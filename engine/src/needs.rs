@@ -1,4 +1,5 @@
-//! What a tree needs of the host that it is to come to, and what of that a host lacks: asked before the source is touched.
+//! What a tree needs of the host that it is to come to, and what of that a host lacks: asked of a tree that runs, before a
+//! migration touches it, and of a checkpoint (`verify`).
 //!
 //! This is not all that a restore needs, but what most often is missing: kernel features, instructions of the processor, room,
 //! process ids, ports, and the files whose code is mapped. A restore that fails for another reason leaves the source running.
@@ -13,9 +14,14 @@ use procfs::process::{MMapPath, MemoryMap, Process};
 use procfs::Current as _;
 use serde::{Deserialize, Serialize};
 
-use super::members;
+use standstill_images::proto::{core_entry::March, InetSkEntry};
+
 use crate::check;
 use crate::error::{Error, Result};
+use crate::migrate::members;
+use crate::namespaces::{self, Own};
+use crate::sockets;
+use crate::tasks::tree::Tree;
 
 /// Instructions that a program may have found at its start, and goes on to use (flags of `/proc/cpuinfo`).
 const INSTRUCTIONS: &[&str] = &[
@@ -105,6 +111,21 @@ fn instructions() -> BTreeSet<String> {
     flags.into_iter().filter(|f| INSTRUCTIONS.contains(f)).map(str::to_owned).collect()
 }
 
+/// As the standard library calls it.
+fn architecture(of: March) -> &'static str {
+    match of {
+        March::Unknown => "an unknown architecture",
+        March::X8664 => "x86_64",
+        March::Arm => "arm",
+        March::Aarch64 => "aarch64",
+        March::Ppc64 => "powerpc64",
+        March::S390 => "s390x",
+        March::Mips => "mips",
+        March::Loongarch64 => "loongarch64",
+        March::Riscv64 => "riscv64",
+    }
+}
+
 fn failed(e: procfs::ProcError) -> Error {
     match e {
         procfs::ProcError::NotFound(_) => Error::Gone,
@@ -168,6 +189,29 @@ impl Needs {
         Ok(needs)
     }
 
+    /// What the tree of a checkpoint needs, whose namespaces and sockets are these. Files are not among it: a checkpoint says more
+    /// of them than their size.
+    pub fn of_checkpoint<'a>(
+        tree: &Tree,
+        own: &Own,
+        sockets: impl Iterator<Item = &'a InetSkEntry>,
+        memory: u64,
+    ) -> Needs {
+        let mut needs = Needs { memory, ..Needs::default() };
+        let core = tree.alive().find_map(|(_, _, a)| a.threads.first().map(|(_, core)| core.mtype()));
+        needs.architecture = core.map_or(std::env::consts::ARCH, architecture).to_owned();
+        if !own.has(namespaces::Kind::Pid) {
+            // a session or group of ours, which a job of the shell goes into, is none that has to be free
+            let (sid, pgid) = crate::tasks::release::own_session_and_group();
+            needs.pids.extend(tree.ids().into_iter().filter(|id| *id > 0 && *id != sid && *id != pgid));
+        }
+        if !own.has(namespaces::Kind::Net) {
+            let listening = sockets.filter(|e| sockets::inet::listens(e));
+            needs.ports.extend(listening.filter_map(|e| u16::try_from(e.src_port).ok()).filter(|port| *port != 0));
+        }
+        needs
+    }
+
     /// What of it this host lacks, in words.
     pub fn lacking(&self) -> Vec<String> {
         let mut lacking = Vec::new();
@@ -188,6 +232,13 @@ impl Needs {
                 "the tree uses {} MiB of memory, {} MiB are free here",
                 self.memory >> 20,
                 free >> 20
+            ));
+        }
+        let last = std::fs::read_to_string("/proc/sys/kernel/pid_max").ok().and_then(|text| text.trim().parse().ok());
+        if let Some(above) = self.pids.last().filter(|pid| last.is_some_and(|last: i32| **pid >= last)) {
+            lacking.push(format!(
+                "process ids go up to {above}, and end before {} here: raise /proc/sys/kernel/pid_max",
+                last.unwrap_or(0)
             ));
         }
         let taken: Vec<String> =
