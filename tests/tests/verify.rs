@@ -37,6 +37,17 @@ fn lacking(object: &Value) -> String {
     list(object, "lacking").iter().map(|what| what.as_str().unwrap_or_default()).collect::<Vec<_>>().join("\n")
 }
 
+/// All is whole, and nothing is lacking but what somebody else took by accident: the ids of the dead are free for everybody.
+fn is_fine(code: Option<i32>, object: &Value) -> bool {
+    let taken = |what: &&Value| {
+        let what = what.as_str().unwrap_or_default();
+        what.starts_with("process ids in use here") || what.starts_with("somebody here listens on port")
+    };
+    let all = list(object, "lacking");
+    let expected = if all.is_empty() { 0 } else { 2 };
+    code == Some(expected) && damaged(object).is_empty() && all.iter().all(taken)
+}
+
 /// The images of a checkpoint that its statistics are not part of.
 fn images(folder: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(folder).unwrap_or_else(|e| panic!("{e}"));
@@ -66,7 +77,7 @@ fn matrix(name: &str, options: &[&str]) {
     let (engine, folder) = (Engine::ours(), run.images("images"));
     run.dump_with(&engine, &folder, options);
     let (code, object, text) = verify(&folder, options_of_restore(options));
-    assert!(code == Some(0) && damaged(&object).is_empty(), "{name}: {text}");
+    assert!(is_fine(code, &object), "{name}: {text}");
     assert!(object["files"].as_u64().is_some_and(|n| n >= images(&folder).len() as u64), "{text}");
     let names = |image: &str, how: &str| {
         let (code, object, text) = verify(&folder, options_of_restore(options));
@@ -179,8 +190,8 @@ fn what_is_lacking() {
     assert_eq!(output.code, Some(2), "{}", output.text);
     assert!(output.text.contains("lacking here: process ids"), "{}", output.text);
     run.kill(&folder);
-    let (code, _, text) = verify(&folder, &[]);
-    assert_eq!(code, Some(0), "{text}");
+    let (code, object, text) = verify(&folder, &[]);
+    assert!(is_fine(code, &object), "{text}");
     run.restore(&engine, &folder);
     run.check(How::Restored);
 }
@@ -195,18 +206,17 @@ fn files_of_the_host() {
     let mut changed = 0;
     for path in entries.flatten().map(|e| e.path()).filter(|path| path.is_file()) {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
-        let (before, _, _) = verify(&folder, &[]);
-        assert_eq!(before, Some(0));
+        let (before, object, text) = verify(&folder, &[]);
+        assert!(is_fine(before, &object), "{text}");
         let longer = |mut good: Vec<u8>| {
             good.push(b'x');
             Some(good)
         };
         with(&path, longer, || {
             let (code, object, text) = verify(&folder, &[]);
-            if code == Some(2) {
-                assert!(lacking(&object).contains(&format!("{name} has bad size")), "{name}: {text}");
-                changed += 1;
-            }
+            let missed = lacking(&object).contains(&format!("{name} has bad size"));
+            assert_eq!(missed, !is_fine(code, &object), "{name}: {text}");
+            changed += u32::from(missed);
         });
     }
     assert!(changed > 0, "no file was missed");
@@ -229,7 +239,7 @@ fn chains() {
     assert_eq!((code, object["pre_dump"].as_bool()), (Some(0), Some(true)), "{text}");
     run.dump_with(&engine, &folder, &["--prev-images-dir", "../1"]);
     let (code, object, text) = verify(&folder, &[]);
-    assert_eq!((code, object["checkpoints"].as_u64()), (Some(0), Some(2)), "{text}");
+    assert!(is_fine(code, &object) && object["checkpoints"].as_u64() == Some(2), "{text}");
     let entries = std::fs::read_dir(&first).unwrap_or_else(|e| panic!("{e}"));
     for name in entries.flatten().filter_map(|e| e.file_name().into_string().ok()).filter(|n| n.ends_with(".img")) {
         with(
