@@ -50,7 +50,8 @@ mod tests {
         let entry = FdinfoEntry { id: 7, flags: 0, r#type: 1, fd: 3, ..Default::default() };
         images.write_entries(ImageKind::Fdinfo, 1_u32, [entry.clone(), entry]).unwrap();
         let mut pipe = images.create(ImageKind::PipesData, ()).unwrap();
-        pipe.write_with_payload(&PipeDataEntry { pipe_id: 1, bytes: 3, ..Default::default() }, &b"abc".as_slice()).unwrap();
+        pipe.write_with_payload(&PipeDataEntry { pipe_id: 1, bytes: 3, ..Default::default() }, &b"abc".as_slice())
+            .unwrap();
         pipe.finish().unwrap();
         for (kind, id, count) in [(ImageKind::Fdinfo, Some(1_u64), 2), (ImageKind::PipesData, None, 1)] {
             let image = images.open(kind, crate::Id(id)).unwrap();

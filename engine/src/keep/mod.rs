@@ -206,7 +206,11 @@ fn natural(path: &Path) -> Vec<(String, u128, String)> {
         let (word, after) = rest.split_at(rest.find(|c: char| c.is_ascii_digit()).unwrap_or(rest.len()));
         let (digits, next) = after.split_at(after.find(|c: char| !c.is_ascii_digit()).unwrap_or(after.len()));
         // of numbers that are the same the text decides
-        parts.push((word.to_owned(), digits.parse().unwrap_or(u128::MAX), digits.to_owned()));
+        parts.push((
+            word.to_owned(),
+            digits.parse().unwrap_or(if digits.is_empty() { 0 } else { u128::MAX }),
+            digits.to_owned(),
+        ));
         rest = next;
     }
     parts
