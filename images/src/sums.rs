@@ -99,7 +99,11 @@ pub(crate) fn list(store: &dyn Store, sums: &Sums) -> Result<Vec<StandstillImage
         }
         let (size, crc) = match sums.get(&name) {
             Some(sum) => (sum.size, Some(sum.crc)),
-            None => (store.open(&name)?.len(), None),
+            None => match store.open(&name) {
+                Ok(image) => (image.len(), None),
+                // a store that cannot be read before it is complete
+                Err(_) => continue,
+            },
         };
         all.push(StandstillImageEntry { name: name.into_bytes(), size, crc });
     }

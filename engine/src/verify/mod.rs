@@ -13,7 +13,7 @@
 use std::collections::BTreeMap;
 
 use standstill_images::proto::InventoryEntry;
-use standstill_images::{Error as ImageError, ImageKind, Images};
+use standstill_images::{Error as ImageError, ImageKind};
 
 use crate::error::{Error, Place, Result};
 use crate::keep::{self, Standing};
@@ -22,6 +22,7 @@ use crate::needs::Needs;
 use crate::options::Options;
 use crate::periodic;
 use crate::restore::examine::{examine, Examined};
+use crate::stores;
 
 mod content;
 mod references;
@@ -140,11 +141,11 @@ fn image_fault(error: &ImageError) -> (String, String) {
 /// Looks at the checkpoint in `opts.images_dir`, or the last whole one of a series there. What a restore is to be told, `opts` says, too.
 ///
 /// # Errors
-/// If the folder cannot be opened.
+/// If the folder, or whatever else it is in, cannot be opened.
 pub fn run(opts: &Options) -> Result<Report> {
     let of_series = periodic::instead(opts);
     let opts = of_series.as_ref().unwrap_or(opts);
-    let images = Images::open_folder(&opts.images_dir)?;
+    let images = stores::for_restore(opts)?;
     let mut report = Report::default();
     let memory = content::check(&images, &mut report);
     // without one it is none, however whole the rest is
@@ -152,7 +153,7 @@ pub fn run(opts: &Options) -> Result<Report> {
         report.add(&e.into());
         return Ok(report);
     }
-    report.pre_dump = keep::standing(&opts.images_dir).0 == Standing::PreDump;
+    report.pre_dump = opts.has_folder() && keep::standing(&opts.images_dir).0 == Standing::PreDump;
     if report.pre_dump {
         return Ok(report);
     }
