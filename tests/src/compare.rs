@@ -18,6 +18,7 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[
     ("timens", "", "clocks went on"),
     ("inventory", "dump_criu_run_id", "a name of this one dump"),
     ("inventory", "dump_uptime", "clocks went on"),
+    ("inventory", "standstill_images", "the images themselves are compared"),
     ("core", "gpregs", "the program ran in between"),
     ("core", "fpregs", "the program ran in between"),
     ("core", "tc.flags", "the kernel's flags of a task: a restored one was cloned and has not called exec"),
