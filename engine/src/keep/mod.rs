@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use standstill_images::proto::{CoreEntry, InventoryEntry, PstreeEntry, TaskKobjIdsEntry};
-use standstill_images::{ImageKind, Images};
+use standstill_images::store::sealed;
+use standstill_images::{FolderStore, ImageKind, Images, Store as _};
 
 use crate::error::{At as _, Call as _, Error, Place, Result};
 use crate::gpu;
@@ -30,6 +31,8 @@ const DEEPEST: usize = 16;
 pub enum Standing {
     /// It can be restored.
     Whole,
+    /// It is sealed: what is in it only its key can tell.
+    Sealed,
     /// It has memory alone, for a dump to build on.
     PreDump,
     /// Nothing: its dump did not come to its end, or something that it builds on is missing.
@@ -42,6 +45,7 @@ impl Standing {
     pub fn name(self) -> &'static str {
         match self {
             Self::Whole => "whole",
+            Self::Sealed => "sealed",
             Self::PreDump => "pre-dump",
             Self::Incomplete => "incomplete",
         }
@@ -133,6 +137,11 @@ fn parents(folder: &Path) -> Result<Vec<PathBuf>> {
 /// What a folder with images is good for, and why it is no more than that.
 pub(crate) fn standing(folder: &Path) -> (Standing, Option<String>) {
     let judge = || -> Result<Standing> {
+        let store = FolderStore::open(folder)?;
+        if sealed::is_sealed(&store)? && store.exists("inventory.img")? {
+            parents(folder)?;
+            return Ok(Standing::Sealed);
+        }
         let own = inventory(folder)?;
         for parent in parents(folder)? {
             inventory(&parent).at(Place::Path(parent))?;
@@ -147,9 +156,20 @@ pub(crate) fn standing(folder: &Path) -> (Standing, Option<String>) {
     }
 }
 
+impl Standing {
+    /// Can it be restored, and all that it builds on is there? Of what is sealed that is believed.
+    #[must_use]
+    pub fn is_whole(self) -> bool {
+        match self {
+            Self::Whole | Self::Sealed => true,
+            Self::PreDump | Self::Incomplete => false,
+        }
+    }
+}
+
 /// Has this folder a checkpoint that can be restored, and so has all that it builds on?
 pub fn is_whole(folder: &Path) -> bool {
-    standing(folder).0 == Standing::Whole
+    standing(folder).0.is_whole()
 }
 
 impl Checkpoint {
@@ -350,6 +370,19 @@ mod tests {
         fake(&folder, "b", Some("../a"), false);
         fake(&folder, "c", Some("../c"), false);
         assert!(names(&folder).iter().all(|(_, standing)| *standing == Standing::Incomplete));
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn sealed_ones_are_believed() {
+        let folder = scratch("keep-sealed");
+        std::fs::create_dir(folder.join("1")).unwrap();
+        std::fs::write(folder.join("1").join(sealed::MANIFEST), "sealed").unwrap();
+        std::fs::write(folder.join("1/core-1.img"), "sealed").unwrap();
+        assert_eq!(names(&folder), [("1".to_owned(), Standing::Incomplete)]);
+        std::fs::write(folder.join("1/inventory.img"), "sealed").unwrap();
+        assert_eq!(names(&folder), [("1".to_owned(), Standing::Sealed)]);
+        assert!(is_whole(&folder.join("1")) && !is_whole(&folder));
         std::fs::remove_dir_all(&folder).unwrap();
     }
 

@@ -10,7 +10,7 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use super::{find, has_images, parents, remove, Checkpoint, Standing};
+use super::{find, has_images, parents, remove, Checkpoint};
 use crate::error::{Error, Result};
 
 /// What is to go.
@@ -60,7 +60,7 @@ pub fn plan(folder: &Path, keep: usize) -> Result<Plan> {
         series.extend(number(&name).map(|number| (number, found)));
     }
     series.sort_by(|(a, x), (b, y)| (a, &x.name).cmp(&(b, &y.name)));
-    let whole: Vec<usize> = (0..series.len()).filter(|n| series[*n].1.standing == Standing::Whole).collect();
+    let whole: Vec<usize> = (0..series.len()).filter(|n| series[*n].1.standing.is_whole()).collect();
     let Some(&last) = whole.last() else { return Ok(Plan::default()) };
     let spared: HashSet<usize> = whole.iter().rev().take(keep).copied().chain(last..series.len()).collect();
 
@@ -97,6 +97,7 @@ pub fn carry_out(plan: &Plan) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::super::testing::{fake, scratch};
+    use super::super::Standing;
     use super::*;
 
     fn names(all: &[Checkpoint]) -> Vec<String> {
