@@ -256,6 +256,8 @@ pub struct Options {
     pub keep: u32,
     /// Print results as JSON (`--json`).
     pub json: bool,
+    /// Where metrics of the run go, as Prometheus reads them (`--metrics`).
+    pub metrics: Option<PathBuf>,
 }
 
 impl Default for Options {
@@ -357,6 +359,7 @@ impl Default for Options {
             every: None,
             keep: crate::periodic::DEFAULT_KEEP,
             json: false,
+            metrics: None,
         }
     }
 }

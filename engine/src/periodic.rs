@@ -71,10 +71,16 @@ fn ended(process: &impl std::os::fd::AsFd, wait: Duration) -> Result<bool> {
     }
 }
 
-/// Dumps the tree `every` so often until it ends, and keeps the last `keep` checkpoints at least. `done` hears of each one.
+/// Dumps the tree `every` so often until it ends, and keeps the last `keep` checkpoints at least. `told` hears of each one, and of
+/// those that failed and are tried again.
 ///
 /// A dump that fails is tried again when the next one is due; if none was whole yet, that ends it.
-pub fn run(opts: &Options, every: Duration, keep: u32, mut done: impl FnMut(&Path, &DumpReport)) -> Result<()> {
+pub fn run(
+    opts: &Options,
+    every: Duration,
+    keep: u32,
+    mut told: impl FnMut(&Path, std::result::Result<&DumpReport, &Error>),
+) -> Result<()> {
     let root = opts.required_pid().map_err(|e| Error::Usage { what: e.to_string() })?;
     let usage = |what: &str| Err(Error::Usage { what: what.into() });
     if opts.prev_images_dir.is_some() {
@@ -110,7 +116,7 @@ pub fn run(opts: &Options, every: Duration, keep: u32, mut done: impl FnMut(&Pat
         let made = std::fs::DirBuilder::new().mode(0o700).create(&into).call("mkdir").at(Place::Path(into.clone()));
         match made.and_then(|()| dump::run(&one)) {
             Ok(report) => {
-                done(&into, &report);
+                told(&into, Ok(&report));
                 match chains.last_mut() {
                     Some(chain) if one.prev_images_dir.is_some() => chain.push(number),
                     _ => chains.push(vec![number]),
@@ -126,6 +132,7 @@ pub fn run(opts: &Options, every: Duration, keep: u32, mut done: impl FnMut(&Pat
                     return Err(e);
                 }
                 tracing::error!("{}", e.chain());
+                told(&into, Err(&e));
                 // pages that it has marked are in no checkpoint
                 chains.push(Vec::new());
             }

@@ -134,6 +134,20 @@ pub enum Listener {
     Hook(Hook),
 }
 
+impl Listener {
+    /// Who is told, if anybody is.
+    ///
+    /// # Errors
+    /// If a descriptor is not open.
+    pub fn hook(&self) -> Result<Option<Hook>> {
+        Ok(match self {
+            Listener::Unsaid | Listener::Nobody | Listener::Bars => None,
+            Listener::Json(fd) => Some(json(*fd)?),
+            Listener::Hook(hook) => Some(hook.clone()),
+        })
+    }
+}
+
 /// Counts what is moved, and tells how far that is.
 #[derive(Debug, Clone, Default)]
 pub struct Counter(Option<Arc<Teller>>);
@@ -161,11 +175,7 @@ impl fmt::Debug for Teller {
 impl Counter {
     /// For the listener that was asked for.
     pub fn new(verb: Verb, opts: &Options) -> Result<Counter> {
-        let hook = match &opts.progress {
-            Listener::Unsaid | Listener::Nobody | Listener::Bars => return Ok(Counter(None)),
-            Listener::Json(fd) => json(*fd)?,
-            Listener::Hook(hook) => hook.clone(),
-        };
+        let Some(hook) = opts.progress.hook()? else { return Ok(Counter(None)) };
         let now = Instant::now();
         Ok(Counter(Some(Arc::new(Teller {
             verb,

@@ -1,54 +1,88 @@
 //! `dump` and `pre-dump`: the engine does it, this file says how it went.
 
-use super::bars::with_bars;
+use super::metrics::Figures;
+use super::outcome::Run;
 use super::print;
+use crate::error::{Error, Result};
 use crate::options::{Options, Persona};
+use crate::DumpReport;
+use serde_json::json;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tracing::{error, info};
 
 /// Dumps the tree; the result is the exit code.
 pub fn run(options: &Options) -> i32 {
-    if let Err(e) = options.required_pid() {
-        error!("{e}");
-        return 1;
-    }
-    if !super::supported(options) {
+    let run = Run::begin("dump", options);
+    if lacks_pid(options, &run) || run.is_refused() {
         return 1;
     }
     if let Some(every) = options.every {
-        return run_series(options, every);
+        return run_series(options, &run, every);
     }
-    let start = Instant::now();
-    match crate::dump::run(&with_bars(options)) {
-        Ok(_) => {
+    match crate::dump::run(&run.options()) {
+        Ok(report) => {
+            let took = run.took();
             info!("Dumping finished successfully");
-            if options.personality == Persona::Standstill {
-                print(&summary(options, start.elapsed()));
+            if options.personality == Persona::Standstill && !options.json {
+                print(&summary(options, took));
             }
             if options.display_gpus {
                 super::print_gpus(options);
             }
+            told(&run, &report, &options.images_dir);
             0
         }
         Err(e) => {
-            error!("{}", e.chain());
+            run.failed(&e);
             error!("Dumping FAILED.");
             1
         }
     }
 }
 
+/// No process was named.
+fn lacks_pid(options: &Options, run: &Run<'_>) -> bool {
+    let named = options.required_pid();
+    named.inspect_err(|e| run.failed(&Error::Usage { what: e.to_string() })).is_err()
+}
+
+/// Says what a dump did to those who asked for that.
+fn told(run: &Run<'_>, report: &DumpReport, folder: &Path) {
+    let figures = Figures { bytes: Some(folder_size(folder)), ..figures(report) };
+    run.done(figures, json!({ "images": folder, "shared_pages": report.shared_pages }));
+}
+
+fn figures(report: &DumpReport) -> Figures {
+    Figures {
+        total: report.total,
+        frozen: Some(report.frozen),
+        pages: Some(report.pages),
+        in_parent: Some(report.in_parent),
+        tasks: u64::try_from(report.tasks).ok(),
+        ..Figures::default()
+    }
+}
+
 /// Dumps the tree again and again.
-fn run_series(options: &Options, every: Duration) -> i32 {
-    let said = |folder: &Path, report: &crate::DumpReport| {
-        let one = Options { images_dir: folder.to_owned(), ..options.clone() };
-        print(&summary(&one, report.total));
+fn run_series(options: &Options, run: &Run<'_>, every: Duration) -> i32 {
+    let said = |folder: &Path, result: std::result::Result<&DumpReport, &Error>| {
+        match result {
+            Ok(report) => {
+                let one = Options { images_dir: folder.to_owned(), ..options.clone() };
+                if !options.json {
+                    print(&summary(&one, report.total));
+                }
+                told(run, report, folder);
+            }
+            Err(e) => run.failed_as_said(e),
+        }
+        run.again();
     };
-    match crate::periodic::run(&with_bars(options), every, options.keep, said) {
+    match crate::periodic::run(&run.options(), every, options.keep, said) {
         Ok(()) => 0,
         Err(e) => {
-            error!("{}", e.chain());
+            run.failed(&e);
             error!("Dumping FAILED.");
             1
         }
@@ -57,32 +91,34 @@ fn run_series(options: &Options, every: Duration) -> i32 {
 
 /// Takes the memory of the tree while it runs.
 pub fn run_pre_dump(options: &Options) -> i32 {
-    if let Err(e) = options.required_pid() {
-        error!("{e}");
+    let run = Run::begin("pre-dump", options);
+    if lacks_pid(options, &run) {
         return 1;
     }
     if options.lazy_pages {
-        error!("Cannot pre-dump with --lazy-pages");
+        run.failed(&Error::Usage { what: "Cannot pre-dump with --lazy-pages".into() });
         return 1;
     }
     if !crate::pre_dump::has_use(options) {
-        error!("{}", crate::memory::track::unavailable());
+        run.failed(&crate::memory::track::unavailable());
         return 1;
     }
-    if !super::supported(options) {
+    if run.is_refused() {
         return 1;
     }
-    let start = Instant::now();
-    match crate::pre_dump::run(&with_bars(options)) {
+    match crate::pre_dump::run(&run.options()) {
         Ok(report) => {
+            let took = run.took();
             info!("Pre-dumping finished successfully");
-            if options.personality == Persona::Standstill {
-                print(&pre_dump_summary(options, &report, start.elapsed()));
+            if options.personality == Persona::Standstill && !options.json {
+                print(&pre_dump_summary(options, &report, took));
             }
+            let figures = Figures { bytes: Some(folder_size(&options.images_dir)), ..figures(&report) };
+            run.done(figures, json!({}));
             0
         }
         Err(e) => {
-            error!("{}", e.chain());
+            run.failed(&e);
             error!("Pre-dumping FAILED.");
             1
         }
@@ -91,18 +127,20 @@ pub fn run_pre_dump(options: &Options) -> i32 {
 
 /// Frees what newer checkpoints of a chain replace.
 pub fn run_dedup(options: &Options) -> i32 {
+    let run = Run::begin("dedup", options);
     let freed = standstill_images::Images::open_folder(&options.images_dir)
-        .map_err(crate::Error::from)
+        .map_err(Error::from)
         .and_then(crate::memory::dedup::free_in_chain);
     match freed {
         Ok(freed) => {
-            if options.personality == Persona::Standstill {
+            if options.personality == Persona::Standstill && !options.json {
                 print(&format!("{} freed\n", human_size(freed)));
             }
+            run.done(Figures::default(), json!({ "freed": freed }));
             0
         }
         Err(e) => {
-            error!("{}", e.chain());
+            run.failed(&e);
             1
         }
     }
@@ -110,32 +148,28 @@ pub fn run_dedup(options: &Options) -> i32 {
 
 /// Ends the tracking of a tree's memory.
 pub fn run_untrack(options: &Options) -> i32 {
-    let ended = match options.required_pid() {
-        Ok(pid) => crate::memory::track::end(pid).map_err(|e| e.chain()),
-        Err(e) => Err(e.to_string()),
+    let run = Run::begin("untrack", options);
+    let end = || -> Result<i32> {
+        let pid = options.required_pid().map_err(|e| Error::Usage { what: e.to_string() })?;
+        match crate::memory::track::end(pid)? {
+            true => Ok(pid),
+            false => Err(Error::Usage { what: "no memory is tracked there".into() }),
+        }
     };
-    match ended {
-        Ok(true) => 0,
-        Ok(false) => {
-            error!("no memory is tracked there");
-            1
+    match end() {
+        Ok(pid) => {
+            run.done(Figures::default(), json!({ "pid": pid }));
+            0
         }
         Err(e) => {
-            error!("{e}");
+            run.failed(&e);
             1
         }
     }
 }
 
 /// What was taken, how long the tree stood still, and what comes next.
-fn pre_dump_summary(options: &Options, report: &crate::DumpReport, took: Duration) -> String {
-    if options.json {
-        let v = serde_json::json!({
-            "images": options.images_dir, "pages": report.pages, "pages_in_parent": report.in_parent,
-            "seconds": took.as_secs_f64(), "frozen_seconds": report.frozen.as_secs_f64(),
-        });
-        return format!("{v}\n");
-    }
+fn pre_dump_summary(options: &Options, report: &DumpReport, took: Duration) -> String {
     format!(
         "{} written, {} unchanged, in {} (frozen {}); next: standstill dump -t {} --prev-images-dir {} -D DIR\n",
         human_size(report.pages * crate::memory::PAGE),
@@ -152,12 +186,6 @@ fn summary(options: &Options, took: Duration) -> String {
     let dir = &options.images_dir;
     let job = if options.shell_job { " -j" } else { "" };
     let size = human_size(folder_size(dir));
-    if options.json {
-        let v = serde_json::json!({
-            "images": dir, "bytes": folder_size(dir), "seconds": took.as_secs_f64(),
-        });
-        return format!("{v}\n");
-    }
     format!(
         "{size} in {} after {}; restore with: standstill restore -D {}{job}\n",
         dir.display(),

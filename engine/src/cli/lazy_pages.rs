@@ -6,6 +6,7 @@
 //!
 //! Man page: criu(8).
 
+use super::outcome::Run;
 use super::{page_server, reason, service, swrk};
 use crate::memory::late::SOCKET;
 use crate::options::Options;
@@ -17,10 +18,7 @@ use tracing::error;
 
 /// The verb; the result is the exit code.
 pub fn run(options: &Options) -> i32 {
-    if !super::supported(options) {
-        return 1;
-    }
-    code(start(options))
+    page_server::end(&Run::begin("lazy-pages", options), start)
 }
 
 fn code(result: Result<(), String>) -> i32 {

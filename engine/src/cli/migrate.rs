@@ -4,12 +4,15 @@ use std::ffi::OsString;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs as _};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{Args, Parser, ValueEnum};
-use tracing::error;
+use serde_json::json;
+use tracing::{error, warn};
 
 use super::dump::human_size;
-use super::print;
+use super::metrics::{self, Figures};
+use super::{outcome, print};
 use crate::error::{Call as _, Error, Result};
 use crate::migrate::destination::{self, Receive};
 use crate::migrate::source::{self, Migrate, Resumed};
@@ -41,6 +44,9 @@ struct MigrateArguments {
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
+    /// Write figures of the migration for Prometheus.
+    #[arg(long, value_name = "FILE")]
+    metrics: Option<PathBuf>,
     #[command(flatten)]
     dump: DumpArguments,
     #[command(flatten)]
@@ -186,19 +192,61 @@ pub fn run(arguments: &[OsString]) -> i32 {
     };
     crate::log::set_level(arguments.dump.verbosity);
     crate::sys::calls::raise_limit_of_files();
-    end(migrate(arguments), "Migration FAILED.")
+    let (json, metrics) = (arguments.json, arguments.metrics.clone());
+    let began = std::time::Instant::now();
+    let result = migrate(arguments);
+    let mut figures = Figures { total: began.elapsed(), ..Figures::default() };
+    if let Ok(Moved::Done(report, _)) = &result {
+        figures.frozen = Duration::try_from_secs_f64(report.downtime_seconds).ok();
+        figures.bytes = Some(report.passes.iter().map(|pass| pass.bytes).sum());
+    }
+    if let Some(Err(e)) = metrics.map(|path| metrics::write(&path, "migrate", result.is_ok(), &figures)) {
+        warn!("the metrics of this run could not be written: {}", e.chain());
+    }
+    match &result {
+        Ok(moved) if json => outcome::say(&outcome::done("migrate", moved.as_json())),
+        Ok(moved) => print(&moved.as_text()),
+        Err(e) if json => {
+            let in_doubt = matches!(e.cause(), Error::InDoubt { .. });
+            outcome::say(&outcome::object("migrate", "failed", json!({ "error": e.links(), "in_doubt": in_doubt })));
+        }
+        Err(_) => {}
+    }
+    end(result.map(drop), "Migration FAILED.")
 }
 
-fn migrate(arguments: MigrateArguments) -> Result<()> {
+/// How a migration ended.
+enum Moved {
+    /// It is at the destination, which is called so.
+    Done(Report, String),
+    /// It was in doubt.
+    Decided(Resumed),
+}
+
+impl Moved {
+    fn as_text(&self) -> String {
+        match self {
+            Moved::Done(report, to) => table(report, to),
+            Moved::Decided(Resumed::There(pid)) => format!("it runs at the destination, as process {pid}\n"),
+            Moved::Decided(Resumed::Here) => "it runs here, the destination's is gone\n".to_owned(),
+            Moved::Decided(Resumed::Nowhere) => "it has ended here by itself, the destination's is gone\n".to_owned(),
+        }
+    }
+
+    fn as_json(&self) -> serde_json::Value {
+        match self {
+            Moved::Done(report, _) => serde_json::to_value(report).unwrap_or_default(),
+            Moved::Decided(Resumed::There(pid)) => json!({ "runs": "there", "pid": pid }),
+            Moved::Decided(Resumed::Here) => json!({ "runs": "here" }),
+            Moved::Decided(Resumed::Nowhere) => json!({ "runs": "nowhere" }),
+        }
+    }
+}
+
+fn migrate(arguments: MigrateArguments) -> Result<Moved> {
     if let Some(folder) = &arguments.resume {
         let options = arguments.tls.put_into(Options::default());
-        let text = match source::resume(folder, arguments.to.as_deref(), &options)? {
-            Resumed::There(pid) => format!("it runs at the destination, as process {pid}\n"),
-            Resumed::Here => "it runs here, the destination's is gone\n".to_owned(),
-            Resumed::Nowhere => "it has ended here by itself, the destination's is gone\n".to_owned(),
-        };
-        print(&text);
-        return Ok(());
+        return source::resume(folder, arguments.to.as_deref(), &options).map(Moved::Decided);
     }
     let (to, pid) = (arguments.to.unwrap_or_default(), arguments.pid);
     let made = arguments.images_dir.is_none();
@@ -233,13 +281,7 @@ fn migrate(arguments: MigrateArguments) -> Result<()> {
     if made && !matches!(&result, Err(e) if matches!(e.cause(), Error::InDoubt { .. })) {
         let _ = std::fs::remove_dir_all(&folder);
     }
-    let report = result?;
-    print(&if arguments.json { format!("{}\n", as_json(&report)) } else { table(&report, &to) });
-    Ok(())
-}
-
-fn as_json(report: &Report) -> serde_json::Value {
-    serde_json::to_value(report).unwrap_or_default()
+    result.map(|report| Moved::Done(report, to))
 }
 
 fn table(report: &Report, to: &str) -> String {

@@ -21,6 +21,7 @@ pub mod getopt;
 pub mod image;
 pub mod keep;
 pub mod lazy_pages;
+pub mod metrics;
 pub mod migrate;
 pub mod outcome;
 pub mod page_server;

@@ -8,11 +8,14 @@
 //!
 //! Man page: criu(8).
 
+use super::metrics::Figures;
+use super::outcome::Run;
 use super::{reason, service, swrk};
-use crate::error::Result;
+use crate::error::Error;
 use crate::options::Options;
 use crate::stages::{Stage, Stages};
 use crate::transfer::server::{self, Socket};
+use serde_json::json;
 use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
@@ -20,13 +23,21 @@ use tracing::error;
 
 /// The verb; the result is the exit code.
 pub fn run(options: &Options) -> i32 {
-    if !super::supported(options) {
+    end(&Run::begin("page-server", options), start)
+}
+
+/// Does the work of a verb that serves others, and says how that went.
+pub(super) fn end(run: &Run<'_>, serve: impl FnOnce(&Options) -> Result<(), String>) -> i32 {
+    if run.is_refused() {
         return 1;
     }
-    match start(options) {
-        Ok(()) => 0,
-        Err(text) => {
-            error!("{text}");
+    match serve(&run.options()) {
+        Ok(()) => {
+            run.done(Figures::default(), json!({}));
+            0
+        }
+        Err(what) => {
+            run.failed(&Error::Usage { what });
             1
         }
     }

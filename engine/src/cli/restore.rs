@@ -1,34 +1,37 @@
 //! `restore`: the engine does it, this file says how it went, and becomes what it was told to.
 
-use super::bars::with_bars;
 use super::dump::human_time;
+use super::metrics::Figures;
+use super::outcome::Run;
 use super::{print, reason};
 use crate::options::{Options, Persona};
+use serde_json::json;
 use std::os::unix::process::CommandExt as _;
-use std::time::Instant;
 use tracing::{error, info};
 
 /// Restores a tree. The exit code is our own, or that of the restored program if we stayed its parent.
 pub fn run(options: &Options) -> i32 {
-    if !super::supported(options) {
+    let run = Run::begin("restore", options);
+    if run.is_refused() {
         return 1;
     }
-    let start = Instant::now();
-    let report = match crate::restore::run(&with_bars(options)) {
+    let report = match crate::restore::run(&run.options()) {
         Ok(report) => report,
         Err(e) => {
-            error!("{}", e.chain());
+            run.failed(&e);
             error!("Restoring FAILED.");
             return 1;
         }
     };
     info!("Restore finished successfully. Tasks resumed.");
-    if options.personality == Persona::Standstill && options.restore_detach {
-        print(&format!("restored from {} in {}\n", options.images_dir.display(), human_time(start.elapsed())));
+    if options.personality == Persona::Standstill && options.restore_detach && !options.json {
+        print(&format!("restored from {} in {}\n", options.images_dir.display(), human_time(run.took())));
     }
     if options.display_gpus {
         super::print_gpus(options);
     }
+    let figures = Figures { total: report.total, ..Figures::default() };
+    run.done(figures, json!({ "pid": report.pid, "exit_code": report.exit_code }));
     if let Some((program, args)) = options.exec_cmd.split_first() {
         let mut command = std::process::Command::new(program);
         command.args(args).current_dir(options.work_dir());

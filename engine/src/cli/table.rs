@@ -408,6 +408,8 @@ pub const TABLE: &[Opt] = &[
         o.key = Some(keys::of_fd(number(o.personality, "key-fd", v)?).map_err(OptionError::Key)?);
         Ok(())
     }, Ours, "images are sealed with the key that the descriptor gives"),
+    value("metrics", "FILE", |o, v| { o.metrics = Some(path(v)); Ok(()) }, Ours,
+        "write figures of the run for Prometheus (node exporter, textfile collector)"),
 ];
 
 /// The options that are known under a name, with their spellings in the same order.

@@ -1,12 +1,13 @@
 //! `verify`: is a checkpoint whole, and could this host restore it? What it looks at is in [`crate::verify`].
 
 use super::dump::human_size;
-use super::{outcome, print};
+use super::metrics::Figures;
+use super::outcome::{self, Run};
+use super::print;
 use crate::options::Options;
 use crate::verify::{self, Report};
 use serde_json::{json, Value};
 use std::fmt::Write as _;
-use tracing::error;
 
 /// An image is missing, cut or wrong, or the folder could not be read.
 pub const DAMAGED: i32 = 1;
@@ -15,13 +16,14 @@ pub const LACKING: i32 = 2;
 
 /// Looks; the result is the exit code.
 pub fn run(options: &Options) -> i32 {
-    if !super::supported(options) {
+    let asked = Run::begin("verify", options);
+    if asked.is_refused() {
         return DAMAGED;
     }
     match verify::run(options) {
         Ok(report) => {
             if options.json {
-                outcome::say(&outcome::done("verify", as_json(options, &report)));
+                asked.done(Figures { bytes: Some(report.bytes), ..Figures::default() }, as_json(options, &report));
             } else {
                 print(&as_text(&report));
             }
@@ -32,10 +34,7 @@ pub fn run(options: &Options) -> i32 {
             }
         }
         Err(e) => {
-            error!("{}", e.chain());
-            if options.json {
-                outcome::say(&outcome::failed("verify", &e));
-            }
+            asked.failed(&e);
             DAMAGED
         }
     }
@@ -50,7 +49,6 @@ fn as_json(options: &Options, report: &Report) -> Value {
         "pre_dump": report.pre_dump,
         "checkpoints": report.checkpoints,
         "files": report.images,
-        "bytes": report.bytes,
         "tasks": report.tasks,
         "damaged": damaged,
         "lacking": report.lacking,
