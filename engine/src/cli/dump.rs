@@ -25,12 +25,16 @@ pub fn run(options: &Options) -> i32 {
             let took = run.took();
             info!("Dumping finished successfully");
             if options.personality == Persona::Standstill && !options.json {
-                print(&summary(options, took));
+                let text = match options.keeps_images() {
+                    false => sent(&report, took),
+                    true => summary(options, took),
+                };
+                print(&text);
             }
             if options.display_gpus {
                 super::print_gpus(options);
             }
-            told(&run, &report, &options.images_dir);
+            told(&run, &report, options.keeps_images().then_some(&*options.images_dir));
             0
         }
         Err(e) => {
@@ -48,8 +52,8 @@ fn lacks_pid(options: &Options, run: &Run<'_>) -> bool {
 }
 
 /// Says what a dump did to those who asked for that.
-fn told(run: &Run<'_>, report: &DumpReport, folder: &Path) {
-    let figures = Figures { bytes: Some(folder_size(folder)), ..figures(report) };
+fn told(run: &Run<'_>, report: &DumpReport, folder: Option<&Path>) {
+    let figures = Figures { bytes: folder.map(folder_size), ..figures(report) };
     run.done(figures, json!({ "images": folder, "shared_pages": report.shared_pages }));
 }
 
@@ -73,7 +77,7 @@ fn run_series(options: &Options, run: &Run<'_>, every: Duration) -> i32 {
                 if !options.json {
                     print(&summary(&one, report.total));
                 }
-                told(run, report, folder);
+                told(run, report, Some(folder));
             }
             Err(e) => run.failed_as_said(e),
         }
@@ -178,6 +182,17 @@ fn pre_dump_summary(options: &Options, report: &DumpReport, took: Duration) -> S
         human_time(report.frozen),
         options.pid.unwrap_or(0),
         options.images_dir.display(),
+    )
+}
+
+/// What went into a stream.
+fn sent(report: &crate::DumpReport, took: Duration) -> String {
+    let pages = report.pages + report.shared_pages;
+    format!(
+        "{} of memory sent after {} (frozen {}); whether they arrived, the reader knows\n",
+        human_size(pages * crate::memory::PAGE),
+        human_time(took),
+        human_time(report.frozen)
     )
 }
 

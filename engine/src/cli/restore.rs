@@ -25,7 +25,8 @@ pub fn run(options: &Options) -> i32 {
     };
     info!("Restore finished successfully. Tasks resumed.");
     if options.personality == Persona::Standstill && options.restore_detach && !options.json {
-        print(&format!("restored from {} in {}\n", options.images_dir.display(), human_time(run.took())));
+        let from = if options.keeps_images() { options.images_dir.display().to_string() } else { "a stream".into() };
+        print(&format!("restored from {from} in {}\n", human_time(run.took())));
     }
     if options.display_gpus {
         super::print_gpus(options);
