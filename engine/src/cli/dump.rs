@@ -26,7 +26,7 @@ pub fn run(options: &Options) -> i32 {
             info!("Dumping finished successfully");
             if options.personality == Persona::Standstill && !options.json {
                 let text = match options.keeps_images() {
-                    false => sent(&report, took),
+                    false => sent(options, &report, took),
                     true => summary(options, took),
                 };
                 print(&text);
@@ -186,8 +186,16 @@ fn pre_dump_summary(options: &Options, report: &DumpReport, took: Duration) -> S
 }
 
 /// What went into a stream.
-fn sent(report: &crate::DumpReport, took: Duration) -> String {
+fn sent(options: &Options, report: &crate::DumpReport, took: Duration) -> String {
     let pages = report.pages + report.shared_pages;
+    if let Some(url) = options.to.as_ref().and_then(|to| to.url()) {
+        return format!(
+            "{} of memory in {url} after {} (frozen {}); restore with: standstill restore --from {url}\n",
+            human_size(pages * crate::memory::PAGE),
+            human_time(took),
+            human_time(report.frozen)
+        );
+    }
     format!(
         "{} of memory sent after {} (frozen {}); whether they arrived, the reader knows\n",
         human_size(pages * crate::memory::PAGE),
