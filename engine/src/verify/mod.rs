@@ -22,6 +22,7 @@ use crate::needs::Needs;
 use crate::options::Options;
 use crate::periodic;
 use crate::restore::examine::{examine, Examined};
+use crate::stages::Stages;
 use crate::stores;
 
 mod content;
@@ -145,7 +146,7 @@ fn image_fault(error: &ImageError) -> (String, String) {
 pub fn run(opts: &Options) -> Result<Report> {
     let of_series = periodic::instead(opts);
     let opts = of_series.as_ref().unwrap_or(opts);
-    let images = stores::for_restore(opts)?;
+    let images = stores::for_restore(opts, &Stages::new(opts, None))?;
     let mut report = Report::default();
     let memory = content::check(&images, &mut report);
     // without one it is none, however whole the rest is

@@ -155,6 +155,7 @@ fn is_complete(file: &FileEntry) -> bool {
         FdTypes::Netlinksk => file.nlsk.is_some(),
         FdTypes::Packetsk => file.psk.is_some(),
         FdTypes::StandstillIoUring => file.standstill_io_uring.is_some(),
+        FdTypes::StandstillMqueue => file.standstill_mqueue.is_some(),
         FdTypes::Ns => file.nsf.is_some(),
         FdTypes::Tunf => file.tunf.is_some(),
         FdTypes::Ext => file.ext.is_some(),
