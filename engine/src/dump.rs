@@ -133,7 +133,7 @@ pub fn run_with(opts: &Options, stages: &Stages<'_>) -> Result<DumpReport> {
             what: "--lazy-pages leaves pages in the tree: leave out --snapshot and --page-server".into(),
         });
     }
-    let images = stores::for_dump(opts)?;
+    let images = stores::for_dump(opts, stages)?;
     with_own_thread(|| {
         for n in 0.. {
             match dump(opts, stages, root, &images, n == 0) {

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use standstill_images::store::sealed::Key;
 
 use crate::progress::Listener;
-use crate::stores::Given;
+use crate::stores::{Channel, Given};
 
 mod refusals;
 mod values;
@@ -49,6 +49,10 @@ pub struct Options {
     pub store: Option<Given>,
     /// Images are sealed with this key (`--key-file`, `--key-fd`).
     pub key: Option<Key>,
+    /// Images go into a stream instead of a folder (`--to`).
+    pub to: Option<Channel>,
+    /// Images come from a stream instead of a folder (`--from`).
+    pub from: Option<Channel>,
     /// Where logs, pidfile and stats go (`-W`); [`Options::work_dir`] answers with the image folder if this is unset.
     pub work_dir: Option<PathBuf>,
     /// The folder with the checkpoint before this one, relative to the image folder (`--prev-images-dir`).
@@ -266,6 +270,8 @@ impl Default for Options {
             images_dir: PathBuf::from("."),
             store: None,
             key: None,
+            to: None,
+            from: None,
             work_dir: None,
             prev_images_dir: None,
             stream: false,
@@ -369,7 +375,12 @@ impl Options {
 
     /// Images are in a folder, or at least meet there (`--stream`).
     pub fn has_folder(&self) -> bool {
-        self.store.is_none()
+        self.store.is_none() && self.to.is_none() && self.from.is_none()
+    }
+
+    /// Images are files of a folder.
+    pub fn keeps_images(&self) -> bool {
+        self.has_folder() && !self.stream
     }
 
     /// A path that was given relative to the work folder, as one relative to the current folder. The engine never

@@ -65,7 +65,7 @@ pub fn last_whole(folder: &Path) -> Option<PathBuf> {
 
 /// What to restore instead of a folder that has no checkpoint but a series of them: the same options, with another folder.
 pub fn instead(opts: &Options) -> Option<Options> {
-    if opts.personality == Persona::Criu || !opts.has_folder() || opts.images_dir.join("inventory.img").exists() {
+    if opts.personality == Persona::Criu || !opts.keeps_images() || opts.images_dir.join("inventory.img").exists() {
         return None;
     }
     let images_dir = last_whole(&opts.images_dir)?;
@@ -111,6 +111,9 @@ pub fn run(opts: &Options, every: Duration, keep: u32, mut done: impl FnMut(&Pat
     let usage = |what: &str| Err(Error::Usage { what: what.into() });
     if opts.prev_images_dir.is_some() {
         return usage("--every makes its own chains: leave out --prev-images-dir");
+    }
+    if !opts.keeps_images() {
+        return usage("--every makes folders: leave out --to and --stream");
     }
     if opts.final_state == FinalState::Stop {
         return usage("--every is of a tree that goes on: leave out --leave-stopped");

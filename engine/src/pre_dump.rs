@@ -25,6 +25,7 @@ use crate::options::{FinalState, Options, Persona, PreDumpMode};
 use crate::plan::Plan;
 use crate::proc::maps::Vma;
 use crate::progress::{Counter, Verb};
+use crate::stages::Stages;
 use crate::stats::Phases;
 use crate::sys::futex::RobustList;
 use crate::sys::interrupt;
@@ -39,7 +40,10 @@ pub fn run(opts: &Options) -> Result<DumpReport> {
     let opts = &Options { track_mem: true, final_state: FinalState::Run, ..opts.clone() };
     opts.refuse_unsupported().map_err(|e| Error::Usage { what: e.to_string() })?;
     let root = opts.required_pid().map_err(|e| Error::Usage { what: e.to_string() })?;
-    let images = crate::stores::for_dump(opts)?;
+    if opts.to.is_some() {
+        return Err(Error::Usage { what: "a pre-dump goes to a folder: no dump could find it in a stream".into() });
+    }
+    let images = crate::stores::for_dump(opts, &Stages::new(opts, None))?;
     dump::with_own_thread(|| pre_dump(opts, root, &images))
 }
 

@@ -78,8 +78,10 @@ pub fn run_with(opts: &Options, stages: &Stages<'_>) -> Result<RestoreReport> {
     opts.refuse_unsupported().map_err(|e| Error::Usage { what: e.to_string() })?;
     let of_series = periodic::instead(opts);
     let opts = of_series.as_ref().unwrap_or(opts);
-    let images = stores::for_restore(opts)?;
+    let images = stores::for_restore(opts, stages)?;
     let report = thread::apart(|| restore(opts, stages, &images))?;
+    // what was held in memory, and who is asked for images, is not needed while the program runs
+    drop(images);
     if opts.restore_detach || opts.restore_sibling || !opts.exec_cmd.is_empty() {
         return Ok(report);
     }

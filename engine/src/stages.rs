@@ -9,10 +9,8 @@
 //! tasks go on. In a restore: `pre-restore` before anything is made; `setup-namespaces`, `post-setup-namespaces`;
 //! `orphan-pts-master` with the terminal; `post-restore` when the tree is whole and its connections are still held off: who
 //! says no ends the restore; `network-unlock`; `pre-resume` and `post-resume` around the moment at which tasks run, where a no
-//! is only logged. `pre-stream` belongs to images that are streamed, `status-ready` to servers.
-//!
-//! Not announced: `network-lock` and `network-unlock`, which belong to trees with networks of their own, and `pre-stream`;
-//! such trees and streams are refused.
+//! is only logged. `pre-stream` comes before all that, when a streamer is about to be called (`--stream`); `status-ready` belongs
+//! to servers.
 //!
 //! Man page: criu(8).
 

@@ -1,6 +1,7 @@
 //! Where the images of a dump go, and where those of a restore come from: the one place that opens a [`Store`].
 //!
-//! A store that the caller gives ([`Options::store`]) comes first, else it is the folder [`Options::images_dir`]. A dump
+//! A store that the caller gives ([`Options::store`]) comes first, then a stream ([`Channel`]), then a streamer
+//! ([`Options::stream`]), else it is the folder [`Options::images_dir`]. A dump
 //! writes each image once, some of them side by side, the inventory last, and then commits the store: what a store does there
 //! (flush, wait for an answer) is done before a tree that is to be killed is killed, and an error there leaves the tree
 //! running. A restore reads what it needs, as often as it likes; what has no files behind it is gathered into memory
@@ -18,8 +19,13 @@ use standstill_images::{FolderStore, Images, Store};
 
 use crate::error::{Call, Error, Result};
 use crate::options::{Options, Persona};
+use crate::stages::{Stage, Stages};
 
+mod channel;
 pub mod keys;
+mod streamer;
+
+pub use channel::Channel;
 
 /// A store among the options.
 #[derive(Clone)]
@@ -32,11 +38,16 @@ impl fmt::Debug for Given {
 }
 
 /// Where a dump writes to.
-pub(crate) fn for_dump(opts: &Options) -> Result<Images> {
+pub(crate) fn for_dump(opts: &Options, stages: &Stages<'_>) -> Result<Images> {
     refuse(opts)?;
-    match &opts.store {
-        Some(given) => to_write(opts, given.0.clone()),
-        None => to_write(opts, Arc::new(folder(opts)?)),
+    match (&opts.store, &opts.to) {
+        (Some(given), _) => to_write(opts, given.0.clone()),
+        (None, Some(channel)) => to_write(opts, channel.send(opts)?),
+        (None, None) if opts.stream => {
+            stages.reach(Stage::PreStream, None)?;
+            to_write(opts, Arc::new(streamer::Capture::connect(opts)?))
+        }
+        (None, None) => to_write(opts, Arc::new(folder(opts)?)),
     }
 }
 
@@ -88,28 +99,51 @@ fn refuse_sealed(store: &dyn Store) -> Result<()> {
 }
 
 /// Where a restore reads from.
-pub(crate) fn for_restore(opts: &Options) -> Result<Images> {
+pub(crate) fn for_restore(opts: &Options, stages: &Stages<'_>) -> Result<Images> {
     refuse(opts)?;
-    match &opts.store {
-        Some(given) => to_read(opts, given.0.clone()),
-        None => to_read(opts, Arc::new(FolderStore::open(&opts.images_dir)?)),
+    match (&opts.store, &opts.from) {
+        (Some(given), _) => to_read(opts, given.0.clone()),
+        (None, Some(channel)) => to_read(opts, channel.receive()?),
+        (None, None) if opts.stream => {
+            stages.reach(Stage::PreStream, None)?;
+            to_read(opts, Arc::new(streamer::Serve::connect(opts)?))
+        }
+        (None, None) => to_read(opts, Arc::new(FolderStore::open(&opts.images_dir)?)),
     }
 }
 
 /// What only a folder can do.
 fn refuse(opts: &Options) -> Result<()> {
-    if opts.has_folder() {
+    if opts.keeps_images() {
         return Ok(());
     }
+    // CRIU does not look for a parent when it streams
+    let is_criu = opts.personality == Persona::Criu;
     let asked = [
-        (opts.prev_images_dir.is_some(), "--prev-images-dir"),
+        (opts.prev_images_dir.is_some() && !is_criu, "--prev-images-dir"),
         (opts.snapshot, "--snapshot"),
         (opts.every.is_some(), "--every"),
         (opts.auto_dedup, "--auto-dedup"),
         (opts.display_gpus, "--display-gpus"),
     ];
-    match asked.iter().find(|(asked, _)| *asked) {
-        Some((_, name)) => Err(Error::Usage { what: format!("{name} is about a folder of images, and there is none") }),
+    if let Some((_, name)) = asked.iter().find(|(asked, _)| *asked) {
+        return Err(Error::Usage { what: format!("{name} is about a folder of images, and there is none") });
+    }
+    if opts.store.is_some() || is_criu {
+        return Ok(());
+    }
+    let asked = [
+        (
+            opts.stream && opts.key.is_some(),
+            "--key-file",
+            "a streamer cannot be asked what it has (--to can be sealed)",
+        ),
+        (opts.track_mem, "--track-mem", "a later dump could not find this one to build on"),
+        (opts.use_page_server, "--page-server", "pages are in the stream"),
+        (opts.lazy_pages, "--lazy-pages", "pages are in the stream"),
+    ];
+    match asked.iter().find(|(asked, ..)| *asked) {
+        Some((_, name, why)) => Err(Error::Usage { what: format!("{name} does not go with a stream: {why}") }),
         None => Ok(()),
     }
 }
@@ -146,12 +180,16 @@ mod tests {
         let memory = MemoryStore::new();
         let given = Some(Given(Arc::new(memory.clone())));
         let opts = Options { store: given, images_dir: "/nonexistent".into(), ..Options::default() };
-        let images = for_dump(&opts).unwrap();
+        let images = for_dump(&opts, &Stages::new(&opts, None)).unwrap();
         images.create_raw(ImageKind::Pages, 1u32).unwrap().finish().unwrap();
         assert!(memory.exists("pages-1.img").unwrap());
-        let pages = for_restore(&opts).unwrap().open_raw(ImageKind::Pages, 1u32).unwrap();
+        let pages = for_restore(&opts, &Stages::new(&opts, None)).unwrap().open_raw(ImageKind::Pages, 1u32).unwrap();
         assert!(pages.as_file().is_some(), "it was gathered");
         let chained = Options { prev_images_dir: Some("../1".into()), ..opts };
-        assert!(for_dump(&chained).err().unwrap().to_string().contains("--prev-images-dir"));
+        assert!(for_dump(&chained, &Stages::new(&chained, None))
+            .err()
+            .unwrap()
+            .to_string()
+            .contains("--prev-images-dir"));
     }
 }

@@ -312,6 +312,9 @@ pub enum RecordFault {
     /// The stream ends before its end record, or while images are open, or their number is another.
     #[error("the stream ends early, or holds another number of images than stated")]
     End,
+    /// Some byte is not what was sent.
+    #[error("the sum of all bytes is another than was sent: they were changed on the way")]
+    Sum,
     /// All images together are larger than the reader wants.
     #[error("more data than the reader allows")]
     Limit,

@@ -86,6 +86,11 @@ impl Run {
         self.guest.name == name
     }
 
+    /// What its dump, and its restore, must be told.
+    pub fn options(&self) -> (&'static [&'static str], &'static [&'static str]) {
+        (self.guest.dump, self.guest.restore)
+    }
+
     /// A folder for images.
     pub fn images(&self, name: &str) -> PathBuf {
         self.folder.join(name)

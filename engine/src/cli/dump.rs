@@ -21,10 +21,14 @@ pub fn run(options: &Options) -> i32 {
     }
     let start = Instant::now();
     match crate::dump::run(&with_bars(options)) {
-        Ok(_) => {
+        Ok(report) => {
             info!("Dumping finished successfully");
             if options.personality == Persona::Standstill {
-                print(&summary(options, start.elapsed()));
+                let text = match options.keeps_images() {
+                    false => sent(options, &report, start.elapsed()),
+                    true => summary(options, start.elapsed()),
+                };
+                print(&text);
             }
             if options.display_gpus {
                 super::print_gpus(options);
@@ -144,6 +148,23 @@ fn pre_dump_summary(options: &Options, report: &crate::DumpReport, took: Duratio
         human_time(report.frozen),
         options.pid.unwrap_or(0),
         options.images_dir.display(),
+    )
+}
+
+/// What went into a stream.
+fn sent(options: &Options, report: &crate::DumpReport, took: Duration) -> String {
+    let pages = report.pages + report.shared_pages;
+    if options.json {
+        let v = serde_json::json!({
+            "pages": pages, "seconds": took.as_secs_f64(), "frozen_seconds": report.frozen.as_secs_f64(),
+        });
+        return format!("{v}\n");
+    }
+    format!(
+        "{} of memory sent after {} (frozen {}); whether they arrived, the reader knows\n",
+        human_size(pages * crate::memory::PAGE),
+        human_time(took),
+        human_time(report.frozen)
     )
 }
 

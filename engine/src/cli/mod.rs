@@ -6,7 +6,9 @@
 
 use crate::log;
 use crate::options::{Options, Persona};
+use crate::stores::Channel;
 use std::ffi::{OsStr, OsString};
+use std::os::fd::IntoRawFd as _;
 use std::path::Path;
 use tracing::{error, info, warn};
 
@@ -178,7 +180,13 @@ fn perform(line: CommandLine, program: &OsStr) -> Result<i32, UsageError> {
         error!("--stream cannot be used with the {} command", shown(name));
         return Err(UsageError);
     }
-    if !folders(&options, verb) || !open_log(&options, verb) || !agree(&mut options, verb) {
+    let of_others =
+        [(options.to.is_some() && verb != Verb::Dump, "to"), (options.from.is_some() && verb != Verb::Restore, "from")];
+    if let Some((_, option)) = of_others.iter().find(|(wrong, _)| *wrong) {
+        error!("--{option} cannot be used with the {} command", shown(name));
+        return Err(UsageError);
+    }
+    if !streams(&mut options) || !folders(&options, verb) || !open_log(&options, verb) || !agree(&mut options, verb) {
         return Ok(1);
     }
     Ok(match verb {
@@ -269,6 +277,21 @@ fn command_to_become(
     };
     error!("{problem}");
     Err(UsageError)
+}
+
+/// If standard output is for images, nothing else may be written there.
+fn streams(options: &mut Options) -> bool {
+    use std::io::IsTerminal as _;
+    if options.to == Some(Channel::Standard) && !std::io::stdout().is_terminal() {
+        match crate::sys::calls::set_stdout_aside() {
+            Ok(images) => options.to = Some(Channel::Fd(images.into_raw_fd())),
+            Err(e) => {
+                error!("{}", e.chain());
+                return false;
+            }
+        }
+    }
+    true
 }
 
 /// Are the folders there? They are only looked at: the engine never changes its current folder.

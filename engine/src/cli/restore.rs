@@ -24,7 +24,8 @@ pub fn run(options: &Options) -> i32 {
     };
     info!("Restore finished successfully. Tasks resumed.");
     if options.personality == Persona::Standstill && options.restore_detach {
-        print(&format!("restored from {} in {}\n", options.images_dir.display(), human_time(start.elapsed())));
+        let from = if options.keeps_images() { options.images_dir.display().to_string() } else { "a stream".into() };
+        print(&format!("restored from {from} in {}\n", human_time(start.elapsed())));
     }
     if options.display_gpus {
         super::print_gpus(options);

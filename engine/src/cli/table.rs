@@ -11,7 +11,7 @@ use crate::options::{
     Persona, PreDumpMode,
 };
 use crate::progress::Listener;
-use crate::stores::keys;
+use crate::stores::{keys, Channel};
 use std::ffi::OsStr;
 
 /// Where the usage text lists an option.
@@ -188,6 +188,10 @@ fn set_progress(o: &mut Options, v: &OsStr) -> Result<(), OptionError> {
         }
     };
     Ok(())
+}
+
+fn channel(option: &'static str, v: &OsStr) -> Result<Channel, OptionError> {
+    Channel::parse(v).ok_or_else(|| OptionError::Invalid { option, value: v.to_string_lossy().into_owned() })
 }
 
 fn set_gpu_map(o: &mut Options, v: &OsStr) -> Result<(), OptionError> {
@@ -408,6 +412,10 @@ pub const TABLE: &[Opt] = &[
         o.key = Some(keys::of_fd(number(o.personality, "key-fd", v)?).map_err(OptionError::Key)?);
         Ok(())
     }, Ours, "images are sealed with the key that the descriptor gives"),
+    value("to", "-|fd:N|FILE", |o, v| { o.to = Some(channel("to", v)?); Ok(()) }, Ours,
+        "dump: images go out as one stream instead of into a folder"),
+    value("from", "-|fd:N|FILE", |o, v| { o.from = Some(channel("from", v)?); Ok(()) }, Ours,
+        "restore: images come in as one stream"),
 ];
 
 /// The options that are known under a name, with their spellings in the same order.

@@ -18,7 +18,7 @@ pub(crate) fn with_own_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) 
 /// of it can be taken for part of the new one. What is not an image stays.
 pub(crate) fn remove_old_images(opts: &Options, images: &Images) -> Result<()> {
     images.remove(ImageKind::Inventory, ())?;
-    if opts.has_folder() {
+    if opts.keeps_images() {
         super::snapshot::remove_old(&opts.images_dir)?;
     }
     crate::transfer::client::remove_notes(images)?;

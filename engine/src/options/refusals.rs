@@ -29,7 +29,6 @@ const fn refuse(option: &'static str, asked: fn(&Options) -> bool, reason: &'sta
 #[rustfmt::skip]
 pub const REFUSALS: &[Refusal] = &[
     refuse("compress", |o| o.compress && (o.use_page_server || o.lazy_pages), "pages are sent as they are"),
-    refuse("stream", |o| o.stream, "images go to a folder only"),
     refuse("join-ns", |o| o.join_ns.iter().any(|j| j.kind != NamespaceKind::Net), "only network namespaces can be joined yet"),
     refuse("lsm-profile", |o| o.lsm_profile.is_some(), "security labels are not restored yet"),
     refuse("libdir", |o| o.libdir.is_some(), "there are no plugins"),

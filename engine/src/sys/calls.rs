@@ -236,6 +236,14 @@ pub fn dup_number(fd: i32) -> Result<OwnedFd> {
     }
 }
 
+/// What this process writes to standard output goes to standard error from now on; what was standard output is returned.
+pub fn set_stdout_aside() -> Result<OwnedFd> {
+    let aside = dup_number(1)?;
+    // SAFETY: integers only; whoever writes to 1 goes on with another file.
+    answer("dup2", unsafe { libc::dup2(2, 1) }.into())?;
+    Ok(aside)
+}
+
 /// Our own descriptor of an open file, with a number above `number`.
 pub fn dup_above(fd: BorrowedFd<'_>, number: i32) -> Result<OwnedFd> {
     rustix::io::fcntl_dupfd_cloexec(fd, number.saturating_add(1)).call("fcntl(F_DUPFD_CLOEXEC)")

@@ -3,12 +3,12 @@
 //! A stream is a header and records; numbers are little-endian:
 //!
 //! ```text
-//! header   "standstill images 1\n"
+//! header   "standstill images 2\n"
 //! record   u8 type, u32 image, u32 size, then `size` bytes
 //!   1 open   the image's name; its number is how many were opened before it
 //!   2 data   the next bytes of the image, at most 1 MiB
 //!   3 close  u64: how long the image is
-//!   4 end    u64: how long all images are together; `image` is how many there are
+//!   4 end    u64: how long all images are together; `image` is how many there are; u32: the CRC-32 of all bytes before it
 //! ```
 //!
 //! Several images may be open at a time, so that they can be written by several threads and none has to be held back until
@@ -20,16 +20,19 @@ use std::io::{self, Read, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
+use crc32fast::Hasher;
 
 use super::{check_name, ImageOutput, ReadAt, Store};
 use crate::error::{Error, Malformed, RecordFault, Result};
 
-const HEADER: &[u8; 20] = b"standstill images 1\n";
+const HEADER: &[u8; 20] = b"standstill images 2\n";
 const OPEN: u8 = 1;
 const DATA: u8 = 2;
 const CLOSE: u8 = 3;
 const END: u8 = 4;
 
+/// How long the body of an end record is.
+const END_SIZE: u32 = 12;
 /// The most data in one record.
 const LARGEST: usize = 1 << 20;
 /// The most images that may be open at a time: each may be a file.
@@ -43,6 +46,7 @@ pub struct StreamStore {
 
 struct Sender {
     to: Box<dyn Write + Send>,
+    sum: Hasher,
     names: Vec<String>,
     open: usize,
     bytes: u64,
@@ -56,8 +60,11 @@ impl StreamStore {
     /// If nothing can be written.
     pub fn new(to: impl Write + Send + 'static) -> Result<Self> {
         let mut to: Box<dyn Write + Send> = Box::new(to);
-        to.write_all(HEADER).map_err(failed("the stream", "send"))?;
-        let sender = Sender { to, names: Vec::new(), open: 0, bytes: 0, ended: false };
+        // who cannot take anything says so now
+        to.write_all(HEADER).and_then(|()| to.flush()).map_err(failed("the stream", "send"))?;
+        let mut sum = Hasher::new();
+        sum.update(HEADER);
+        let sender = Sender { to, sum, names: Vec::new(), open: 0, bytes: 0, ended: false };
         Ok(Self { sender: Arc::new(Mutex::new(sender)) })
     }
 
@@ -74,11 +81,30 @@ fn failed<'a>(image: &'a str, operation: &'static str) -> impl FnOnce(io::Error)
 impl Sender {
     fn record(&mut self, kind: u8, image: u32, body: &[u8]) -> io::Result<()> {
         let size = u32::try_from(body.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+        self.begin(kind, image, size)?;
+        self.send(body)
+    }
+
+    fn begin(&mut self, kind: u8, image: u32, size: u32) -> io::Result<()> {
         let mut head = [kind, 0, 0, 0, 0, 0, 0, 0, 0];
         head[1..5].copy_from_slice(&image.to_le_bytes());
         head[5..].copy_from_slice(&size.to_le_bytes());
-        self.to.write_all(&head)?;
-        self.to.write_all(body)
+        self.send(&head)
+    }
+
+    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.sum.update(bytes);
+        self.to.write_all(bytes)
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        let images = u32::try_from(self.names.len()).unwrap_or(u32::MAX);
+        self.ended = true;
+        self.begin(END, images, END_SIZE)?;
+        self.send(&self.bytes.to_le_bytes())?;
+        let sum = self.sum.clone().finalize();
+        self.to.write_all(&sum.to_le_bytes())?;
+        self.to.flush()
     }
 }
 
@@ -136,11 +162,7 @@ impl Store for StreamStore {
         if sender.open > 0 || sender.ended {
             return Err(failed("the stream", "end")(io::ErrorKind::InvalidInput.into()));
         }
-        let images = u32::try_from(sender.names.len()).unwrap_or(u32::MAX);
-        let bytes = sender.bytes.to_le_bytes();
-        sender.ended = true;
-        sender.record(END, images, &bytes).map_err(failed("the stream", "send"))?;
-        sender.to.flush().map_err(failed("the stream", "send"))
+        sender.end().map_err(failed("the stream", "send"))
     }
 }
 
@@ -196,13 +218,14 @@ pub struct Received {
 /// # Errors
 /// If the stream is malformed or ends early, if the images are longer than `limit` together, or if the store fails.
 pub fn receive(from: impl Read, into: &dyn Store, limit: u64) -> Result<Received> {
-    Receiver { from, at: 0, body: Vec::new() }.run(into, limit)
+    Receiver { from, at: 0, body: Vec::new(), sum: Hasher::new() }.run(into, limit)
 }
 
 struct Receiver<R> {
     from: R,
     at: u64,
     body: Vec<u8>,
+    sum: Hasher,
 }
 
 impl<R: Read> Receiver<R> {
@@ -213,6 +236,7 @@ impl<R: Read> Receiver<R> {
     fn fill<const N: usize>(&mut self) -> Result<[u8; N]> {
         let mut bytes = [0; N];
         self.from.read_exact(&mut bytes).map_err(|source| self.read_error(source))?;
+        self.sum.update(&bytes);
         self.at += N as u64;
         Ok(bytes)
     }
@@ -232,7 +256,8 @@ impl<R: Read> Receiver<R> {
         let largest = match kind {
             OPEN => 255,
             DATA => LARGEST,
-            CLOSE | END => 8,
+            CLOSE => 8,
+            END => END_SIZE as usize,
             _ => return Err(self.fault(RecordFault::Type)),
         };
         if size > largest {
@@ -243,13 +268,19 @@ impl<R: Read> Receiver<R> {
         let read = self.from.read_exact(&mut body);
         self.body = body;
         read.map_err(|source| self.read_error(source))?;
+        // all but the sum itself, which comes last
+        let summed = if kind == END { self.body.get(..8).unwrap_or(&self.body) } else { &self.body };
+        self.sum.update(summed);
         self.at += size as u64;
         Ok((kind, u32::from_le_bytes(image)))
     }
 
-    /// The number in the body of a close or end record.
-    fn stated(&self) -> Result<u64> {
-        self.body.as_slice().try_into().map(u64::from_le_bytes).map_err(|_| self.fault(RecordFault::Size))
+    /// The number in the body of a close record, or the first of an end record.
+    fn stated(&self, size: u32) -> Result<u64> {
+        match self.body.first_chunk() {
+            Some(number) if self.body.len() == size as usize => Ok(u64::from_le_bytes(*number)),
+            _ => Err(self.fault(RecordFault::Size)),
+        }
     }
 
     fn run(mut self, into: &dyn Store, limit: u64) -> Result<Received> {
@@ -287,7 +318,7 @@ impl<R: Read> Receiver<R> {
                     *so_far += size;
                 }
                 CLOSE => {
-                    let stated = self.stated()?;
+                    let stated = self.stated(8)?;
                     let (_, output, size) = open.remove(&image).ok_or_else(|| self.fault(RecordFault::Image))?;
                     if stated != size {
                         return Err(self.fault(RecordFault::Size));
@@ -296,7 +327,10 @@ impl<R: Read> Receiver<R> {
                 }
                 // Other types are refused where the record is read.
                 _ => {
-                    let stated = self.stated()?;
+                    let stated = self.stated(END_SIZE)?;
+                    if self.body.last_chunk() != Some(&self.sum.clone().finalize().to_le_bytes()) {
+                        return Err(self.fault(RecordFault::Sum));
+                    }
                     if !open.is_empty() || image != received.images || stated != received.bytes {
                         return Err(self.fault(RecordFault::End));
                     }
@@ -379,16 +413,19 @@ mod tests {
     }
 
     #[test]
-    fn every_cut_and_every_change_is_found_or_harmless() {
+    fn every_cut_and_every_change_is_found() {
         let bytes = stream();
         for size in 0..bytes.len() {
             let error = receive(&bytes[..size], &MemoryStore::new(), 1000).unwrap_err();
             assert!(matches!(error, Error::Stream { source: Malformed::Record(RecordFault::End), .. }), "{size}");
         }
         for place in 0..bytes.len() {
-            let mut bytes = bytes.clone();
-            bytes[place] ^= 0xff;
-            let _ = receive(bytes.as_slice(), &MemoryStore::new(), 1000);
+            for bits in [0xff, 1, 4, 0x80] {
+                let mut bytes = bytes.clone();
+                bytes[place] ^= bits;
+                let error = receive(bytes.as_slice(), &MemoryStore::new(), 1000).unwrap_err();
+                assert!(matches!(error, Error::Stream { .. }), "{place}: {error}");
+            }
         }
     }
 
@@ -413,8 +450,19 @@ mod tests {
         assert_eq!(record(DATA, 0, u32::MAX, b"a"), RecordFault::TooLarge);
         assert_eq!(record(CLOSE, 0, 8, &[0; 8]), RecordFault::Image);
         assert_eq!(record(CLOSE, 0, 1, &[0]), RecordFault::Size);
-        assert_eq!(record(END, 1, 8, &[0; 8]), RecordFault::End);
-        assert_eq!(record(END, 0, 8, &[1; 8]), RecordFault::End);
+        assert_eq!(record(END, 0, 8, &[0; 8]), RecordFault::Size);
+        assert_eq!(record(END, 0, 12, &[0; 12]), RecordFault::Sum);
+        let ended = |image: u32, bytes: u64| {
+            let mut body = bytes.to_le_bytes().to_vec();
+            let mut sum = Hasher::new();
+            for part in [HEADER.as_slice(), &[END], &image.to_le_bytes(), &END_SIZE.to_le_bytes(), &body] {
+                sum.update(part);
+            }
+            body.extend_from_slice(&sum.finalize().to_le_bytes());
+            record(END, image, END_SIZE, &body)
+        };
+        assert_eq!(ended(1, 0), RecordFault::End);
+        assert_eq!(ended(0, 1), RecordFault::End);
         assert_eq!(record(9, 0, 0, b""), RecordFault::Type);
     }
 }
