@@ -53,6 +53,8 @@ pub struct Options {
     pub to: Option<Channel>,
     /// Images come from a stream instead of a folder (`--from`).
     pub from: Option<Channel>,
+    /// How to reach an object storage, keys and values (`--storage-option`).
+    pub storage_options: Vec<(String, String)>,
     /// Where logs, pidfile and stats go (`-W`); [`Options::work_dir`] answers with the image folder if this is unset.
     pub work_dir: Option<PathBuf>,
     /// The folder with the checkpoint before this one, relative to the image folder (`--prev-images-dir`).
@@ -270,6 +272,7 @@ impl Default for Options {
             images_dir: PathBuf::from("."),
             store: None,
             key: None,
+            storage_options: Vec::new(),
             to: None,
             from: None,
             work_dir: None,

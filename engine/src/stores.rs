@@ -23,6 +23,7 @@ use crate::stages::{Stage, Stages};
 
 mod channel;
 pub mod keys;
+mod storage;
 mod streamer;
 
 pub use channel::Channel;
@@ -80,6 +81,10 @@ fn to_read(opts: &Options, store: Arc<dyn Store>) -> Result<Images> {
         if opts.personality == Persona::Standstill {
             refuse_sealed(&*store)?;
         }
+        // what comes from elsewhere may not come: that is to be known before anything is made
+        if opts.from.as_ref().is_some_and(|from| from.url().is_some()) {
+            return Ok(Images::new(GatheredStore::all(store)?));
+        }
         return Ok(Images::new(GatheredStore::new(store)));
     };
     keys::refuse(&[
@@ -103,7 +108,7 @@ pub(crate) fn for_restore(opts: &Options, stages: &Stages<'_>) -> Result<Images>
     refuse(opts)?;
     match (&opts.store, &opts.from) {
         (Some(given), _) => to_read(opts, given.0.clone()),
-        (None, Some(channel)) => to_read(opts, channel.receive()?),
+        (None, Some(channel)) => to_read(opts, channel.receive(opts)?),
         (None, None) if opts.stream => {
             stages.reach(Stage::PreStream, None)?;
             to_read(opts, Arc::new(streamer::Serve::connect(opts)?))

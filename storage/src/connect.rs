@@ -90,14 +90,6 @@ pub enum ConnectError {
     },
 }
 
-/// Whether this names a storage and not a folder.
-#[must_use]
-pub fn is_url(text: &str) -> bool {
-    text.split_once("://").is_some_and(|(scheme, _)| {
-        !scheme.is_empty() && scheme.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte))
-    })
-}
-
 /// A storage, and the prefix in it.
 pub(crate) fn connect(
     url: &str,
@@ -210,16 +202,6 @@ mod tests {
 
     #[test]
     fn urls() {
-        for (text, yes) in [
-            ("s3://b/p", true),
-            ("file:///p", true),
-            ("folder", false),
-            ("-", false),
-            ("://", false),
-            ("a/b://c", false),
-        ] {
-            assert_eq!(is_url(text), yes, "{text}");
-        }
         let credentials = [("access_key_id", "a"), ("secret_access_key", "b")];
         assert_eq!(try_it("s3://bucket/some/prefix", &credentials).unwrap().as_ref(), "some/prefix");
         assert_eq!(try_it("s3://bucket", &credentials).unwrap().as_ref(), "");

@@ -37,7 +37,7 @@ mod reading;
 mod runtime;
 mod writing;
 
-pub use connect::{is_url, ConnectError, Settings};
+pub use connect::{ConnectError, Settings};
 pub use writing::ObjectStorage;
 
 /// The list of images, written before the inventory.

@@ -149,3 +149,13 @@ fn chains() {
     run.restore_with(&engine, &second, &["--key-file", &key]);
     run.check(How::Restored);
 }
+#[test]
+fn streams() {
+    let mut run = Run::start("memory_private");
+    let (engine, images, key) = (Engine::ours(), run.images("images"), key(&run, "key"));
+    let stream = run.folder.join("stream").display().to_string();
+    run.dump_with(&engine, &images, &["--to", &stream, "--key-file", &key]);
+    refused(engine.restore(&images, &["--from", &stream]), "it is sealed");
+    run.restore_with(&engine, &images, &["--from", &stream, "--key-file", &key]);
+    run.check(How::Restored);
+}

@@ -154,6 +154,14 @@ fn pre_dump_summary(options: &Options, report: &crate::DumpReport, took: Duratio
 /// What went into a stream.
 fn sent(options: &Options, report: &crate::DumpReport, took: Duration) -> String {
     let pages = report.pages + report.shared_pages;
+    if let (Some(url), false) = (options.to.as_ref().and_then(|to| to.url()), options.json) {
+        return format!(
+            "{} of memory in {url} after {} (frozen {}); restore with: standstill restore --from {url}\n",
+            human_size(pages * crate::memory::PAGE),
+            human_time(took),
+            human_time(report.frozen)
+        );
+    }
     if options.json {
         let v = serde_json::json!({
             "pages": pages, "seconds": took.as_secs_f64(), "frozen_seconds": report.frozen.as_secs_f64(),

@@ -24,7 +24,11 @@ pub fn run(options: &Options) -> i32 {
     };
     info!("Restore finished successfully. Tasks resumed.");
     if options.personality == Persona::Standstill && options.restore_detach {
-        let from = if options.keeps_images() { options.images_dir.display().to_string() } else { "a stream".into() };
+        let from = match options.from.as_ref().and_then(|from| from.url()) {
+            Some(url) => url.to_owned(),
+            None if options.keeps_images() => options.images_dir.display().to_string(),
+            None => "a stream".to_owned(),
+        };
         print(&format!("restored from {from} in {}\n", human_time(start.elapsed())));
     }
     if options.display_gpus {

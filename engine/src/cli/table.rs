@@ -412,10 +412,18 @@ pub const TABLE: &[Opt] = &[
         o.key = Some(keys::of_fd(number(o.personality, "key-fd", v)?).map_err(OptionError::Key)?);
         Ok(())
     }, Ours, "images are sealed with the key that the descriptor gives"),
-    value("to", "-|fd:N|FILE", |o, v| { o.to = Some(channel("to", v)?); Ok(()) }, Ours,
-        "dump: images go out as one stream instead of into a folder"),
-    value("from", "-|fd:N|FILE", |o, v| { o.from = Some(channel("from", v)?); Ok(()) }, Ours,
-        "restore: images come in as one stream"),
+    value("to", "-|fd:N|FILE|URL", |o, v| { o.to = Some(channel("to", v)?); Ok(()) }, Ours,
+        "dump: images go out as one stream, or to object storage, instead of into a folder"),
+    value("from", "-|fd:N|FILE|URL", |o, v| { o.from = Some(channel("from", v)?); Ok(()) }, Ours,
+        "restore: images come in as one stream, or from object storage"),
+    value("storage-option", "KEY=VALUE", |o, v| {
+        let v = text("storage-option", v)?;
+        // the value may be a secret: it is not in an error
+        let bad = || OptionError::Invalid { option: "storage-option", value: "KEY=VALUE is wanted".to_owned() };
+        let (key, value) = v.split_once('=').filter(|(key, _)| !key.is_empty()).ok_or_else(bad)?;
+        o.storage_options.push((key.to_owned(), value.to_owned()));
+        Ok(())
+    }, Ours, "how to reach object storage: endpoint, region, allow_http, timeout, retries and others"),
 ];
 
 /// The options that are known under a name, with their spellings in the same order.

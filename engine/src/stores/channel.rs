@@ -32,6 +32,7 @@ use standstill_images::store::held::HeldStore;
 use standstill_images::store::stream::{self, StreamStore};
 use standstill_images::Store;
 
+use super::storage;
 use crate::error::{At, Call, Error, Place, Result};
 use crate::options::Options;
 use crate::sys::{calls, interrupt};
@@ -45,6 +46,8 @@ pub enum Channel {
     Fd(RawFd),
     /// A file.
     Path(PathBuf),
+    /// No stream but object storage, by its URL.
+    Storage(String),
 }
 
 /// How often a writer that waits looks whether it is to end.
@@ -63,7 +66,16 @@ impl Channel {
             Some(text) if text.starts_with("fd:") => {
                 text[3..].parse().ok().filter(|fd: &RawFd| *fd >= 0).map(Channel::Fd)
             }
+            Some(text) if storage::is_url(text) => Some(Channel::Storage(text.to_owned())),
             _ => Some(Channel::Path(text.into())),
+        }
+    }
+
+    /// The URL of a storage.
+    pub fn url(&self) -> Option<&str> {
+        match self {
+            Channel::Storage(url) => Some(url),
+            Channel::Standard | Channel::Fd(_) | Channel::Path(_) => None,
         }
     }
 
@@ -77,6 +89,7 @@ impl Channel {
                 how.write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW | libc::O_NOCTTY);
                 how.open(path).call("open").at(Place::Path(path.clone()))?
             }
+            Channel::Storage(url) => return storage::create(url, opts),
         };
         if file.is_terminal() {
             return Err(usage("images are not for a terminal: let a program or a file take them (dump --to - | ...)"));
@@ -86,11 +99,12 @@ impl Channel {
     }
 
     /// Takes a whole stream into memory.
-    pub(super) fn receive(&self) -> Result<Arc<dyn Store>> {
+    pub(super) fn receive(&self, opts: &Options) -> Result<Arc<dyn Store>> {
         let file = match self {
             Channel::Standard => own(0)?,
             Channel::Fd(fd) => own(*fd)?,
             Channel::Path(path) => File::open(path).call("open").at(Place::Path(path.clone()))?,
+            Channel::Storage(url) => return storage::open(url, opts),
         };
         if file.is_terminal() {
             return Err(usage("images do not come from a terminal: let a program or a file give them"));

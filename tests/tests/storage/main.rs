@@ -1,6 +1,9 @@
 //! Checkpoints in object storage, beside a server of our own on the loopback ([`standstill_tests::s3`]): all there and back,
 //! and all that servers do wrong.
 
+mod figures;
+mod guests;
+
 use std::io::Write as _;
 use std::time::{Duration, Instant};
 
