@@ -62,21 +62,24 @@ fn figures() {
     let mut command = Command::new("python3");
     command.args(["-c", PROGRAM, &mib]).arg(&folder);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    let mut child = process::in_own_session(&mut command).spawn().unwrap_or_else(|e| panic!("{e}"));
+    // waited for when it is dead
+    #[allow(clippy::zombie_processes)]
+    let child = process::in_own_session(&mut command).spawn().unwrap_or_else(|e| panic!("{e}"));
     let pid = i32::try_from(child.id()).unwrap_or(0);
     assert!(within(Duration::from_secs(120), || folder.join("before").exists()), "it does not get ready");
     let before = std::fs::read_to_string(folder.join("before")).unwrap_or_default();
     println!("| where | dump s | restore s | bytes |\n| --- | ---: | ---: | ---: |");
-    let mut asked = 0;
-    let mut first = true;
-    for (name, storage, words) in [
+    for (asked, (name, storage, words)) in [
         ("folder", false, &[][..]),
         ("folder, packed", false, &["--compress"]),
         ("folder, sealed", false, &["--key-file", &key]),
         ("folder, packed and sealed", false, &["--compress", "--key-file", &key]),
         ("S3", true, &[]),
         ("S3, packed and sealed", true, &["--compress", "--key-file", &key]),
-    ] {
+    ]
+    .into_iter()
+    .enumerate()
+    {
         let server = S3::start();
         let images = folder.join(format!("images{asked}"));
         std::fs::create_dir_all(&images).unwrap_or_else(|e| panic!("{e}"));
@@ -94,10 +97,6 @@ fn figures() {
             command
         };
         let dump = timed(command("dump", &["-t", &pid_text]).args(words));
-        if first {
-            let _ = child.wait();
-            first = false;
-        }
         let _ = process::wait_gone(&[pid], Duration::from_secs(10));
         let size = if storage { server.objects().values().map(|o| o.len() as u64).sum() } else { bytes_of(&images) };
         let keys: Vec<&str> = words.iter().copied().filter(|word| *word != "--compress").collect();
@@ -113,7 +112,6 @@ fn figures() {
             let _ = std::fs::remove_dir_all(folder.join("copy"));
         }
         let _ = std::fs::remove_dir_all(&images);
-        asked += 1;
     }
     process::end(&[pid]);
     let _ = std::fs::remove_dir_all(&folder);

@@ -81,6 +81,7 @@ fn sealed_and_packed() {
 }
 
 #[test]
+#[ignore = "takes long where much else runs: tests/soak/storage"]
 fn a_server_that_fails_leaves_the_guest_running() {
     credentials();
     let always = usize::MAX;
@@ -105,10 +106,11 @@ fn a_server_that_fails_leaves_the_guest_running() {
 }
 
 #[test]
+#[ignore = "takes long where much else runs: tests/soak/storage"]
 fn an_engine_that_is_killed_while_it_sends() {
     credentials();
     for (method, part) in [("PUT", "pages-"), ("PUT", "core-"), ("PUT", "manifest.json"), ("PUT", "inventory.img")] {
-        let (server, mut run) = (S3::start(), Run::start("memory_private"));
+        let (server, mut run) = (S3::start(), Run::start("threads"));
         let (engine, images, words) = (Engine::ours(), run.images("images"), words(&server));
         std::fs::create_dir_all(&images).unwrap_or_else(|e| panic!("{e}"));
         server.fail(method, part, 0, usize::MAX, Fault::Status(503));
@@ -136,6 +138,7 @@ fn an_engine_that_is_killed_while_it_sends() {
 }
 
 #[test]
+#[ignore = "takes long where much else runs: tests/soak/storage"]
 fn nothing_is_started_from_what_was_changed() {
     credentials();
     let (server, mut run) = (S3::start(), Run::start("memory_private"));
