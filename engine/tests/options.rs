@@ -49,7 +49,7 @@ const CRIU: &[(&str, Option<&str>, bool)] = &[
     ("images-dir", Some("/i"), false),
     ("inherit-fd", Some("fd[0]:pipe:[5]"), false),
     ("irmap-scan-path", Some("/s"), false),
-    ("join-ns", Some("ipc:/proc/self/ns/ipc"), false),
+    ("join-ns", Some("mnt:/proc/self/ns/mnt"), false),
     ("lazy-pages", None, false),
     ("leave-running", None, false),
     ("leave-stopped", None, false),

@@ -177,14 +177,14 @@ fn take(queue: i32) -> Result<(Vec<u8>, u32), i32> {
 }
 
 /// Modes, owners, sizes of queues, and of each descriptor what it is open for.
-fn queues(all: &[i32]) -> Vec<(u32, u32, u32, i64, i64, i64, i64, i32)> {
+fn queues(all: &[i32]) -> Vec<[i64; 8]> {
     let one = |&queue: &i32| unsafe {
         let (mut stat, mut now): (libc::stat, libc::mq_attr) = (ds(), ds());
         sys(libc::fstat(queue, &raw mut stat));
         sys(libc::mq_getattr(queue, &raw mut now));
         let flags = sys(libc::fcntl(queue, libc::F_GETFL)) & (libc::O_ACCMODE | libc::O_NONBLOCK);
-        let of_queue = (now.mq_flags, now.mq_maxmsg, now.mq_msgsize, now.mq_curmsgs);
-        (stat.st_mode, stat.st_uid, stat.st_gid, of_queue.0, of_queue.1, of_queue.2, of_queue.3, flags)
+        let [mode, uid, gid] = [stat.st_mode, stat.st_uid, stat.st_gid].map(i64::from);
+        [mode, uid, gid, now.mq_flags, now.mq_maxmsg, now.mq_msgsize, now.mq_curmsgs, flags.into()]
     };
     all.iter().map(one).collect()
 }
@@ -224,7 +224,7 @@ pub(super) fn posix() {
     });
     let all = [full, reader, writer, nameless, named, waited];
     let before = queues(&all);
-    check_eq!(before[0].6, 6);
+    check_eq!(before[0][6], 6);
     ready();
     check_eq!(queues(&all), before);
     check_eq!(did(std::fs::read_to_string("/proc/sys/fs/mqueue/msg_max")).trim(), "5");
