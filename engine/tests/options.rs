@@ -205,9 +205,17 @@ fn the_table_is_that_list_and_ours() {
 
 #[test]
 fn our_own_options_belong_to_our_own_name() {
+    // options of keys read them
+    let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("key-{}", std::process::id()));
+    std::fs::write(&path, [7; 32]).expect("a key");
+    let file = std::fs::File::open(&path).expect("a key");
+    let (path, number) = (path.display().to_string(), std::os::fd::AsRawFd::as_raw_fd(&file).to_string());
     for opt in table::TABLE.iter().filter(|o| !o.is_crius()) {
         let value = match opt.meta {
+            _ if opt.spelling.long == "key-file" => Some(path.as_str()),
+            _ if opt.spelling.long == "key-fd" => Some(number.as_str()),
             "" => None,
+            "KEY=VALUE" => Some("region=here"),
             "SIZE" => Some("8K"),
             "HOW" => Some("json"),
             "OLD=NEW" => Some("GPU-00000000-0000-0000-0000-000000000001=GPU-00000000-0000-0000-0000-000000000002"),
@@ -217,6 +225,7 @@ fn our_own_options_belong_to_our_own_name() {
         assert_eq!(parse("criu", &words).err(), Some(Stop::Usage), "--{}", opt.spelling.long);
         assert!(parse("standstill", &words).is_ok(), "--{}", opt.spelling.long);
     }
+    std::fs::remove_file(path).expect("the key goes");
 }
 
 #[test]
