@@ -135,7 +135,7 @@ impl Images {
     /// If it cannot be created.
     pub fn create(&self, kind: ImageKind, id: impl Into<Id>) -> Result<ImageWriter> {
         let name = kind.file_name(id)?;
-        let output = self.sums.watch(&name, self.store.create(&name)?);
+        let output = self.sums.watch(&name, self.store.create(&name)?)?;
         Ok(ImageWriter { writer: Writer::new(kind, name, output) })
     }
 
@@ -145,7 +145,7 @@ impl Images {
     /// If it cannot be created.
     pub fn create_raw(&self, kind: ImageKind, id: impl Into<Id>) -> Result<Box<dyn ImageOutput>> {
         let name = kind.file_name(id)?;
-        Ok(self.sums.watch(&name, self.store.create(&name)?))
+        self.sums.watch(&name, self.store.create(&name)?)
     }
 
     /// A new image with these entries.

@@ -361,10 +361,71 @@ impl ReadAt for FolderInput {
     }
 }
 
+/// What is known of images, by name. A copy is the same.
+#[derive(Debug)]
+pub(crate) struct Named<T>(Arc<Mutex<BTreeMap<String, T>>>);
+
+impl<T> Clone for Named<T> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<T> Default for Named<T> {
+    fn default() -> Self {
+        Self::from(BTreeMap::new())
+    }
+}
+
+impl<T> From<BTreeMap<String, T>> for Named<T> {
+    fn from(all: BTreeMap<String, T>) -> Self {
+        Self(Arc::new(Mutex::new(all)))
+    }
+}
+
+impl<T: Clone> Named<T> {
+    fn with<R>(&self, act: impl FnOnce(&mut BTreeMap<String, T>) -> R) -> R {
+        // The map is whole at any time, also if another thread panicked.
+        act(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn find(&self, name: &str) -> Option<T> {
+        self.with(|all| all.get(name).cloned())
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Result<T> {
+        check_name(name)?;
+        self.find(name).ok_or_else(|| Error::Missing { image: name.to_owned() })
+    }
+
+    pub(crate) fn put(&self, name: &str, one: T) {
+        self.with(|all| all.insert(name.to_owned(), one));
+    }
+
+    pub(crate) fn exists(&self, name: &str) -> Result<bool> {
+        check_name(name)?;
+        Ok(self.with(|all| all.contains_key(name)))
+    }
+
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.with(|all| all.keys().cloned().collect())
+    }
+
+    pub(crate) fn remove(&self, name: &str) -> Result<()> {
+        check_name(name)?;
+        self.with(|all| all.remove(name));
+        Ok(())
+    }
+
+    pub(crate) fn all(&self) -> BTreeMap<String, T> {
+        self.with(|all| all.clone())
+    }
+}
+
 /// Images in memory. A copy of the store is the same store.
 #[derive(Debug, Clone, Default)]
 pub struct MemoryStore {
-    images: Arc<Mutex<BTreeMap<String, Bytes>>>,
+    images: Named<Bytes>,
     parent: Option<Arc<Self>>,
 }
 
@@ -387,20 +448,14 @@ impl MemoryStore {
     /// If no image can have this name.
     pub fn insert(&self, name: &str, bytes: impl Into<Bytes>) -> Result<()> {
         check_name(name)?;
-        self.with(|images| images.insert(name.to_owned(), bytes.into()));
+        self.images.put(name, bytes.into());
         Ok(())
-    }
-
-    fn with<T>(&self, act: impl FnOnce(&mut BTreeMap<String, Bytes>) -> T) -> T {
-        // The map is whole at any time, also if another thread panicked.
-        act(&mut self.images.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
 impl Store for MemoryStore {
     fn read(&self, name: &str) -> Result<Bytes> {
-        check_name(name)?;
-        self.with(|images| images.get(name).cloned()).ok_or_else(|| Error::Missing { image: name.to_owned() })
+        self.images.get(name)
     }
 
     fn open(&self, name: &str) -> Result<Box<dyn ReadAt>> {
@@ -413,18 +468,15 @@ impl Store for MemoryStore {
     }
 
     fn exists(&self, name: &str) -> Result<bool> {
-        check_name(name)?;
-        Ok(self.with(|images| images.contains_key(name)))
+        self.images.exists(name)
     }
 
     fn list(&self) -> Result<Vec<String>> {
-        Ok(self.with(|images| images.keys().cloned().collect()))
+        Ok(self.images.names())
     }
 
     fn remove(&self, name: &str) -> Result<()> {
-        check_name(name)?;
-        self.with(|images| images.remove(name));
-        Ok(())
+        self.images.remove(name)
     }
 
     fn parent(&self) -> Result<Option<Arc<dyn Store>>> {

@@ -1,17 +1,15 @@
 //! Sums of images, taken while they are written: the inventory has them, and whoever reads a checkpoint can tell whether it is
 //! as it was ([`crate::Images::written`]). They guard against disks and copies, not against people.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use crc32fast::Hasher;
 
 use crate::error::Result;
 use crate::proto::StandstillImageEntry;
-use crate::store::{ImageOutput, Store};
+use crate::store::{ImageOutput, Named, Store};
 use crate::table::{Header, ImageKind};
 
 /// The sum of an image that was written through here.
@@ -23,26 +21,14 @@ struct Sum {
 
 /// Sums by name.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Sums(Arc<Mutex<BTreeMap<String, Sum>>>);
+pub(crate) struct Sums(Named<Sum>);
 
 impl Sums {
     /// Sums up what is written, until the image is finished.
-    pub(crate) fn watch(&self, name: &str, output: Box<dyn ImageOutput>) -> Box<dyn ImageOutput> {
-        self.set(name, None);
+    pub(crate) fn watch(&self, name: &str, output: Box<dyn ImageOutput>) -> Result<Box<dyn ImageOutput>> {
+        self.0.remove(name)?;
         let (hasher, bypassed) = (Hasher::new(), AtomicBool::new(false));
-        Box::new(Summed { output, name: name.to_owned(), hasher, size: 0, bypassed, sums: self.clone() })
-    }
-
-    fn set(&self, name: &str, sum: Option<Sum>) {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match sum {
-            Some(sum) => all.insert(name.to_owned(), sum),
-            None => all.remove(name),
-        };
-    }
-
-    fn get(&self, name: &str) -> Option<Sum> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(name).copied()
+        Ok(Box::new(Summed { output, name: name.to_owned(), hasher, size: 0, bypassed, sums: self.clone() }))
     }
 }
 
@@ -75,7 +61,7 @@ impl ImageOutput for Summed {
     fn finish(self: Box<Self>) -> Result<()> {
         self.output.finish()?;
         if !self.bypassed.into_inner() {
-            self.sums.set(&self.name, Some(Sum { size: self.size, crc: self.hasher.finalize() }));
+            self.sums.0.put(&self.name, Sum { size: self.size, crc: self.hasher.finalize() });
         }
         Ok(())
     }
@@ -97,7 +83,7 @@ pub(crate) fn list(store: &dyn Store, sums: &Sums) -> Result<Vec<StandstillImage
         if kind == ImageKind::Inventory || kind.header() == Header::Service {
             continue;
         }
-        let (size, crc) = match sums.get(&name) {
+        let (size, crc) = match sums.0.find(&name) {
             Some(sum) => (sum.size, Some(sum.crc)),
             None => match store.open(&name) {
                 Ok(image) => (image.len(), None),

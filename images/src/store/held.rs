@@ -9,17 +9,16 @@
 //!
 //! Man pages: memfd_create(2), fcntl(2) on seals.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use rustix::fs::{MemfdFlags, SealFlags};
 
-use super::{check_name, ImageOutput, ReadAt, Store, LARGEST_READ};
+use super::{check_name, ImageOutput, Named, ReadAt, Store, LARGEST_READ};
 use crate::error::{Error, Result};
 
 /// Images up to this size are no files: a checkpoint has many small ones, and descriptors are few.
@@ -34,7 +33,7 @@ const SIDE_BY_SIDE: usize = 8;
 /// Images in memory, the large ones as files. A copy of the store is the same store.
 #[derive(Debug, Clone, Default)]
 pub struct HeldStore {
-    images: Arc<Mutex<BTreeMap<String, Held>>>,
+    images: Named<Held>,
 }
 
 #[derive(Debug, Clone)]
@@ -73,20 +72,6 @@ impl HeldStore {
         Self::default()
     }
 
-    fn with<T>(&self, act: impl FnOnce(&mut BTreeMap<String, Held>) -> T) -> T {
-        // The map is whole at any time, also if another thread panicked.
-        act(&mut self.images.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn get(&self, name: &str) -> Result<Held> {
-        check_name(name)?;
-        self.with(|images| images.get(name).cloned()).ok_or_else(|| Error::Missing { image: name.to_owned() })
-    }
-
-    fn put(&self, name: &str, held: Held) {
-        self.with(|images| images.insert(name.to_owned(), held));
-    }
-
     /// Brings an image from elsewhere, as a file only if it is large.
     fn bring_whole(&self, name: &str, from: &dyn ReadAt) -> Result<()> {
         if from.len() > SMALL as u64 {
@@ -94,7 +79,7 @@ impl HeldStore {
         }
         let mut bytes = vec![0; usize::try_from(from.len()).unwrap_or(SMALL)];
         from.read_exact_at(&mut bytes, 0).map_err(|source| super::sealed::failed(name, source))?;
-        self.put(name, Held::Small(bytes.into()));
+        self.images.put(name, Held::Small(bytes.into()));
         Ok(())
     }
 
@@ -121,14 +106,14 @@ impl HeldStore {
             theirs.fold(mine, io::Result::and)
         });
         done.map_err(|source| super::sealed::failed(name, source))?;
-        self.put(name, Held::Large(Whole::seal(file, size).map_err(failed(name, "hold"))?));
+        self.images.put(name, Held::Large(Whole::seal(file, size).map_err(failed(name, "hold"))?));
         Ok(())
     }
 }
 
 impl Store for HeldStore {
     fn read(&self, name: &str) -> Result<Bytes> {
-        let whole = match self.get(name)? {
+        let whole = match self.images.get(name)? {
             Held::Small(bytes) => return Ok(bytes),
             Held::Large(whole) => whole,
         };
@@ -142,11 +127,11 @@ impl Store for HeldStore {
 
     /// The image as a file, whatever its size.
     fn open(&self, name: &str) -> Result<Box<dyn ReadAt>> {
-        match self.get(name)? {
+        match self.images.get(name)? {
             Held::Large(whole) => Ok(Box::new(whole)),
             Held::Small(bytes) => {
                 self.bring(name, &bytes)?;
-                match self.get(name)? {
+                match self.images.get(name)? {
                     Held::Large(whole) => Ok(Box::new(whole)),
                     Held::Small(bytes) => Ok(Box::new(bytes)),
                 }
@@ -161,18 +146,15 @@ impl Store for HeldStore {
     }
 
     fn exists(&self, name: &str) -> Result<bool> {
-        check_name(name)?;
-        Ok(self.with(|images| images.contains_key(name)))
+        self.images.exists(name)
     }
 
     fn list(&self) -> Result<Vec<String>> {
-        Ok(self.with(|images| images.keys().cloned().collect()))
+        Ok(self.images.names())
     }
 
     fn remove(&self, name: &str) -> Result<()> {
-        check_name(name)?;
-        self.with(|images| images.remove(name));
-        Ok(())
+        self.images.remove(name)
     }
 
     fn parent(&self) -> Result<Option<Arc<dyn Store>>> {
@@ -222,7 +204,7 @@ impl ImageOutput for Output {
             None => Held::Small(self.small.into()),
             Some(file) => Held::Large(Whole::seal(file, self.size).map_err(failed(&self.name, "hold"))?),
         };
-        self.store.put(&self.name, held);
+        self.store.images.put(&self.name, held);
         Ok(())
     }
 

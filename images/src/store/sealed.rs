@@ -32,10 +32,9 @@
 //! Sources: RFC 5869 (HKDF), NIST SP 800-38D (GCM), Hoang, Reyhanitabar, Rogaway, Vizár: Online Authenticated-Encryption and
 //! its Nonce-Reuse Misuse-Resistance, 2015 (STREAM).
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use rayon::prelude::*;
@@ -44,7 +43,7 @@ use ring::hkdf::{Salt, HKDF_SHA256};
 use ring::rand::{SecureRandom, SystemRandom};
 use zeroize::Zeroizing;
 
-use super::{check_name, ImageOutput, ReadAt, Store, LARGEST_READ};
+use super::{check_name, ImageOutput, Named, ReadAt, Store, LARGEST_READ};
 use crate::error::{Error, Result, SealFault};
 
 mod manifest;
@@ -221,7 +220,7 @@ pub struct SealedStore {
     key: Key,
     checkpoint: [u8; 16],
     parent: Option<Arc<Self>>,
-    images: Arc<Mutex<BTreeMap<String, Sealed>>>,
+    images: Named<Sealed>,
     writing: bool,
 }
 
@@ -238,7 +237,7 @@ impl SealedStore {
             None => None,
         };
         let checkpoint = random()?;
-        Ok(Self { inner, key, checkpoint, parent, images: Arc::default(), writing: true })
+        Ok(Self { inner, key, checkpoint, parent, images: Named::default(), writing: true })
     }
 
     /// A checkpoint that was committed. All of its images are there and have the sizes that they should have; what is in them
@@ -268,7 +267,7 @@ impl SealedStore {
             Some(identity) => Some(Arc::new(Self::open_parent(&*inner, &key, identity)?)),
             None => None,
         };
-        let images = Arc::new(Mutex::new(manifest.images));
+        let images = Named::from(manifest.images);
         Ok(Self { inner, key, checkpoint, parent, images, writing: false })
     }
 
@@ -305,15 +304,8 @@ impl SealedStore {
         Ok(bytes + self.parent.as_ref().map_or(Ok(0), |parent| parent.verify())?)
     }
 
-    fn with<T>(&self, act: impl FnOnce(&mut BTreeMap<String, Sealed>) -> T) -> T {
-        // The map is whole at any time, also if another thread panicked.
-        act(&mut self.images.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
     fn input(&self, name: &str) -> Result<(SealedInput, u64)> {
-        check_name(name)?;
-        let entry =
-            self.with(|images| images.get(name).copied()).ok_or_else(|| Error::Missing { image: name.to_owned() })?;
+        let entry = self.images.get(name)?;
         let image = match self.inner.open(name) {
             Err(error) if error.is_missing() => return Err(sealed(name, SealFault::Gone)),
             result => result?,
@@ -390,7 +382,7 @@ impl Store for SealedStore {
         if name == MANIFEST || !self.writing {
             return Err(Error::Name { name: name.to_owned() });
         }
-        self.with(|images| images.remove(name));
+        self.images.remove(name)?;
         let salt = random()?;
         let cipher = Cipher::new(&self.key, &self.checkpoint, &salt, name)?;
         let mut inner = self.inner.create(name)?;
@@ -404,13 +396,12 @@ impl Store for SealedStore {
             content: Vec::new(),
             chunks: 0,
             size: 0,
-            images: Arc::clone(&self.images),
+            images: self.images.clone(),
         }))
     }
 
     fn exists(&self, name: &str) -> Result<bool> {
-        check_name(name)?;
-        Ok(self.with(|images| images.contains_key(name)))
+        self.images.exists(name)
     }
 
     /// The images of the checkpoint; while it is being written also what else is there.
@@ -420,12 +411,11 @@ impl Store for SealedStore {
             names.retain(|name| name != MANIFEST);
             return Ok(names);
         }
-        Ok(self.with(|images| images.keys().cloned().collect()))
+        Ok(self.images.names())
     }
 
     fn remove(&self, name: &str) -> Result<()> {
-        check_name(name)?;
-        self.with(|images| images.remove(name));
+        self.images.remove(name)?;
         self.inner.remove(name)
     }
 
@@ -436,7 +426,7 @@ impl Store for SealedStore {
     fn commit(&self) -> Result<()> {
         if self.writing {
             let parent = self.parent.as_ref().map(|parent| parent.checkpoint);
-            let images = self.with(|images| images.clone());
+            let images = self.images.all();
             let content = Manifest { parent, images }.encode();
             let cipher = Cipher::new(&self.key, &self.checkpoint, &random()?, MANIFEST)?;
             let mut output = self.inner.create(MANIFEST)?;
@@ -458,7 +448,7 @@ struct SealedOutput {
     content: Vec<u8>,
     chunks: u32,
     size: u64,
-    images: Arc<Mutex<BTreeMap<String, Sealed>>>,
+    images: Named<Sealed>,
 }
 
 impl Write for SealedOutput {
@@ -490,7 +480,7 @@ impl ImageOutput for SealedOutput {
         write.map_err(|source| Error::Io { image: self.name.clone(), operation: "write", source })?;
         self.inner.finish()?;
         let entry = Sealed { size: self.size, salt: self.salt };
-        self.images.lock().unwrap_or_else(PoisonError::into_inner).insert(self.name, entry);
+        self.images.put(&self.name, entry);
         Ok(())
     }
 
