@@ -135,16 +135,19 @@ pub fn run_with(opts: &Options, stages: &Stages<'_>) -> Result<DumpReport> {
         });
     }
     let images = stores::for_dump(opts, stages)?;
+    // what was sent already cannot be taken back
+    let most = if opts.keeps_images() { MOST_TRIES } else { 0 };
     with_own_thread(|| {
-        for n in 0.. {
-            match dump(opts, stages, root, &images, n == 0) {
-                Err(e) if matches!(e.cause(), Error::Moving { .. }) && n < MOST_TRIES && opts.has_folder() => {
+        let mut tries = 0;
+        loop {
+            match dump(opts, stages, root, &images, tries == 0) {
+                Err(e) if matches!(e.cause(), Error::Moving { .. }) && tries < most => {
                     tracing::info!("{e}: once more, with all read in the freeze");
+                    tries += 1;
                 }
                 result => return result,
             }
         }
-        Err(Error::Gone)
     })
 }
 
