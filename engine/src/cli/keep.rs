@@ -10,7 +10,7 @@ use tracing::error;
 
 use super::dump::human_size;
 use super::outcome::{self, printable};
-use super::{migrate, print};
+use super::{parse_words, print};
 use crate::error::Result;
 use crate::keep::{self, prune, Checkpoint, Standing};
 
@@ -62,7 +62,7 @@ fn end(verb: &str, json: bool, result: Result<(Value, String)>) -> i32 {
 
 /// Runs `list` with the words behind the verb.
 pub fn run_list(arguments: &[OsString]) -> i32 {
-    let arguments: ListArguments = match migrate::parse("standstill list", arguments) {
+    let arguments: ListArguments = match parse_words("standstill list", arguments) {
         Ok(arguments) => arguments,
         Err(code) => return code,
     };
@@ -141,7 +141,7 @@ fn table(all: &[Checkpoint]) -> String {
 
 /// Runs `prune` with the words behind the verb.
 pub fn run_prune(arguments: &[OsString]) -> i32 {
-    let arguments: PruneArguments = match migrate::parse("standstill prune", arguments) {
+    let arguments: PruneArguments = match parse_words("standstill prune", arguments) {
         Ok(arguments) => arguments,
         Err(code) => return code,
     };

@@ -117,6 +117,13 @@ fn after(old: &str, verb: &str, well: bool, figures: &Figures, now: Duration) ->
     text
 }
 
+/// Adds a run of a verb to the file, and warns if that does not work: what was done is done.
+pub fn tell(path: &Path, verb: &str, well: bool, figures: &Figures) {
+    if let Err(e) = write(path, verb, well, figures) {
+        tracing::warn!("the metrics of this run could not be written: {}", e.chain());
+    }
+}
+
 /// Adds a run of a verb to the file.
 ///
 /// # Errors

@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use clap::{Args, Parser, ValueEnum};
 use serde_json::json;
-use tracing::{error, warn};
+use tracing::error;
 
 use super::dump::human_size;
 use super::metrics::{self, Figures};
-use super::{outcome, print};
+use super::{outcome, parse_words, print};
 use crate::error::{Call as _, Error, Result};
 use crate::migrate::destination::{self, Receive};
 use crate::migrate::source::{self, Migrate, Resumed};
@@ -155,15 +155,6 @@ struct ReceiveArguments {
     tls: TlsArguments,
 }
 
-pub(super) fn parse<A: Parser>(name: &str, arguments: &[OsString]) -> std::result::Result<A, i32> {
-    let program = std::iter::once(OsString::from(name));
-    A::try_parse_from(program.chain(arguments.iter().cloned())).map_err(|error| {
-        // if nobody reads what is wrong, the exit status still tells that something is
-        let _ = error.print();
-        error.exit_code()
-    })
-}
-
 fn told() -> Told {
     Arc::new(|line: &str| print(&format!("{line}\n")))
 }
@@ -186,7 +177,7 @@ fn end(result: Result<()>, what: &str) -> i32 {
 
 /// Runs `migrate`; the exit status is 0 when the tree is over there, 1 when it is here as before, 3 when that is in doubt.
 pub fn run(arguments: &[OsString]) -> i32 {
-    let arguments: MigrateArguments = match parse("standstill migrate", arguments) {
+    let arguments: MigrateArguments = match parse_words("standstill migrate", arguments) {
         Ok(arguments) => arguments,
         Err(code) => return code,
     };
@@ -200,8 +191,8 @@ pub fn run(arguments: &[OsString]) -> i32 {
         figures.frozen = Duration::try_from_secs_f64(report.downtime_seconds).ok();
         figures.bytes = Some(report.passes.iter().map(|pass| pass.bytes).sum());
     }
-    if let Some(Err(e)) = metrics.map(|path| metrics::write(&path, "migrate", result.is_ok(), &figures)) {
-        warn!("the metrics of this run could not be written: {}", e.chain());
+    if let Some(path) = metrics {
+        metrics::tell(&path, "migrate", result.is_ok(), &figures);
     }
     match &result {
         Ok(moved) if json => outcome::say(&outcome::done("migrate", moved.as_json())),
@@ -306,7 +297,7 @@ fn table(report: &Report, to: &str) -> String {
 
 /// Runs `receive`.
 pub fn run_receive(arguments: &[OsString]) -> i32 {
-    let arguments: ReceiveArguments = match parse("standstill receive", arguments) {
+    let arguments: ReceiveArguments = match parse_words("standstill receive", arguments) {
         Ok(arguments) => arguments,
         Err(code) => return code,
     };

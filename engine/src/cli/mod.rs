@@ -108,6 +108,16 @@ fn run(args: &[OsString]) -> i32 {
     }
 }
 
+/// The words behind a verb that has a parser of its own; the exit status if they are wrong, or ask for help.
+fn parse_words<A: clap::Parser>(name: &str, arguments: &[OsString]) -> std::result::Result<A, i32> {
+    let program = std::iter::once(OsString::from(name));
+    A::try_parse_from(program.chain(arguments.iter().cloned())).map_err(|error| {
+        // if nobody reads what is wrong, the exit status still tells that something is
+        let _ = error.print();
+        error.exit_code()
+    })
+}
+
 /// Makes a key for --key-file.
 fn keygen(words: &[OsString]) -> i32 {
     let [file] = words else {

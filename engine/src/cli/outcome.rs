@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use tracing::{error, warn};
+use tracing::error;
 
 /// The object of a verb that came to its end.
 pub fn done(verb: &str, facts: Value) -> Value {
@@ -118,9 +118,7 @@ impl Seen {
     fn tell(&self, well: bool, figures: &Figures) {
         let Some(path) = &self.metrics else { return };
         if !self.told.swap(true, Ordering::Relaxed) {
-            if let Err(e) = metrics::write(path, self.verb, well, figures) {
-                warn!("the metrics of this run could not be written: {}", e.chain());
-            }
+            metrics::tell(path, self.verb, well, figures);
         }
     }
 }
