@@ -236,16 +236,7 @@ impl Running {
             stack: BASE + (layout.stack + STACK) as u64,
         };
         let inherit = [fd.as_fd(), theirs.as_fd()];
-        let spawned = Spawn {
-            pid: 0,
-            load_at: BASE - (64 << 10),
-            boot,
-            inherit: &inherit,
-            sibling: false,
-            namespaces: 0,
-            maps: None,
-        };
-        match spawn::spawn_kept(&spawned) {
+        match spawn::spawn_kept(&Spawn::helper(BASE - (64 << 10), boot, &inherit)) {
             Ok(process) => Ok(Running { memory, layout, socket: ours, data: 0, _process: process }),
             Err(e) => {
                 robust.release(&memory, layout.owner);

@@ -251,15 +251,7 @@ fn read_all(queue: BorrowedFd<'_>, attributes: &Attributes) -> Result<Vec<Stands
         let slot = arena.slot()?;
         arena.load(slot, 0, plan)?;
         let inherit = [arena.fd(), queue];
-        let helper = spawn::spawn_kept(&Spawn {
-            pid: 0,
-            load_at: arena.load_at(),
-            boot: arena.boot(slot),
-            inherit: &inherit,
-            sibling: false,
-            namespaces: 0,
-            maps: None,
-        })?;
+        let helper = spawn::spawn_kept(&Spawn::helper(arena.load_at(), arena.boot(slot), &inherit))?;
         let pid = helper.pid();
         let alive = || if ptrace::exists(pid) { Ok(()) } else { Err(Error::Gone) };
         let done = arena.finish(slot, LIMIT, alive);

@@ -54,15 +54,7 @@ pub fn make(pid: i32, kind: Kind, count: usize) -> Result<Vec<OwnedFd>> {
         }
         arena.load(slot, pid, plan)?;
         let inherit = [arena.fd(), user.as_fd(), mounts.as_fd()];
-        let companion = spawn::spawn_kept(&Spawn {
-            pid: 0,
-            load_at: arena.load_at(),
-            boot: arena.boot(slot),
-            inherit: &inherit,
-            sibling: false,
-            namespaces: 0,
-            maps: None,
-        })?;
+        let companion = spawn::spawn_kept(&Spawn::helper(arena.load_at(), arena.boot(slot), &inherit))?;
         let own = companion.pid();
         let alive = || if ptrace::exists(own) { Ok(()) } else { Err(Error::Gone) };
         let mut made = Vec::with_capacity(count);

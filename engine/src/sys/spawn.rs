@@ -113,6 +113,13 @@ pub struct Spawn<'a> {
     pub maps: Option<[String; 2]>,
 }
 
+impl<'a> Spawn<'a> {
+    /// A process that works for us: with any id, in our namespaces.
+    pub fn helper(load_at: u64, boot: Boot, inherit: &'a [BorrowedFd<'a>]) -> Spawn<'a> {
+        Spawn { pid: 0, load_at, boot, inherit, sibling: false, namespaces: 0, maps: None }
+    }
+}
+
 /// First number that [`Spawn::inherit`] gets in the child.
 pub const FIRST_FD: i32 = 3;
 

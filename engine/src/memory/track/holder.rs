@@ -150,15 +150,7 @@ impl Holder {
             [arena.fd(), file.as_fd(), pidfd.as_fd()].into_iter().chain(watches).collect();
         let boot = arena.boot(first);
         // an intermediate, whose end leaves the holder to init; its own parent, the keeper, is invisible to a host program
-        let kept = spawn::spawn_kept(&spawn::Spawn {
-            pid: 0,
-            load_at: arena.load_at(),
-            boot,
-            inherit: &inherit,
-            sibling: false,
-            namespaces: 0,
-            maps: None,
-        })?;
+        let kept = spawn::spawn_kept(&spawn::Spawn::helper(arena.load_at(), boot, &inherit))?;
         drop(inherit);
         let made = (|| {
             let mut plan = Plan::new();
