@@ -37,16 +37,9 @@ pub fn kill(infected: Vec<Infected<'_>>, init: bool) -> Result<()> {
     }
     infected.into_iter().for_each(Infected::forget);
     // as their tracer we are told of each thread's end first; the parent hears of the process after that
-    if init {
-        release::wait_for_ends(ends, None);
-        return Ok(());
-    }
-    for tid in ends {
-        while let Ok(Some((_, status))) = calls::wait_child(tid, libc::__WALL) {
-            if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {
-                break;
-            }
-        }
+    match init {
+        true => release::wait_for_ends(ends, None),
+        false => ends.into_iter().for_each(release::wait_for_end),
     }
     Ok(())
 }

@@ -106,6 +106,19 @@ pub fn still_there(pid: i32) -> Result<()> {
     }
 }
 
+fn has_ended(status: i32) -> bool {
+    libc::WIFEXITED(status) || libc::WIFSIGNALED(status)
+}
+
+/// Is told the end of a task that was killed.
+pub fn wait_for_end(tid: i32) {
+    while let Ok(Some((_, status))) = calls::wait_child(tid, libc::__WALL) {
+        if has_ended(status) {
+            break;
+        }
+    }
+}
+
 /// Is told the ends of tasks that were killed, in whatever order they come, for as long as `limit`: the last thread of a pid
 /// namespace's init does not end before all others there were waited for, those of its own process that are traced too
 /// (pid_namespaces(7), kernel/pid_namespace.c).
@@ -115,7 +128,7 @@ pub fn wait_for_ends(tids: impl IntoIterator<Item = i32>, limit: Option<Duration
     let mut alive = 0;
     while let Some(tid) = left.pop_front() {
         match calls::wait_child(tid, libc::__WALL | libc::WNOHANG) {
-            Ok(Some((_, status))) if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) => alive = 0,
+            Ok(Some((_, status))) if has_ended(status) => alive = 0,
             Ok(_) => {
                 left.push_back(tid);
                 alive += 1;
