@@ -111,7 +111,7 @@ static void logged(const char *call, int pid, int result) {
 }
 
 /* What is to go wrong with a call of one who asks; the number that it ends with, or -1: go on. */
-static int act(const char *call, int pid, int after, int *leave) {
+static int act(const char *call, int pid, int after, int *leave, int *late) {
     char name[32], action[32];
     int number;
     FILE *f = config("plan");
@@ -132,6 +132,13 @@ static int act(const char *call, int pid, int after, int *leave) {
         if (!strcmp(action, "hang")) for (;;) kill(pid, SIGKILL), nap(1000000);
         if (!strcmp(action, "leave")) *leave = 1;
         if (!strcmp(action, "fail")) *leave = 2;
+        /* who asks dies as soon as it has, and what it asked for is begun after so many milliseconds */
+        if (!strcmp(action, "late")) {
+            char p[512];
+            path(p, "plan");
+            unlink(p);
+            *leave = 3, *late = number;
+        }
     }
     fclose(f);
     return -1;
@@ -267,7 +274,9 @@ static void *helper(void *unused) {
             continue;
         }
         __sync_synchronize();
-        switch (box.what) {
+        int what = box.what;
+        if (box.leave == 3) nap(box.number * 1000l);
+        switch (what) {
         case LOCK: box.result = lock(); break;
         case CHECKPOINT: box.result = checkpoint(); break;
         case RESTORE: box.result = restore(); break;
@@ -459,17 +468,18 @@ static int look(int pid, struct box *to, long *at) {
 static int ask(const char *call, int what, int pid, uint32_t timeout, uint32_t pairs, const void *pair) {
     struct box theirs;
     long at;
-    int leave = 0, planned = act(call, pid, 0, &leave);
+    int leave = 0, late = 0, planned = act(call, pid, 0, &leave, &late);
     int r = planned >= 0 ? planned : look(pid, &theirs, &at);
     if (r == OK) {
         if (pairs > PAIRS) return INVALID;
-        theirs.what = what, theirs.timeout = timeout, theirs.pairs = pairs, theirs.leave = leave;
+        theirs.what = what, theirs.timeout = timeout, theirs.pairs = pairs, theirs.leave = leave, theirs.number = late;
         if (pairs) memcpy(theirs.pair, pair, pairs * 32);
         uint32_t turn = theirs.turn + 1;
         /* only what is a question, then that there is one */
         size_t from = offsetof(struct box, what), to = offsetof(struct box, uuid);
         r = transfer(pid, at + from, (char *)&theirs + from, to - from, 1) &&
             transfer(pid, at + offsetof(struct box, turn), &turn, sizeof turn, 1) ? OK : INVALID;
+        if (leave == 3) kill(getpid(), SIGKILL);
         /* who is frozen answers nobody; 4 s behind the time that the call may take */
         for (long waited = 0; r == OK; waited++) {
             if (!transfer(pid, at, &theirs, sizeof theirs, 0) || waited > 4 * 2000 + timeout * 2l) r = UNKNOWN;
@@ -477,7 +487,7 @@ static int ask(const char *call, int what, int pid, uint32_t timeout, uint32_t p
             else nap(500);
         }
     }
-    act(call, pid, 1, &leave);
+    act(call, pid, 1, &leave, &late);
     logged(call, pid, r);
     return r;
 }

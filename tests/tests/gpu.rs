@@ -134,6 +134,17 @@ impl Fake {
         assert!(on, "it does not count on: {} {:?}", self.results(), process::describe(self.pid));
     }
 
+    /// Nobody is at work on their CUDA: the guard of an engine that was killed, which follows the plan as all do, is done.
+    fn is_let_alone(&self) {
+        for pid in process::tree(self.pid) {
+            let pid = rustix::process::Pid::from_raw(pid).expect("a process");
+            let process = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty());
+            let process = process.unwrap_or_else(|e| panic!("{e}"));
+            let free = || rustix::fs::flock(&process, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok();
+            assert!(within(LIMIT, free), "somebody is still at work on {pid:?}");
+        }
+    }
+
     fn results(&self) -> String {
         let one = |n| std::fs::read_to_string(self.folder.join(format!("files/result-{n}"))).unwrap_or_default();
         (0..self.processes).map(one).collect::<Vec<_>>().join(", ")
@@ -462,10 +473,11 @@ fn killed_engines() {
     };
     let before = mask(&fake);
     for step in ["lock", "checkpoint", "restore", "unlock"] {
-        for when in ["before", "after"] {
-            fake.config("plan", &format!("{step} die-{when} 0"));
+        for when in ["die-before 0", "die-after 0", "late 0", "late 100"] {
+            fake.config("plan", &format!("{step} {when}"));
             let (code, text) = fake.dump(&["-R"]);
             assert_eq!(code, Some(128 + libc::SIGKILL), "{step} {when}: {text}");
+            fake.is_let_alone();
             fake.counts();
             let same = within(LIMIT, || mask(&fake) == before);
             assert!(same, "{step} {when}: {:?} is not {before:?}", mask(&fake));

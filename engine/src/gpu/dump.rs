@@ -1,15 +1,17 @@
 //! CUDA tasks in a dump: found, locked, checkpointed, and brought back. What it is all about: the [parent](super).
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::fs::FlockOperation;
 use standstill_gpu::{Driver, Gpu, Management, State, Uuid};
 use standstill_images::proto::{StandstillGpuDevice, StandstillGpuEntry, StandstillGpuTask, StandstillGpuUse};
 use standstill_images::{ImageKind, Images};
 
 use super::{guard, running};
-use crate::error::{At, Error, Result};
+use crate::error::{At, Call, Error, Result};
 use crate::guard::Guard;
 use crate::options::Options;
 use crate::sys::ptrace;
@@ -29,6 +31,8 @@ pub(super) struct Task {
     pub(super) found: State,
     /// What that thread blocks.
     pub(super) mask: u64,
+    /// Who holds it is alone at work on the task's CUDA.
+    pub(super) turn: Arc<OwnedFd>,
     uses: Vec<(Uuid, Option<u64>)>,
 }
 
@@ -88,6 +92,28 @@ pub(super) fn started(pid: i32) -> Result<u64> {
     Ok(crate::proc::stat::parse(&buffer)?.starttime)
 }
 
+/// Waits until nobody else of us is at work on a task's CUDA: what a dead engine left is undone by its guard, which holds
+/// the same. It is a lock of the task's pidfd, so that it needs no name and ends with those who hold it (a kernel older than
+/// 6.9 has one inode for all pidfds: there all CUDA tasks take turns).
+fn turn(pid: i32, limit: Duration) -> Result<Arc<OwnedFd>> {
+    let process = crate::sys::calls::pidfd_open(pid, 0).task(pid)?;
+    let began = Instant::now();
+    loop {
+        match rustix::fs::flock(&process, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(Arc::new(process)),
+            Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) if began.elapsed() < limit => {
+                crate::sys::interrupt::check()?;
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let what = "a task whose CUDA another dump is at work on, or brings back";
+                return Err(Error::refused(what, "try again when that is over")).task(pid);
+            }
+            Err(e) => return Err(e).call("flock").task(pid),
+        }
+    }
+}
+
 impl Cuda {
     /// Finds the CUDA tasks below `root`, which runs, and locks them; none if there are none. `guard` is for them alone.
     pub fn lock(opts: &Options, root: i32, guard: &Guard<'_>) -> Result<Option<Cuda>> {
@@ -116,10 +142,12 @@ impl Cuda {
         };
         let management = Management::load();
         let gpus = management.and_then(|m| m.gpus()).unwrap_or_default();
+        let limit = Duration::from_secs(opts.gpu_timeout.unwrap_or(opts.timeout).into());
         let mut tasks = Vec::new();
         for (pid, _) in found {
             // it says so of processes that have not begun with CUDA
             let Ok(tid) = driver.restore_thread(pid) else { continue };
+            let turn = turn(pid, limit)?;
             let state = driver.state(pid).map_err(Error::from).task(pid)?;
             if matches!(state, State::Failed | State::Between(_)) {
                 let what = format!("a task whose CUDA is in the driver's {state}");
@@ -128,12 +156,11 @@ impl Cuda {
             let users = |gpu: &Gpu| gpu.users.iter().find(|u| u.pid == pid).map(|u| (gpu.uuid, u.bytes));
             let uses = gpus.iter().filter_map(users).collect();
             let mask = status(tid)?.sig_blocked;
-            tasks.push(Task { pid, started: started(pid)?, tid, found: state, mask, uses });
+            tasks.push(Task { pid, started: started(pid)?, tid, found: state, mask, turn, uses });
         }
         if tasks.is_empty() {
             return Ok(None);
         }
-        let limit = Duration::from_secs(opts.gpu_timeout.unwrap_or(opts.timeout).into());
         let version = management.and_then(|m| m.driver());
         let cuda = Cuda { driver, version, gpus, tasks, over: false };
         cuda.check_memory()?;

@@ -41,6 +41,8 @@ pub(super) fn register(guard: &Guard<'_>, tasks: &[Task]) -> Result<()> {
     let file = File::open(&program).call("open").at(Place::Path(program))?;
     let mut words = vec!["standstill".to_owned(), VERB.to_owned()];
     for t in tasks {
+        // it is their turn until they end, or become the program and that ends
+        guard.hold(t.turn.as_fd())?;
         words.push(format!("{}:{}:{}:{}:{:x}", t.pid, t.started, t.found.number(), t.tid, t.mask));
     }
     let environment: Vec<(OsString, OsString)> = std::env::vars_os().collect();
@@ -83,7 +85,7 @@ fn release(driver: &Driver, job: &Job) -> Result<()> {
         return Ok(());
     }
     unblock(job)?;
-    Ok(driver.bring_back(job.pid, job.state)?)
+    Ok(driver.bring_back_from_the_dead(job.pid, job.state)?)
 }
 
 /// The restore thread blocks what it blocked before.

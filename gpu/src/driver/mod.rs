@@ -14,7 +14,7 @@ mod nvml;
 
 use std::ffi::{c_char, c_int, c_uint, c_void, CStr};
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::{
     CUcheckpointCheckpointArgs, CUcheckpointGpuPair, CUcheckpointLockArgs, CUcheckpointRestoreArgs,
@@ -29,6 +29,12 @@ const NAMES: [&str; 2] = ["libcuda.so.1", "libcuda.so"];
 /// CUDA versions whose symbols are asked for, the newest first: 13.4, 13.0 (GPU pairs), 12.8 (the first with all of this).
 const VERSIONS: [c_int; 3] = [13_040, 13_000, 12_080];
 const PAIRS_SINCE: c_int = 13_000;
+/// How often a state is asked for.
+const TURN: Duration = Duration::from_millis(2);
+/// How long a process is watched of which somebody asked something who died.
+const SETTLED: Duration = Duration::from_millis(100);
+/// How many questions may be answered with the result of the one before, or meet another state than the one seen.
+const ROUNDS: u32 = 16;
 
 type Result<T, E = DriverError> = std::result::Result<T, E>;
 
@@ -467,6 +473,35 @@ impl Driver {
         self.step(pid, Step::Unlock, number)
     }
 
+    /// The same about a process of which somebody may have asked something who is dead: its state tells nothing as long as
+    /// that waits for the restore thread.
+    ///
+    /// # Errors
+    /// What the driver said, or that there is no way from where it is.
+    pub fn bring_back_from_the_dead(&self, pid: i32, to: State) -> Result<()> {
+        for _ in 0..ROUNDS {
+            match self.bring_back(pid, to) {
+                Ok(()) if to != State::Running => return Ok(()),
+                // one question at a time: what is refused was refused behind whatever was asked before
+                Ok(()) => match self.unlock(pid) {
+                    Err(DriverError::WrongState { state: State::Running, .. }) => break,
+                    Err(e @ DriverError::Died { .. }) => return Err(e),
+                    Ok(()) | Err(_) => {}
+                },
+                Err(e @ DriverError::Died { .. }) => return Err(e),
+                // the state changed behind our look at it
+                Err(_) => std::thread::sleep(TURN),
+            }
+        }
+        // a driver that refuses without asking the thread has this long to show what is still to come
+        let began = Instant::now();
+        while to == State::Running && began.elapsed() < SETTLED {
+            self.bring_back(pid, to)?;
+            std::thread::sleep(TURN);
+        }
+        self.bring_back(pid, to)
+    }
+
     /// Brings a process into the state that it was found in, from whichever it is in.
     ///
     /// # Errors
@@ -474,14 +509,14 @@ impl Driver {
     pub fn bring_back(&self, pid: i32, to: State) -> Result<()> {
         // a step may be under way that somebody asked for who is dead
         const LIMIT: Duration = Duration::from_secs(600);
-        let began = std::time::Instant::now();
+        let began = Instant::now();
         loop {
             match (self.state(pid)?, to) {
                 (now, to) if now == to => return Ok(()),
                 (State::Checkpointed, State::Running | State::Locked) => self.restore(pid, &[])?,
                 (State::Locked, State::Running) => self.unlock(pid)?,
                 (State::Between(_), _) if began.elapsed() < LIMIT && lives(pid) => {
-                    std::thread::sleep(Duration::from_millis(2));
+                    std::thread::sleep(TURN);
                 }
                 (state, _) => {
                     let code = Code { number: 401, name: "no way back".to_owned() };
