@@ -160,7 +160,8 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     remove_old_images(opts, images)?;
     cpu::dump_if_wanted(opts, images)?;
     let server = Client::connect(opts, opts.track_mem)?.map(Arc::new);
-    let waiting = if opts.lazy_pages { Some(transfer::server::socket(opts)?.0) } else { None };
+    let giver = stages.giver().filter(|_| opts.lazy_pages);
+    let waiting = if opts.lazy_pages && giver.is_none() { Some(transfer::server::socket(opts)?.0) } else { None };
     let mut ahead = if opts.snapshot { Some(Ahead::copy(opts, root, ahead, phases.counter())?) } else { None };
     if ahead.is_some() {
         phases.mark("ahead");
@@ -441,10 +442,21 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
         transfer::server::run_for(socket, opts, &mut Left { drains: &drains })?;
         phases.mark("serving");
     }
+    if let Some(giver) = giver {
+        tracing::info!("{lazy_pages} pages are given away");
+        let decide = || finish::decide(&infected, &guard, true);
+        if let Err(e) = giver.give_pages(&mut Left { drains: &drains }, &decide) {
+            guard.choose(Choice::Undo);
+            return Err(e);
+        }
+        phases.mark("serving");
+    }
     let alive: Vec<i32> = infected.iter().map(Infected::pid).collect();
     match opts.final_state {
         FinalState::Kill => {
-            finish::decide(&infected, &guard)?;
+            if giver.is_none() {
+                finish::decide(&infected, &guard, false)?;
+            }
             if let Some(freezer) = &mut freezer {
                 freezer.tree_ends();
             }

@@ -18,7 +18,7 @@
 
 use std::cell::RefCell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -30,6 +30,7 @@ use crate::error::{At, Call, Error, Place, Result};
 use crate::plan::Plan;
 use crate::sys::futex::{self, RobustList};
 use crate::sys::memory::{bytes_of, Shared};
+use crate::sys::ptrace;
 use crate::sys::spawn::{self, Kept, Spawn, FIRST_FD};
 use crate::tracee::{write_control, BLOB};
 
@@ -42,6 +43,16 @@ const LIST_ROOM: usize = 16 << 20;
 const DATA_ROOM: usize = 32 << 20;
 /// The first number of a descriptor that is sent to it.
 const FIRST_HELD: i32 = 16;
+
+/// The program that a guard can become, to do more than make system calls: the very file that runs as the engine, or, in a
+/// program that embeds the library, `standstill` on PATH.
+pub fn own_program() -> Option<PathBuf> {
+    if ptrace::is_alone() {
+        return Some("/proc/self/exe".into());
+    }
+    let folders = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&folders).map(|f| f.join("standstill")).find(|p| p.is_file())
+}
 
 /// Which list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -21,6 +21,7 @@ use std::sync::OnceLock;
 
 use crate::error::{Error, Result};
 use crate::options::Options;
+use crate::transfer::source::Pages;
 
 /// A point at which others are told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +73,17 @@ pub trait Listener: Sync {
     /// The tree stands still: what else belongs to the outside? As `--external` says it.
     fn external_files(&self) -> Result<Vec<String>> {
         Ok(Vec::new())
+    }
+
+    /// Whether pages that a dump leaves in the tasks (`--lazy-pages`) are given away by this listener, not over a socket of ours.
+    fn gives_pages(&self) -> bool {
+        false
+    }
+
+    /// Gives them away. The tree, of which nobody lets go meanwhile, ends when this returns, or goes on if it is an error; from
+    /// when `decide` was called it ends too if we die.
+    fn give_pages(&self, _from: &mut (dyn Pages + Send), decide: &dyn Fn() -> Result<()>) -> Result<()> {
+        decide()
     }
 
     /// The other end of a terminal that has nobody; who does not take it refuses.
@@ -136,6 +148,11 @@ impl<'a> Stages<'a> {
     /// What the listener counts to the outside, now that the tree stands still.
     pub fn external_files(&self) -> Result<Vec<String>> {
         self.listener.map_or(Ok(Vec::new()), Listener::external_files)
+    }
+
+    /// The listener that gives pages away, if it does.
+    pub fn giver(&self) -> Option<&'a dyn Listener> {
+        self.listener.filter(|listener| listener.gives_pages())
     }
 
     /// Hands over the master of a terminal whose other side is in the tree.

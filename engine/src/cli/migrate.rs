@@ -124,6 +124,10 @@ enum Way {
     StopAndCopy,
     /// In passes while the tree runs.
     PreCopy,
+    /// When it is touched at the destination, and in the background; a host that is lost before all is there takes the tree along.
+    PostCopy,
+    /// One pass while the tree runs, and the rest as post-copy does it.
+    Hybrid,
 }
 
 /// Take trees that migrate.
@@ -264,6 +268,8 @@ fn migrate(arguments: MigrateArguments) -> Result<Moved> {
         Way::Auto => Strategy::Auto,
         Way::StopAndCopy => Strategy::StopAndCopy,
         Way::PreCopy => Strategy::PreCopy,
+        Way::PostCopy => Strategy::PostCopy,
+        Way::Hybrid => Strategy::Hybrid,
     };
     let quiet: Told = Arc::new(|_: &str| {});
     let told = if arguments.json { quiet } else { told() };

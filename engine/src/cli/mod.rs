@@ -82,6 +82,7 @@ fn run(args: &[OsString]) -> i32 {
             Some("image") => return image::run(&args[2..]),
             Some("x") => return image::run(&args[1..]),
             Some(crate::gpu::guard::VERB) => return crate::gpu::guard::run(&args[2..]),
+            Some(crate::migrate::late::VERB) => return crate::migrate::late::run(&args[2..]),
             Some("demo") => return demo::run(&args[2..]),
             Some("keygen") => return keygen(&args[2..]),
             Some("migrate") => return migrate::run(&args[2..]),

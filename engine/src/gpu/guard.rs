@@ -8,14 +8,13 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::AsFd as _;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use standstill_gpu::{Driver, State};
 
 use super::dump::{self, Task};
 use crate::error::{At, Call, Error, Place, Result};
-use crate::guard::{Act, Guard, List};
+use crate::guard::{self, Act, Guard, List};
 use crate::sys::ptrace;
 use crate::tracee::{Held, ALL_SIGNALS};
 
@@ -24,17 +23,9 @@ pub const VERB: &str = "gpu-release";
 /// How long the kernel, or what the engine left in a task, may take until a thread can be seized.
 const SEIZE_LIMIT: Duration = Duration::from_secs(5);
 
-fn program() -> Option<PathBuf> {
-    if ptrace::is_alone() {
-        return Some("/proc/self/exe".into());
-    }
-    let folders = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&folders).map(|f| f.join("standstill")).find(|p| p.is_file())
-}
-
 /// From here on these tasks are brought back if we die. To be called before anything is done with them.
 pub(super) fn register(guard: &Guard<'_>, tasks: &[Task]) -> Result<()> {
-    let Some(program) = program() else {
+    let Some(program) = guard::own_program() else {
         tracing::warn!("there is no standstill on PATH, which would bring CUDA back if this program is killed");
         return Ok(());
     };

@@ -5,14 +5,15 @@ use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use standstill_images::store::stream;
 use standstill_images::FolderStore;
 
 use super::journal::{Journal, State};
+use super::late::{self, Late};
 use super::members::{Members, Standing};
-use super::wire::{Channel, Heard, Message, Request};
+use super::wire::{Channel, Heard, Message, Request, PATIENCE};
 use super::{lock, safe_name, Heart, Told};
 use crate::error::{At, Call, Error, Place, Result};
 use crate::options::Options;
@@ -49,6 +50,8 @@ struct Shared {
     busy: Mutex<HashSet<String>>,
     /// Those whose trees are held.
     held: Mutex<HashMap<String, Sender<Decision>>>,
+    /// Connections over which their memory comes.
+    pages: Mutex<HashMap<String, Channel>>,
 }
 
 /// Takes trees, each connection in a thread of its own. Returns on errors of the listener, or when the only tree has ended.
@@ -59,6 +62,7 @@ pub fn run(listener: &TcpListener, receive: &Receive, told: &Told) -> Result<()>
         told: told.clone(),
         busy: Mutex::default(),
         held: Mutex::default(),
+        pages: Mutex::default(),
     });
     let (ends, ended) = mpsc::channel();
     listener.set_nonblocking(receive.once).call("fcntl(O_NONBLOCK)")?;
@@ -111,8 +115,15 @@ impl Shared {
                     });
                 }
                 let arrived = Arrival::new(self, &id, channel.clone(), request).and_then(|mut arrival| arrival.take());
+                lock(&self.pages).remove(&id);
                 lock(&self.busy).remove(&id);
                 arrived
+            }
+            Some(Message::Pages { id }) => {
+                if lock(&self.busy).contains(&id) {
+                    lock(&self.pages).insert(id, channel);
+                }
+                return Ok(None);
             }
             Some(Message::Commit { id }) => self.decided(&id, true, &mut channel),
             Some(Message::Abort { id }) => self.decided(&id, false, &mut channel),
@@ -154,7 +165,19 @@ impl Shared {
             Err(_) if !commit => return channel.say(&Message::Ended).map(|()| None),
             other => other?,
         };
+        if journal.late && matches!(journal.state, State::Prepared | State::Committing) {
+            // who was to bring its memory is gone
+            late::end(&mut journal, &folder)?;
+            remove_images(&folder);
+        }
         match (journal.state, commit) {
+            // it has all of its memory: the source may not know
+            (State::Done, false) if journal.late => {
+                channel.say(&Message::Running { pid: journal.tree.root() }).map(|()| None)
+            }
+            (State::Aborted, true) if journal.late => {
+                Err(Error::Usage { what: "not all of its memory had come: it was ended here".into() })
+            }
             (State::Done, true) => channel.say(&Message::Running { pid: journal.tree.root() }).map(|()| None),
             (State::Committing, true) if journal.tree.standing() == Standing::Whole => {
                 journal.enter(State::Done, &folder)?;
@@ -233,13 +256,13 @@ impl<'a> Arrival<'a> {
     /// Takes images until the last have come, then the tree; where it is called off, nothing of it stays.
     fn take(&mut self) -> Result<Option<i32>> {
         let last = self.images().inspect_err(|_| self.forget())?;
-        let Some(last) = last else {
+        let Some((last, is_late)) = last else {
             self.forget();
             // who has hung up does not hear it
             let _ = self.channel.say(&Message::Ended);
             return Ok(None);
         };
-        self.tree(&last)
+        self.tree(&last, is_late)
     }
 
     fn forget(&mut self) {
@@ -249,8 +272,8 @@ impl<'a> Arrival<'a> {
         }
     }
 
-    /// The name of the last images; none if there are no more to come.
-    fn images(&mut self) -> Result<Option<String>> {
+    /// The name of the last images, and whether there are pages behind them; none if there are no more to come.
+    fn images(&mut self) -> Result<Option<(String, bool)>> {
         self.channel.say(&Message::Ready)?;
         let mut known: HashSet<String> = HashSet::new();
         loop {
@@ -261,7 +284,7 @@ impl<'a> Arrival<'a> {
                     std::io::copy(&mut left, &mut std::io::sink()).call("recv")?;
                     self.channel.say(&Message::Arrived)?;
                 }
-                Some(Message::Images { name, parent, last }) => {
+                Some(Message::Images { name, parent, last, late }) => {
                     let fine = |name: &String| safe_name(name).is_some() && name != "journal";
                     if !fine(&name) || known.len() >= MOST_PASSES || parent.as_ref().is_some_and(|p| !known.contains(p))
                     {
@@ -277,7 +300,7 @@ impl<'a> Arrival<'a> {
                     stream::receive(&mut self.channel, &store, room.f_bavail * room.f_frsize)?;
                     known.insert(name.clone());
                     if last {
-                        return Ok(Some(name));
+                        return Ok(Some((name, late)));
                     }
                     self.channel.say(&Message::Arrived)?;
                 }
@@ -287,10 +310,31 @@ impl<'a> Arrival<'a> {
         }
     }
 
+    /// Who brings memory behind the commit.
+    fn late(&self, options: &Options) -> Result<Late> {
+        let began = Instant::now();
+        let pages = loop {
+            if let Some(channel) = lock(&self.shared.pages).remove(&self.id) {
+                break channel;
+            }
+            if began.elapsed() > PATIENCE {
+                return Err(Error::Timeout { what: "the source's connection for pages", seconds: PATIENCE.as_secs() });
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        Late::start(options, &self.folder, &pages)
+    }
+
     /// Makes the tree, holds it, and does what is decided.
-    fn tree(&mut self, last: &str) -> Result<Option<i32>> {
+    fn tree(&mut self, last: &str, is_late: bool) -> Result<Option<i32>> {
         let options = self.shared.options(&self.folder.join(last), &self.journal.request.clone().unwrap_or_default());
+        let options = Options { lazy_pages: is_late, ..options };
         self.journal.images = Some(last.into());
+        self.journal.late = is_late;
+        let late = match is_late {
+            true => Some(self.late(&options).inspect_err(|_| self.forget())?),
+            false => None,
+        };
         let (sender, decisions) = mpsc::channel();
         let hold = Hold {
             arrival: Mutex::new(Held {
@@ -310,13 +354,14 @@ impl<'a> Arrival<'a> {
         drop(heart);
         let mut answer = answer;
         let pid = match result {
+            Ok(report) if late.is_some() => return self.rest(late, report.pid, &mut answer),
             Ok(report) => {
                 self.journal.enter(State::Done, &self.folder)?;
                 remove_images(&self.folder);
                 report.pid
             }
             // the source has ended: what failed at the last step is tried once more
-            Err(e) if committed => {
+            Err(e) if committed && !is_late => {
                 (self.shared.told)(&format!("{}: once more, from the images", e.chain()));
                 let heart = Heart::start(&answer);
                 let again = self.shared.restore_again(&mut self.journal, &self.folder);
@@ -345,6 +390,27 @@ impl<'a> Arrival<'a> {
         // who asked may be gone; it asks again then
         let _ = answer.say(&Message::Running { pid });
         Ok(Some(pid))
+    }
+
+    /// It runs: until all of its memory is there.
+    fn rest(&mut self, late: Option<Late>, pid: i32, answer: &mut Channel) -> Result<Option<i32>> {
+        (self.shared.told)(&format!("process {pid} runs here now, its memory is on the way"));
+        // who does not hear it does not give pages either
+        let _ = answer.say(&Message::Running { pid });
+        match late.map_or(Ok(()), Late::wait) {
+            Ok(()) => {
+                self.journal.enter(State::Done, &self.folder)?;
+                remove_images(&self.folder);
+                (self.shared.told)(&format!("all memory of process {pid} is here"));
+                Ok(Some(pid))
+            }
+            Err(e) => {
+                (self.shared.told)(&format!("process {pid} was ended: {}", e.chain()));
+                let _ = crate::sys::calls::wait_child(pid, libc::__WALL);
+                self.forget();
+                Ok(None)
+            }
+        }
     }
 }
 

@@ -44,6 +44,9 @@ pub struct Journal {
     pub engine: Members,
     /// The images of the last pass, below the folder.
     pub images: Option<PathBuf>,
+    /// Its memory comes behind the commit: until it is done, both sides are needed.
+    #[serde(default)]
+    pub late: bool,
     /// What the destination was asked for, which it needs to start anew.
     pub request: Option<super::wire::Request>,
 }
@@ -58,6 +61,7 @@ impl Journal {
             tree: Members::default(),
             engine: Members::default(),
             images: None,
+            late: false,
             request: None,
         }
     }

@@ -123,6 +123,24 @@ impl Members {
         true
     }
 
+    /// The same, with their children and theirs, as far as they can be found from those.
+    pub fn end_with_children(&self, limit: Duration) -> Result<()> {
+        if self.boot != boot() {
+            return Ok(());
+        }
+        let alive = self.all.iter().filter(|member| member.lives());
+        let mut all: Vec<Member> = alive.copied().collect();
+        let mut at = 0;
+        while let Some(member) = all.get(at) {
+            // who stands still has no more children
+            let _ = calls::kill(member.pid, libc::SIGSTOP);
+            let found = children(member.pid).into_iter().filter_map(Member::of).filter(|child| !all.contains(child));
+            all.extend(found.collect::<Vec<_>>());
+            at += 1;
+        }
+        Members { boot: self.boot.clone(), all }.end(limit)
+    }
+
     /// Kills those that still live, and waits until none does.
     pub fn end(&self, limit: Duration) -> Result<()> {
         if self.boot == boot() {

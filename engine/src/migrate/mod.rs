@@ -29,7 +29,16 @@
 //! that the tree stands still, and at the destination until its tree is let go. A script takes the address away behind
 //! `post-dump`, gives it to the destination before `pre-restore`, and turns routes at `pre-resume`.
 //!
-//! Not here yet: post-copy and hybrid, and several trees at one cut.
+//! **Memory behind the commit** (post-copy, hybrid). The source commits while its tree still stands there: the destination's goes
+//! on at once, over a [daemon](crate::transfer::lazy) inside of `receive`, and the source gives pages over a second connection
+//! until all are there; only then it ends its tree. So:
+//! - From the commit on the source's tree never goes on by itself: if the engine dies, the guard ends it.
+//! - If `receive` dies, its guard ends the tree there ([`late`]), so that nobody goes on with zeros in the place of what had not come.
+//! - If the connection breaks, the destination ends its tree, and when it has said so the source lets its own go on from the cut:
+//!   what the other did in between is lost. Until it has said so, or that it has all, the source holds its tree.
+//! - If a host is lost before all is there, the tree is lost. Who cannot have that takes another strategy.
+//!
+//! Not here yet: several trees at one cut.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -40,6 +49,7 @@ use serde::Serialize;
 
 pub mod destination;
 pub mod journal;
+pub mod late;
 pub mod members;
 pub mod source;
 pub mod wire;
@@ -54,8 +64,19 @@ pub enum Strategy {
     StopAndCopy,
     /// In passes while the tree runs, until what is left is little or does not get less.
     PreCopy,
-    /// One of these two, by what is measured.
+    /// Behind the commit: the tree goes on at the destination, and memory comes when it is touched, or before.
+    PostCopy,
+    /// One pass while the tree runs, and what it writes meanwhile behind the commit.
+    Hybrid,
+    /// One of the first two, by what is measured: they alone lose nothing when one of the hosts is lost.
     Auto,
+}
+
+impl Strategy {
+    /// Whether memory comes behind the commit.
+    pub fn is_late(self) -> bool {
+        matches!(self, Strategy::PostCopy | Strategy::Hybrid)
+    }
 }
 
 /// One pass.

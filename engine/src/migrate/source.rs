@@ -19,6 +19,8 @@ use crate::options::{FinalState, Options};
 use crate::sockets::netlock;
 use crate::stages::{Listener, Stage, Stages};
 use crate::sys::interrupt;
+use crate::transfer::server;
+use crate::transfer::source::Pages;
 use crate::{dump, pre_dump};
 
 /// How long a connection may take to be made.
@@ -58,10 +60,10 @@ struct Sent {
 }
 
 /// Sends the images in a folder.
-fn send(channel: &mut Channel, folder: &Path, parent: Option<&str>, last: bool) -> Result<Sent> {
+fn send(channel: &mut Channel, folder: &Path, parent: Option<&str>, last: bool, late: bool) -> Result<Sent> {
     let began = Instant::now();
     let name = folder.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    channel.say(&Message::Images { name, parent: parent.map(str::to_owned), last })?;
+    channel.say(&Message::Images { name, parent: parent.map(str::to_owned), last, late })?;
     let (from, to) = (FolderStore::open(folder)?, StreamStore::new(channel.clone())?);
     let mut bytes = 0;
     let mut buffer = vec![0; 1 << 20];
@@ -148,17 +150,28 @@ impl Source<'_> {
             self.bandwidth / 1048576.0,
             match strategy {
                 Strategy::PreCopy => format!("pre-copy (stop and copy would take {:.0} ms)", whole * 1000.0),
-                _ => format!("stop and copy, {:.0} ms", whole * 1000.0),
+                Strategy::PostCopy => "post-copy".to_owned(),
+                Strategy::Hybrid => "one pass, then post-copy".to_owned(),
+                Strategy::StopAndCopy | Strategy::Auto => format!("stop and copy, {:.0} ms", whole * 1000.0),
             }
         ));
         let predicted = match strategy {
-            Strategy::PreCopy => self.copy_while_it_runs()?,
-            _ => whole,
+            Strategy::PreCopy => self.copy_while_it_runs(self.migrate.most_passes)?,
+            Strategy::Hybrid => self.copy_while_it_runs(1).map(|_| FIXED)?,
+            Strategy::PostCopy => FIXED,
+            Strategy::StopAndCopy | Strategy::Auto => whole,
         };
         interrupt::check()?;
-        let (frozen, ended) = self.last_pass()?;
-        let pid = self.commit()?;
-        let downtime = frozen + ended.elapsed();
+        let Ended { frozen, at: ended, late } = self.last_pass(strategy.is_late())?;
+        let (pid, downtime) = match late {
+            // it ran there while the tree still stood here
+            Some(Late { running, at }) => (running, at + frozen - ended),
+            None => {
+                let pid = self.commit()?;
+                (pid, frozen + ended.elapsed())
+            }
+        };
+        self.change(|journal| journal.state = State::Done)?;
         self.clean();
         Ok(Report {
             id: self.id(),
@@ -207,7 +220,7 @@ impl Source<'_> {
     }
 
     /// Passes while the tree runs; how long it will stand still, by what was seen.
-    fn copy_while_it_runs(&mut self) -> Result<f64> {
+    fn copy_while_it_runs(&mut self, most_passes: u32) -> Result<f64> {
         let mut before: Option<(u64, Duration)> = None;
         loop {
             let n = self.passes.len() + 1;
@@ -217,7 +230,7 @@ impl Source<'_> {
             let heart = Heart::start(&self.channel);
             let report = pre_dump::run(&options).at(Place::Item("pass", n as u64))?;
             drop(heart);
-            let sent = send(&mut self.channel, &options.images_dir, parent.as_deref(), false)?;
+            let sent = send(&mut self.channel, &options.images_dir, parent.as_deref(), false, false)?;
             self.channel.expect(&Message::Arrived)?;
             if sent.bytes >= u64::from(PROBE) {
                 self.bandwidth = sent.bytes as f64 / sent.took.as_secs_f64().max(1e-6);
@@ -238,7 +251,7 @@ impl Source<'_> {
                 if before.is_some() { format!(", {:.0} MiB/s are written", rate / 1048576.0) } else { String::new() }
             ));
             let enough = match before {
-                _ if n >= self.migrate.most_passes as usize => true,
+                _ if n >= most_passes as usize => true,
                 Some((pages_before, _)) => pages <= LITTLE || pages as f64 > 0.8 * pages_before as f64,
                 None => pages <= LITTLE,
             };
@@ -252,16 +265,25 @@ impl Source<'_> {
     }
 
     /// The tree stands still, goes over, and is killed here. How long it has stood still, and when it had ended.
-    fn last_pass(&mut self) -> Result<(Duration, Instant)> {
+    fn last_pass(&mut self, late: bool) -> Result<Ended> {
         let parent = self.name(self.passes.len());
-        let options = Options { final_state: FinalState::Kill, ..self.options("last", parent.clone())? };
+        let options =
+            Options { final_state: FinalState::Kill, lazy_pages: late, ..self.options("last", parent.clone())? };
         let began = Instant::now();
-        let heart = Mutex::new(Some(Heart::start(&self.channel)));
-        let handover =
-            Handover { source: self, parent, folder: options.images_dir.clone(), heart, sent: Mutex::new(None) };
+        let handover = Handover {
+            parent,
+            folder: options.images_dir.clone(),
+            late,
+            heart: Mutex::new(Some(Heart::start(&self.channel))),
+            sent: Mutex::new(0),
+            pages: Mutex::new(None),
+            running: Mutex::new(None),
+            source: self,
+        };
         let report = dump::run_with(&options, &Stages::new(&options, Some(&handover)))?;
-        let ended = Instant::now();
-        let sent = handover.sent.into_inner().ok().flatten().unwrap_or(0);
+        let at = Instant::now();
+        let sent = *lock(&handover.sent);
+        let running = lock(&handover.running).take();
         self.passes.push(Pass {
             bytes: sent,
             seconds: began.elapsed().as_secs_f64(),
@@ -271,7 +293,7 @@ impl Source<'_> {
         if !tree.wait_gone(ENDING) {
             return Err(in_doubt(&self.folder, "what was killed here has not ended"));
         }
-        Ok((report.frozen, ended))
+        Ok(Ended { frozen: report.frozen, at, late: running })
     }
 
     /// The tree has ended here.
@@ -279,7 +301,6 @@ impl Source<'_> {
         let id = self.id();
         let pid =
             hand_over(Some(self.channel.clone()), self.peer(), &id).map_err(|e| in_doubt(&self.folder, &e.chain()))?;
-        self.change(|journal| journal.state = State::Done)?;
         Ok(pid)
     }
 
@@ -309,31 +330,124 @@ impl Source<'_> {
     }
 }
 
+/// The tree has ended here.
+struct Ended {
+    /// How long it stood still before.
+    frozen: Duration,
+    at: Instant,
+    late: Option<Late>,
+}
+
+/// The destination's tree ran before that.
+struct Late {
+    running: i32,
+    at: Instant,
+}
+
 /// At the end of the dump: the destination gets all, and says whether it has it.
 struct Handover<'a> {
     source: &'a Source<'a>,
     parent: Option<String>,
     folder: PathBuf,
+    late: bool,
     heart: Mutex<Option<Heart>>,
-    sent: Mutex<Option<u64>>,
+    sent: Mutex<u64>,
+    /// The connection for pages that come behind the commit.
+    pages: Mutex<Option<(Channel, i32)>>,
+    running: Mutex<Option<Late>>,
 }
 
 impl Listener for Handover<'_> {
     fn reached(&self, stage: Stage, root: Option<i32>) -> Result<()> {
         let (Stage::PostDump, Some(root)) = (stage, root) else { return Ok(()) };
-        drop(self.heart.lock().map(|mut heart| heart.take()));
+        drop(lock(&self.heart).take());
         let mut channel = self.source.channel.clone();
-        let sent = send(&mut channel, &self.folder, self.parent.as_deref(), true)?;
-        if let Ok(mut place) = self.sent.lock() {
-            *place = Some(sent.bytes);
+        *lock(&self.sent) = send(&mut channel, &self.folder, self.parent.as_deref(), true, self.late)?.bytes;
+        if !self.late {
+            return self.prepared(root);
         }
-        channel.expect(&Message::Prepared).at(Place::Step("restoring at the destination"))?;
+        let migrate = self.source.migrate;
+        let mut pages =
+            Channel::connect(&migrate.to, CALL, &migrate.options).at(Place::Step("a connection for pages"))?;
+        pages.say(&Message::Pages { id: self.source.id() })?;
+        *lock(&self.pages) = Some((pages, root));
+        Ok(())
+    }
+
+    fn gives_pages(&self) -> bool {
+        self.late
+    }
+
+    /// Gives pages until all are there, and commits meanwhile. If it is an error, the destination's tree has ended, or never was.
+    fn give_pages(&self, from: &mut (dyn Pages + Send), decide: &dyn Fn() -> Result<()>) -> Result<()> {
+        let Some((pages, root)) = lock(&self.pages).take() else { return Err(Error::Gone) };
+        let (id, peer) = (self.source.id(), self.source.peer());
+        let (given, running) = std::thread::scope(|scope| {
+            let link = pages.link();
+            let giving = scope.spawn(move || {
+                let given = server::give(&link, from);
+                if given.is_err() {
+                    // the other side is to know at once
+                    link.cut();
+                }
+                given
+            });
+            let committed = self.prepared(root).and_then(|()| decide());
+            let running = committed.map(|()| {
+                let running = hand_over(Some(self.source.channel.clone()), peer, &id);
+                running.map(|running| Late { running, at: Instant::now() })
+            });
+            if running.is_err() {
+                pages.link().cut();
+            }
+            (giving.join().unwrap_or(Err(Error::Gone)), running)
+        });
+        match (running?, given) {
+            (_, Err(e)) => {
+                (self.source.told)(&format!("{}: it is asked whether its tree has ended", e.chain()));
+                let running = self.whose(peer, &id).ok_or(e)?;
+                *lock(&self.running) = Some(Late { running, at: Instant::now() });
+            }
+            (Ok(late), Ok(())) => *lock(&self.running) = Some(late),
+            // it has all: the commit is said again when our tree has ended
+            (Err(_), Ok(())) => {}
+        }
+        Ok(())
+    }
+}
+
+impl Handover<'_> {
+    /// Waits until the destination holds the whole tree; from here on only the destination's may go on by itself.
+    fn prepared(&self, root: i32) -> Result<()> {
+        self.source.channel.clone().expect(&Message::Prepared).at(Place::Step("restoring at the destination"))?;
         interrupt::check()?;
         self.source.change(|journal| {
             journal.tree = Members::of_tree(root);
             journal.engine = journal.workers();
+            journal.late = self.late;
             journal.state = State::Committing;
         })
+    }
+
+    /// The destination's tree, if it has all of its memory; none if it has ended. Whoever cannot be reached may have it: our
+    /// tree stands until we know.
+    fn whose(&self, peer: Peer<'_>, id: &str) -> Option<i32> {
+        let mut waits = false;
+        loop {
+            match insist(None, peer, &Message::Abort { id: id.to_owned() }) {
+                Ok(Message::Ended) => return None,
+                Ok(Message::Running { pid }) => return Some(pid),
+                other => {
+                    let why = other.map_or_else(|e| e.chain(), |message| format!("it says {message:?}"));
+                    if !std::mem::replace(&mut waits, true) {
+                        (self.source.told)(&format!(
+                            "in doubt: the destination may have the tree, which is held here until it answers ({why})"
+                        ));
+                    }
+                    std::thread::sleep(RETRY / 10);
+                }
+            }
+        }
     }
 }
 
@@ -444,7 +558,11 @@ pub fn resume(folder: &Path, to: Option<&str>, options: &Options) -> Result<Resu
                 // it was decided that it ends, and some have
                 journal.tree.end(ENDING)?;
             }
-            let pid = hand_over(None, peer, &journal.id).map_err(|e| in_doubt(folder, &e.chain()))?;
+            let pid = hand_over(None, peer, &journal.id).map_err(|e| match journal.late {
+                // what was left of its memory ended with it
+                true => e,
+                false => in_doubt(folder, &e.chain()),
+            })?;
             journal.enter(State::Done, folder)?;
             if let Err(e) = unlock(&folder.join("last")) {
                 tracing::warn!("the lock of its connections is left: {}", e.chain());

@@ -76,6 +76,14 @@ pub enum Message {
         parent: Option<String>,
         /// The tree stands still, and these are to be restored.
         last: bool,
+        /// Pages that are not in them are given over a connection of their own ([`Message::Pages`]).
+        #[serde(default)]
+        late: bool,
+    },
+    /// From here on this connection is one of a page server's ([`crate::transfer::wire`]), which is who connected.
+    Pages {
+        /// Which migration.
+        id: String,
     },
     /// They, or the bytes of a probe, have arrived.
     Arrived,
@@ -196,6 +204,11 @@ impl Channel {
         }
     }
 
+    /// What it goes over, for another use.
+    pub fn link(&self) -> Arc<Link> {
+        self.link.clone()
+    }
+
     /// Until it says something, or some time has passed.
     pub fn wait_briefly(&self) {
         self.link.wait_briefly();
@@ -297,7 +310,7 @@ mod tests {
     fn messages_arrive() {
         let (mut here, mut there) = pair();
         assert!(matches!(there.hear_at_once().unwrap(), Heard::Nothing));
-        let message = Message::Images { name: "last".into(), parent: None, last: true };
+        let message = Message::Images { name: "last".into(), parent: None, last: true, late: false };
         here.say(&message).unwrap();
         assert_eq!(there.hear().unwrap(), Some(message));
         for said in [Message::Working, Message::Working, Message::Prepared] {

@@ -9,9 +9,9 @@ use crate::tasks::release;
 use crate::tracee::{Infected, Stopped};
 
 /// From here on everyone is killed, whatever becomes of us: one store, if there is more than one process or something that
-/// would be undone otherwise. A kill of a single process happens or does not.
-pub fn decide(infected: &[Infected<'_>], guard: &Guard<'_>) -> Result<()> {
-    if infected.len() > 1 || guard.is_running() {
+/// would be undone otherwise. A kill of a single process happens or does not, but if it is `not_yet` to come.
+pub fn decide(infected: &[Infected<'_>], guard: &Guard<'_>, not_yet: bool) -> Result<()> {
+    if infected.len() > 1 || guard.is_running() || not_yet {
         for host in infected {
             guard.register_kill(List::End, host.pid())?;
         }

@@ -42,6 +42,9 @@ const REMOTE_WORKERS: usize = 8;
 /// How long the daemon waits for something to happen before it looks around.
 const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
+/// Who is shown each userfaultfd.
+pub type Keep<'a> = dyn Fn(BorrowedFd<'_>) -> Result<()> + 'a;
+
 /// What the daemon needs before anyone connects.
 #[derive(Debug)]
 pub struct Ready {
@@ -52,14 +55,25 @@ pub struct Ready {
 
 /// Reads what it takes, and connects to the server, if there is one.
 pub fn prepare(opts: &Options) -> Result<Ready> {
+    let remote = if opts.use_page_server { Some(Remote::connect(opts)?) } else { None };
+    prepare_with(opts, remote)
+}
+
+/// The same, with a server that is connected to.
+pub fn prepare_with(opts: &Options, remote: Option<Remote>) -> Result<Ready> {
     let images = Images::new(FolderStore::open(&opts.images_dir)?);
     let processes = images.read_entries::<PstreeEntry>(ImageKind::Pstree, ())?.len();
-    let remote = if opts.use_page_server { Some(Arc::new(Remote::connect(opts)?)) } else { None };
-    Ok(Ready { images, processes, remote })
+    Ok(Ready { images, processes, remote: remote.map(Arc::new) })
 }
 
 /// Serves the restore that connects to this socket, until all of its memory is there.
 pub fn serve(ready: Ready, listener: BorrowedFd<'_>) -> Result<()> {
+    serve_and_keep(ready, listener, &|_| Ok(()))
+}
+
+/// The same; `keep` is shown, in this thread, each userfaultfd before its task can do anything with what it lacks. A copy keeps
+/// tasks from going on with zeros when we die.
+pub fn serve_and_keep(ready: Ready, listener: BorrowedFd<'_>, keep: &Keep<'_>) -> Result<()> {
     let restore = loop {
         match rustix::net::accept_with(listener, rustix::net::SocketFlags::CLOEXEC) {
             Ok(socket) => break socket,
@@ -71,6 +85,7 @@ pub fn serve(ready: Ready, listener: BorrowedFd<'_>) -> Result<()> {
     let mut spaces = Vec::new();
     for _ in 0..processes {
         let Some((id, uffd)) = receive(restore.as_fd())? else { continue };
+        keep(uffd.as_fd())?;
         let source = match &remote {
             Some(remote) => Source::Remote(remote.clone(), id),
             None => Source::local(&images, id)?,
@@ -89,7 +104,7 @@ pub fn serve(ready: Ready, listener: BorrowedFd<'_>) -> Result<()> {
         for _ in 0..workers {
             scope.spawn(|| work.worker());
         }
-        let heard = work.listen(restore);
+        let heard = work.listen(restore, keep);
         if let Err(e) = &heard {
             work.fail(e.chain());
         }
@@ -256,7 +271,7 @@ impl Work {
     }
 
     /// Hears of everything, until all memory is there.
-    fn listen(&self, restore: OwnedFd) -> Result<()> {
+    fn listen(&self, restore: OwnedFd, keep: &Keep<'_>) -> Result<()> {
         let mut restore = Some(restore);
         loop {
             let spaces: Vec<Arc<Space>> = {
@@ -285,7 +300,7 @@ impl Work {
                 let _ = rustix::io::read(&self.bell, &mut [0; 8]);
             }
             for (space, _) in spaces.iter().zip(ready.iter().skip(1)).filter(|(_, ready)| **ready) {
-                self.hear(space)?;
+                self.hear(space, keep)?;
             }
             if ready.get(spaces.len() + 1) == Some(&true) {
                 if let Some(fd) = restore.take() {
@@ -306,7 +321,7 @@ impl Work {
         Ok(())
     }
 
-    fn hear(&self, space: &Arc<Space>) -> Result<()> {
+    fn hear(&self, space: &Arc<Space>, keep: &Keep<'_>) -> Result<()> {
         for event in space.uffd.events()? {
             match event {
                 Event::Fault(address) => {
@@ -314,6 +329,7 @@ impl Work {
                     self.changed.notify_one();
                 }
                 Event::Fork(uffd) => {
+                    keep(uffd.as_fd())?;
                     let child = Arc::new(space.fork(uffd));
                     self.state().spaces.push(child);
                     self.changed.notify_all();

@@ -85,10 +85,15 @@ pub fn run(socket: Socket, opts: &Options) -> Result<()> {
 pub fn run_for(socket: Socket, opts: &Options, from: &mut dyn Pages) -> Result<()> {
     let link =
         if socket.listens { link::accept(socket.fd.as_fd(), opts)? } else { Link::new(socket.fd, opts, Side::Server)? };
+    give(&link, from)
+}
+
+/// The same over a connection.
+pub fn give(link: &Link, from: &mut dyn Pages) -> Result<()> {
     let mut buffer = vec![0; MOST_AT_ONCE];
     while let Some(message) = link.message()? {
         match message.command {
-            Command::Get => answer_with_pages(&link, from, &message, &mut buffer)?,
+            Command::Get => answer_with_pages(link, from, &message, &mut buffer)?,
             Command::Close(_) => {
                 link.send(&0i32.to_le_bytes())?;
                 link.end();

@@ -138,6 +138,11 @@ fn is_killed(pid: i32, pending: &str) -> bool {
     killed || !matches!(flags, Some(Ok(flags)) if flags & PF_EXITING == 0)
 }
 
+/// Is it still in the executor, which holds it until the guard of a dead engine has done what was decided?
+fn is_held(pid: i32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| maps.contains("/memfd:standstill"))
+}
+
 /// Processes that lead the guest, with nobody's hand on them.
 fn running(run: &Run) -> Vec<i32> {
     let files = run.file("").to_string_lossy().trim_end_matches('/').to_owned();
@@ -157,6 +162,7 @@ fn running(run: &Run) -> Vec<i32> {
             && !field("State:").starts_with('Z')
             && !field("State:").starts_with('X')
             && !is_killed(pid, &field("SigPnd:"))
+            && !is_held(pid)
         {
             found.push(pid);
         }
@@ -169,7 +175,9 @@ fn there_and_back() {
     for guest in ["moving_words", "moving_family"] {
         let mut run = Run::start(guest);
         let hosts = ["a", "b"].map(|name| Host::start(&run.images(name), &[]));
-        for (n, strategy) in ["stop-and-copy", "pre-copy", "auto", "pre-copy"].into_iter().enumerate() {
+        for (n, strategy) in
+            ["stop-and-copy", "pre-copy", "auto", "post-copy", "hybrid", "pre-copy"].into_iter().enumerate()
+        {
             let pid = run.pid.to_string();
             let to = &hosts[n % 2];
             let folder = run.images(&format!("source-{n}"));
@@ -234,7 +242,7 @@ fn a_destination_that_cannot() {
     fs::write(&script, text).unwrap_or_else(|e| panic!("{e}"));
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap_or_else(|e| panic!("{e}"));
     let host = Host::start(&run.images("host"), &["--action-script", &script.to_string_lossy()]);
-    for strategy in ["stop-and-copy", "pre-copy"] {
+    for strategy in ["stop-and-copy", "pre-copy", "post-copy", "hybrid"] {
         let moved = migrate(&[], &["-t", &run.pid.to_string(), "--to", &host.address, "--strategy", strategy]);
         assert_eq!(moved.code, Some(1), "{}", moved.text);
         assert!(moved.text.contains("exit status: 7"), "{}", moved.text);
@@ -264,6 +272,18 @@ fn random(state: &mut u64) -> u64 {
 /// Engines, and what watches over their trees, killed on either side at any moment: never two run, and one when it was resumed.
 #[test]
 fn killed_at_random() {
+    assert_eq!(killed(&["pre-copy", "stop-and-copy"], true), 0);
+}
+
+/// With memory that comes behind the commit, who loses a side in between has lost the tree: never two run, and if one does, it
+/// has all of its memory. A guard that is killed too cannot end a tree whose memory does not come any more.
+#[test]
+fn killed_behind_the_commit() {
+    killed(&["post-copy", "hybrid"], false);
+}
+
+/// How many trees were lost.
+fn killed(strategies: &[&str], guards_may_be: bool) -> u32 {
     let number = |name: &str, default: u64| std::env::var(name).ok().and_then(|n| n.parse().ok()).unwrap_or(default);
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let seed = number("STANDSTILL_SEED", now.map_or(1, |d| d.as_secs()));
@@ -276,15 +296,17 @@ fn killed_at_random() {
         migrate(&[], &["-t", &run.pid.to_string(), "--to", &hosts[1].address, "--strategy", "pre-copy", "--json"]);
     assert_eq!(moved.code, Some(0), "{}", moved.text);
     run.pid = moved.pid();
-    let (mut longest, mut there, mut doubts) = (began.elapsed(), 0, 0);
+    let (mut longest, mut there, mut doubts, mut lost) = (began.elapsed(), 0, 0, 0);
     for n in 0..number("STANDSTILL_MIGRATIONS", 10) {
         let folder = run.images(&format!("source-{n}"));
         let to = &mut hosts[n as usize % 2];
         let mut command = Command::new(Engine::ours().path());
         command.args(["migrate", "-t", &run.pid.to_string(), "--to", &to.address, "-D"]).arg(&folder);
-        command.args(["--strategy", if random(&mut state).is_multiple_of(2) { "pre-copy" } else { "stop-and-copy" }]);
+        let strategy = strategies[random(&mut state) as usize % strategies.len()];
+        let is_late = matches!(strategy, "post-copy" | "hybrid");
+        command.args(["--strategy", strategy]);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let (who, guards_too) = (random(&mut state) % 3, random(&mut state).is_multiple_of(2));
+        let (who, guards_too) = (random(&mut state) % 3, guards_may_be && random(&mut state).is_multiple_of(2));
         let moment = Duration::from_micros(random(&mut state) % u64::try_from(longest.as_micros()).unwrap_or(1).max(1));
         let over = Over::default();
         let (code, two) = std::thread::scope(|scope| {
@@ -318,9 +340,10 @@ fn killed_at_random() {
             // whatever it was, asking again decides it
             if folder.join("journal.json").exists() {
                 let resumed = migrate(&[], &["--resume", &folder.to_string_lossy()]);
-                assert_eq!(resumed.code, Some(0), "{n}: {}\n{}", resumed.text, to.said());
+                assert!(resumed.code == Some(0) || is_late, "{n}: {}\n{}", resumed.text, to.said());
                 let again = migrate(&[], &["--resume", &folder.to_string_lossy()]);
-                assert_eq!((again.code, &again.text), (Some(0), &resumed.text), "{n}, again");
+                assert_eq!(again.code, resumed.code, "{n}, again: {}", again.text);
+                assert!(again.text == resumed.text || resumed.code != Some(0), "{n}, again: {}", again.text);
             }
             drop(end);
             (code, watcher.join().unwrap_or_default())
@@ -328,14 +351,16 @@ fn killed_at_random() {
         let what = format!("migration {n}, {who} killed after {moment:?} (guards too: {guards_too}), exit {code:?}");
         assert!(two.len() <= 1, "{what}: {two:?} ran");
         let mut now = Vec::new();
-        assert!(
-            within(Duration::from_secs(10), || {
-                now = running(&run);
-                now.len() == 1
-            }),
-            "{what}: {now:?} run\n{}",
-            to.said()
-        );
+        let one = within(Duration::from_secs(if is_late { 2 } else { 10 }), || {
+            now = running(&run);
+            now.len() == 1
+        });
+        if is_late && now.is_empty() {
+            lost += 1;
+            run = Run::start("moving_words");
+            continue;
+        }
+        assert!(one, "{what}: {now:?} run\n{}", to.said());
         doubts += u32::from(code == Some(3));
         if now[0] != run.pid {
             there += 1;
@@ -345,6 +370,7 @@ fn killed_at_random() {
         }
         run.look();
     }
-    eprintln!("{there} were moved, {doubts} were in doubt");
+    eprintln!("{there} were moved, {doubts} were in doubt, {lost} were lost");
     run.check(How::Restored);
+    lost
 }

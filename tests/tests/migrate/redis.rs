@@ -213,7 +213,7 @@ fn redis_under_load() {
             })
             .collect();
         let (mut pid, mut at) = (pid, 0);
-        for strategy in ["stop-and-copy", "pre-copy"] {
+        for strategy in ["stop-and-copy", "pre-copy", "post-copy", "hybrid"] {
             for turn in 0..turns {
                 let (from, to) = (at, 1 - at);
                 let text = pid.to_string();

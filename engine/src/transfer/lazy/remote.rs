@@ -29,11 +29,15 @@ pub struct Remote {
 impl Remote {
     /// Connects.
     pub fn connect(opts: &Options) -> Result<Remote> {
-        let link = Arc::new(link::connect(opts)?);
+        Ok(Remote::over(Arc::new(link::connect(opts)?), opts.ps_socket.is_some()))
+    }
+
+    /// Over a connection, which is used by others afterwards if it is to be kept open.
+    pub fn over(link: Arc<Link>, keep_open: bool) -> Remote {
         let (requests, waiting) = channel();
         let of_reader = link.clone();
         std::thread::spawn(move || read_answers(&of_reader, &waiting));
-        Ok(Remote { link, requests: Mutex::new(Some(requests)), keep_open: opts.ps_socket.is_some() })
+        Remote { link, requests: Mutex::new(Some(requests)), keep_open }
     }
 
     /// Asks for pages of a task; at least one comes, if there is no error.

@@ -1,0 +1,103 @@
+//! At the destination of a tree whose memory comes behind the commit: who brings it, and what is done if that one dies.
+//!
+//! The [daemon](crate::transfer::lazy) runs in a thread of `receive`. When `receive` is killed the kernel would close the userfaultfds,
+//! and tasks would go on with zeros in the place of what had not come. So a [guard](crate::guard) has copies of them, and becomes the
+//! program `standstill end-tree FOLDER`: by the journal in that folder it kills the tree, with what it forked meanwhile. Until it is
+//! done, whoever touches what is missing waits.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::journal::{Journal, State};
+use super::wire::Channel;
+use crate::error::{At, Call, Error, Place, Result};
+use crate::guard::{self, Act, Choice, Guard, List};
+use crate::memory::late::SOCKET;
+use crate::options::Options;
+use crate::sys::futex::RobustList;
+use crate::transfer::lazy::{self, remote::Remote};
+
+/// The internal verb.
+pub const VERB: &str = "end-tree";
+/// How long what is killed may take to end.
+const ENDING: Duration = Duration::from_secs(30);
+
+/// Brings memory, in a thread of its own.
+pub struct Late {
+    listener: UnixListener,
+    socket: PathBuf,
+    thread: Option<JoinHandle<Result<()>>>,
+}
+
+impl Late {
+    /// Listens in the folder of a migration for the restore of these options; pages come over `pages`.
+    pub fn start(options: &Options, folder: &Path, pages: &Channel) -> Result<Late> {
+        let socket = folder.join(SOCKET);
+        let listener = UnixListener::bind(&socket).call("bind").at(Place::Path(socket.clone()))?;
+        let heard = listener.try_clone().call("dup")?;
+        let ready = lazy::prepare_with(options, Some(Remote::over(pages.link(), false)))?;
+        let folder = folder.to_owned();
+        let run = move || {
+            let robust = RobustList::new()?;
+            let guard = Guard::new(&robust);
+            let Some(program) = guard::own_program() else {
+                return Err(Error::Usage {
+                    what: "there is no standstill on PATH, which would end the tree if we die".into(),
+                });
+            };
+            let file = File::open(&program).call("open").at(Place::Path(program))?;
+            let words = ["standstill".to_owned(), VERB.to_owned(), folder.to_string_lossy().into_owned()];
+            let held = guard.hold(file.as_fd())?;
+            guard.register(List::Undo, &Act::Program(held, &words, &[]))?;
+            let keep = |uffd: BorrowedFd<'_>| guard.hold(uffd).map(drop);
+            let served = lazy::serve_and_keep(ready, heard.as_fd(), &keep);
+            // if it failed the tree is killed by who hears of it: until then the guard does that
+            if served.is_err() {
+                if let Ok(mut journal) = Journal::read(&folder) {
+                    end(&mut journal, &folder)?;
+                }
+            }
+            guard.choose(Choice::Nothing);
+            served
+        };
+        let thread = std::thread::Builder::new().name("late".into()).spawn(run).call("clone")?;
+        Ok(Late { listener, socket, thread: Some(thread) })
+    }
+
+    /// Until all memory is there; if it is an error, the tree has ended.
+    pub fn wait(mut self) -> Result<()> {
+        self.thread.take().map_or(Ok(()), |thread| thread.join().unwrap_or(Err(Error::Gone)))
+    }
+}
+
+impl Drop for Late {
+    fn drop(&mut self) {
+        // a restore that failed before it called
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        let _ = std::fs::remove_file(&self.socket);
+    }
+}
+
+/// Kills a tree that does not have all of its memory, with all that it has forked.
+pub fn end(journal: &mut Journal, folder: &Path) -> Result<()> {
+    journal.tree.end_with_children(ENDING)?;
+    journal.enter(State::Aborted, folder)
+}
+
+/// The internal verb: its exit code.
+pub fn run(words: &[OsString]) -> i32 {
+    let Some(folder) = words.first().map(PathBuf::from) else { return 2 };
+    let Ok(mut journal) = Journal::read(&folder) else { return 1 };
+    match journal.state {
+        State::Done => 0,
+        _ => i32::from(end(&mut journal, &folder).is_err()),
+    }
+}
