@@ -24,11 +24,13 @@ pub(crate) enum Guest {
     Areas30000,
     /// One task, 1 GiB, which it writes to when it is told.
     Writing,
+    /// The same, to a few pages, with memory that comes later.
+    Late,
 }
 
 impl Guest {
     /// In the order of the table.
-    pub(crate) const ALL: [Guest; 7] = [
+    pub(crate) const ALL: [Guest; 8] = [
         Guest::Small,
         Guest::Mib256,
         Guest::Gib1,
@@ -36,6 +38,7 @@ impl Guest {
         Guest::Threads500,
         Guest::Areas30000,
         Guest::Writing,
+        Guest::Late,
     ];
 
     /// As it is called.
@@ -48,6 +51,7 @@ impl Guest {
             Guest::Threads500 => "500threads",
             Guest::Areas30000 => "30000areas",
             Guest::Writing => "writing",
+            Guest::Late => "late",
         }
     }
 
@@ -70,6 +74,7 @@ impl Guest {
             Guest::Threads500 => "500 threads",
             Guest::Areas30000 => "30,000 areas",
             Guest::Writing => "1 GiB, goes on",
+            Guest::Late => "1 GiB, later",
         }
     }
 
@@ -79,7 +84,7 @@ impl Guest {
             Guest::Small | Guest::Threads500 => 1 << 20,
             Guest::Tasks100 => 4 << 20,
             Guest::Mib256 => 256 << 20,
-            Guest::Gib1 | Guest::Writing => 1 << 30,
+            Guest::Gib1 | Guest::Writing | Guest::Late => 1 << 30,
             Guest::Areas30000 => AREAS as u64 * PAGE as u64,
         }
     }
@@ -92,7 +97,7 @@ impl Guest {
     /// What a dump or a restore of it may touch besides that memory.
     pub(crate) fn overhead(self) -> u64 {
         match self {
-            Guest::Small | Guest::Mib256 | Guest::Gib1 | Guest::Writing => 32 << 20,
+            Guest::Small | Guest::Mib256 | Guest::Gib1 | Guest::Writing | Guest::Late => 32 << 20,
             Guest::Tasks100 | Guest::Threads500 | Guest::Areas30000 => 192 << 20,
         }
     }
@@ -102,7 +107,7 @@ impl Guest {
         match self {
             Guest::Small => (6.0, 2.5),
             Guest::Writing => (20.0, 20.0),
-            Guest::Mib256 | Guest::Gib1 => (2.0, 2.0),
+            Guest::Mib256 | Guest::Gib1 | Guest::Late => (2.0, 2.0),
             Guest::Tasks100 | Guest::Areas30000 => (3.0, 3.0),
             Guest::Threads500 => (4.0, 4.0),
         }
@@ -113,7 +118,7 @@ impl Guest {
         match self {
             Guest::Small => 21,
             Guest::Mib256 | Guest::Tasks100 | Guest::Threads500 | Guest::Areas30000 => 9,
-            Guest::Gib1 | Guest::Writing => 5,
+            Guest::Gib1 | Guest::Writing | Guest::Late => 5,
         }
     }
 }
@@ -149,7 +154,7 @@ pub(crate) fn run(kind: Guest, dir: &Path) -> Result<()> {
         }
     }
     let mut memory = Memory::new(kind, 0)?;
-    if kind == Guest::Writing {
+    if matches!(kind, Guest::Writing | Guest::Late) {
         end.add(Signal::SIGUSR1);
         end.add(Signal::SIGUSR2);
         end.thread_block().context("sigprocmask")?;
@@ -157,6 +162,7 @@ pub(crate) fn run(kind: Guest, dir: &Path) -> Result<()> {
     std::fs::write(dir.join("ready"), "")?;
     for turn in 0.. {
         let every = match end.wait().context("sigwait")? {
+            Signal::SIGUSR1 if kind == Guest::Late => 32 << 10,
             Signal::SIGUSR1 => 100,
             Signal::SIGUSR2 => 1,
             _ => break,

@@ -13,6 +13,7 @@
 //! - How far all this can be trusted shows `--self`, which measures one program against itself.
 
 mod guests;
+mod late;
 mod machine;
 mod programs;
 mod report;
@@ -60,6 +61,9 @@ struct Args {
     #[arg(long, hide = true, num_args = 2, value_names = ["KIND", "DIR"])]
     guest: Option<Vec<String>>,
 }
+
+/// Measures something with words of its own: rows, and these.
+type Measure = fn(&Program, Option<&Program>, usize, &machine::Dir) -> Result<(Vec<Row>, Vec<String>)>;
 
 fn main() -> ExitCode {
     match run(Args::parse()) {
@@ -111,13 +115,18 @@ fn run(args: Args) -> Result<()> {
             println!("{:20} left out: {why}", case.title());
             continue;
         }
-        if case == Guest::Writing {
-            match running::run(&ours, other.as_ref(), args.rounds.unwrap_or(case.rounds()), &dir) {
+        let with_words = match case {
+            Guest::Writing => Some(running::run as Measure),
+            Guest::Late => Some(late::run as Measure),
+            _ => None,
+        };
+        if let Some(run) = with_words {
+            match run(&ours, other.as_ref(), args.rounds.unwrap_or(case.rounds()), &dir) {
                 Ok((measured, said)) => {
                     print_rows(&measured, args.all);
                     said.iter().for_each(|line| println!("{:20} {line}", case.title()));
                     rows.extend(measured);
-                    notes = said;
+                    notes.extend(said);
                 }
                 Err(e) => {
                     println!("{:20} {e:#}", case.title());

@@ -163,7 +163,7 @@ impl Drop for Running {
     }
 }
 
-fn wait_until(what: &str, mut there: impl FnMut() -> Result<bool>, hope: impl Fn() -> bool) -> Result<()> {
+pub(crate) fn wait_until(what: &str, mut there: impl FnMut() -> Result<bool>, hope: impl Fn() -> bool) -> Result<()> {
     let start = Instant::now();
     loop {
         let hoped = hope();

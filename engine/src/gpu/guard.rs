@@ -1,6 +1,6 @@
 //! What is done about CUDA tasks whose engine was killed: a program is started that asks the driver.
 //!
-//! The [guard](crate::guard) makes system calls and no others, so it becomes the program `standstill gpu-release`: the very
+//! The [guard] makes system calls and no others, so it becomes the program `standstill gpu-release`: the very
 //! file that runs as the engine, or, in a program that embeds the library, `standstill` on PATH (a warning says so if it is
 //! not there). It is told each process with the time of its start, the state to bring it back to, its restore thread and
 //! what that blocked, since the engine may have died while that thread ran with all signals blocked.

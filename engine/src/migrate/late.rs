@@ -1,7 +1,7 @@
 //! At the destination of a tree whose memory comes behind the commit: who brings it, and what is done if that one dies.
 //!
 //! The [daemon](crate::transfer::lazy) runs in a thread of `receive`. When `receive` is killed the kernel would close the userfaultfds,
-//! and tasks would go on with zeros in the place of what had not come. So a [guard](crate::guard) has copies of them, and becomes the
+//! and tasks would go on with zeros in the place of what had not come. So a [guard] has copies of them, and becomes the
 //! program `standstill end-tree FOLDER`: by the journal in that folder it kills the tree, with what it forked meanwhile. Until it is
 //! done, whoever touches what is missing waits.
 
