@@ -404,7 +404,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     phases.mark("memory");
     interrupt::check()?;
     // before there is a lock, which is none of its
-    network::dump_all(images, opts, &files.networks)?;
+    network::dump_all(images, opts, &files.networks, &files.tuns)?;
     if files.changes_sockets() {
         files.prepare_lock(&guard)?;
         // from here on, tasks go on behind a dead engine when sockets are as they were

@@ -133,6 +133,8 @@ guests! {
     netlink
     network_namespace
     network_namespaces
+    network_tun_outside
+    network_tuns
     outside
     outside_datagrams
     packed_family

@@ -50,6 +50,7 @@ mod sparse;
 mod testing;
 pub mod timerfd;
 pub mod tty;
+pub mod tun;
 mod validate;
 
 use crate::sockets;
@@ -152,6 +153,8 @@ pub struct DumpFiles<'a> {
     pub packet: sockets::packet::Dumped,
     /// Terminals.
     pub ttys: tty::Dumped,
+    /// Files of tun links.
+    pub tuns: tun::Dumped,
     /// Locks.
     pub locks: locks::Dumped,
     /// Memory of the tree is under the watch of an earlier pass of ours.
@@ -201,6 +204,7 @@ impl<'a> DumpFiles<'a> {
             inet: Default::default(),
             packet: Default::default(),
             ttys: Default::default(),
+            tuns: Default::default(),
             locks: Default::default(),
             memory_is_tracked: false,
             fsnotify: Default::default(),
@@ -332,6 +336,7 @@ impl<'a> DumpFiles<'a> {
             FileType::Fifo if d.link.starts_with(b"pipe:[") => pipe::dump(d, id, self),
             FileType::Fifo if !path_only => fifo::dump(d, id, self),
             FileType::CharacterDevice if !path_only && tty::is_tty(d.stat.st_rdev) => tty::dump(d, id, self),
+            FileType::CharacterDevice if !path_only && tun::is_one(&d.stat) => tun::dump(d, id, self),
             FileType::RegularFile if memfd::is_one(&d.link, &d.stat) => memfd::dump(d, id, self),
             FileType::RegularFile if !path_only && mqueue::is_one(d) => mqueue::dump(d, id, self),
             FileType::RegularFile
@@ -612,16 +617,14 @@ impl<'a> RestoreFiles<'a> {
             FdTypes::Packetsk => sockets::packet::open(entry.psk.as_ref().ok_or_else(missing)?, self),
             FdTypes::StandstillIoUring => io_uring::open(entry.standstill_io_uring.as_ref().ok_or_else(missing)?, self),
             FdTypes::StandstillMqueue => mqueue::open(entry.standstill_mqueue.as_ref().ok_or_else(missing)?, self),
+            FdTypes::Tunf => tun::open(entry.tunf.as_ref().ok_or_else(missing)?, self),
             FdTypes::Ns => nsfile::open(entry.nsf.as_ref().ok_or_else(missing)?, self),
-            kind @ (FdTypes::Und
-            | FdTypes::Tunf
-            | FdTypes::Ext
-            | FdTypes::Bpfmap
-            | FdTypes::CtlTty
-            | FdTypes::AutofsPipe) => Err(Error::refused(
-                format!("an open file of type {}", kind.as_str_name()),
-                "this kind cannot be restored yet",
-            )),
+            kind @ (FdTypes::Und | FdTypes::Ext | FdTypes::Bpfmap | FdTypes::CtlTty | FdTypes::AutofsPipe) => {
+                Err(Error::refused(
+                    format!("an open file of type {}", kind.as_str_name()),
+                    "this kind cannot be restored yet",
+                ))
+            }
         }
     }
 
@@ -680,6 +683,7 @@ fn owner_of(entry: &FileEntry) -> Option<&FownEntry> {
         .or(entry.nlsk.as_ref().map(|e| &e.fown))
         .or(entry.psk.as_ref().map(|e| &e.fown))
         .or(entry.standstill_io_uring.as_ref().map(|e| &e.fown))
+        .or(entry.tunf.as_ref().and_then(|e| e.standstill_fown.as_ref()))
         .or(entry.standstill_mqueue.as_ref().map(|e| &e.fown))
 }
 

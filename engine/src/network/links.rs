@@ -143,13 +143,25 @@ fn all_links(netlink: &mut Netlink) -> Result<Vec<Link>> {
     links.map(|m| Link::parse(m).ok_or(Error::Changed { what: "a network link cannot be read".into() })).collect()
 }
 
+/// IFF_ flags of a tun or tap link of the network namespace that we are in, as its files are attached with them.
+pub fn tun_flags(name: &str) -> Result<Option<u32>> {
+    let links = all_links(&mut Netlink::open(netlink::ROUTE)?)?;
+    let link = links.iter().find(|link| link.name == name && link.kind == "tun");
+    Ok(link.map(tun::flags_of))
+}
+
 /// Asks for all links, so that the namespaces at their other ends have numbers here.
 pub fn give_numbers(netlink: &mut Netlink) -> Result<()> {
     all_links(netlink).map(drop)
 }
 
 /// Writes down the links of the namespace `id`, which we are in; `known` has numbers of other namespaces here, and ids.
-pub fn dump(netlink: &mut Netlink, id: u32, known: &[(i32, u32)]) -> Result<Vec<NetDeviceEntry>> {
+pub fn dump(
+    netlink: &mut Netlink,
+    id: u32,
+    known: &[(i32, u32)],
+    tuns: &crate::files::tun::Dumped,
+) -> Result<Vec<NetDeviceEntry>> {
     let mut entries = Vec::new();
     for link in all_links(netlink)? {
         let is_fallback = FALLBACKS.contains(&link.name.as_str()) && link.flags & IFF_UP == 0;
@@ -180,7 +192,7 @@ pub fn dump(netlink: &mut Netlink, id: u32, known: &[(i32, u32)]) -> Result<Vec<
             ..Default::default()
         };
         match kind {
-            NdType::Tun => entry.tun = Some(tun::entry(&link)?),
+            NdType::Tun => entry.tun = Some(tun::entry(&link, tuns.of_link(id, &link.name))?),
             NdType::Macvlan => entry.macvlan = Some(macvlan_entry(&link)?),
             NdType::Sit => entry.sit = Some(sit::entry(&link)),
             NdType::Loopback | NdType::Veth | NdType::Bridge | NdType::Extlink | NdType::Venet => {}

@@ -26,6 +26,7 @@ use standstill_images::proto::{NetDeviceEntry, NetnsEntry, NetnsId};
 use standstill_images::{ImageKind, Images};
 
 use crate::error::{At, Call, Error, Place, Result};
+use crate::files::tun;
 use crate::options::{NamespaceKind, Options};
 use crate::sys::netlink::{self, Message, Netlink, HEADER};
 use crate::sys::{calls, thread};
@@ -106,13 +107,19 @@ pub fn external_key(opts: &Options, inode: u64) -> Option<&str> {
 }
 
 /// Writes the images of all network namespaces of a tree.
-pub fn dump_all(images: &Images, opts: &Options, doors: &doors::Doors) -> Result<()> {
+pub fn dump_all(images: &Images, opts: &Options, doors: &doors::Doors, tuns: &tun::Dumped) -> Result<()> {
     let all = doors.of_tree();
-    all.iter().try_for_each(|(id, _)| dump(images, opts, *id, &all))
+    all.iter().try_for_each(|(id, _)| dump(images, opts, *id, &all, tuns))
 }
 
 /// Writes the images of a namespace of the tree. `others`: all namespaces of the tree, this one too, by their ids.
-pub fn dump(images: &Images, opts: &Options, id: u32, others: &[(u32, BorrowedFd<'_>)]) -> Result<()> {
+pub fn dump(
+    images: &Images,
+    opts: &Options,
+    id: u32,
+    others: &[(u32, BorrowedFd<'_>)],
+    tuns: &tun::Dumped,
+) -> Result<()> {
     let namespace = others.iter().find(|(n, _)| *n == id).ok_or(Error::Gone)?.1;
     let key = external_key(opts, inode(namespace)?);
     inside(namespace, || match key {
@@ -120,12 +127,18 @@ pub fn dump(images: &Images, opts: &Options, id: u32, others: &[(u32, BorrowedFd
             let entry = NetnsEntry { ext_key: Some(key.as_bytes().to_vec()), ..Default::default() };
             Ok(images.write_one(ImageKind::Netns, id, &entry)?)
         }
-        None => dump_here(images, opts, id, others),
+        None => dump_here(images, opts, id, others, tuns),
     })
     .at(Place::Item("network namespace", id.into()))
 }
 
-fn dump_here(images: &Images, opts: &Options, id: u32, others: &[(u32, BorrowedFd<'_>)]) -> Result<()> {
+fn dump_here(
+    images: &Images,
+    opts: &Options,
+    id: u32,
+    others: &[(u32, BorrowedFd<'_>)],
+    tuns: &tun::Dumped,
+) -> Result<()> {
     if opts.empty_ns.net {
         if others.len() > 1 {
             return Err(Error::Usage { what: "Unable to dump more than one netns if the --emptyns is set".into() });
@@ -135,7 +148,7 @@ fn dump_here(images: &Images, opts: &Options, id: u32, others: &[(u32, BorrowedF
     let mut netlink = Netlink::open(netlink::ROUTE)?;
     links::give_numbers(&mut netlink)?;
     let known = numbers(&mut netlink, others)?;
-    let links = links::dump(&mut netlink, id, &known)?;
+    let links = links::dump(&mut netlink, id, &known, tuns)?;
     images.write_entries(ImageKind::Netdev, id, links)?;
     payload::dump(&mut netlink, images, id)?;
     firewall::dump_rules(images, id, opts.personality)?;

@@ -75,7 +75,7 @@ fn there_and_back(name: &str, spaces: &[OwnedFd], opts: &Options, questions: &[&
     let before: Vec<_> = spaces.iter().flat_map(|s| questions.iter().map(|q| run(s, q))).collect();
     let ids: Vec<u32> = (0..spaces.len()).map(|i| 10 + i as u32).collect();
     let all: Vec<_> = ids.iter().copied().zip(spaces.iter().map(AsFd::as_fd)).collect();
-    ids.iter().for_each(|id| dump(&images, opts, *id, &all).unwrap());
+    ids.iter().for_each(|id| dump(&images, opts, *id, &all, &Default::default()).unwrap());
     let networks = restore(&images, opts, &ids).unwrap();
     let made: Vec<_> = ids.iter().map(|id| networks.fds[id].try_clone().unwrap()).collect();
     let ask = || made.iter().flat_map(|s| questions.iter().map(|q| run(s, q))).collect::<Vec<_>>();
@@ -90,7 +90,7 @@ fn there_and_back(name: &str, spaces: &[OwnedFd], opts: &Options, questions: &[&
         assert_eq!(before, after);
     }
     let all: Vec<_> = ids.iter().copied().zip(made.iter().map(AsFd::as_fd)).collect();
-    ids.iter().for_each(|id| dump(&again_images, opts, *id, &all).unwrap());
+    ids.iter().for_each(|id| dump(&again_images, opts, *id, &all, &Default::default()).unwrap());
     let (first, second) = (content(&folder.0), content(&again_folder.0));
     assert_eq!(first.keys().collect::<Vec<_>>(), second.keys().collect::<Vec<_>>());
     for (name, bytes) in &first {
@@ -180,7 +180,7 @@ fn a_veth_to_the_outside_needs_to_be_told() {
         run(&space, "ip link set in up; ip addr add 10.3.0.1/24 dev in");
     }
     let (_folder, images) = Folder::new("outside");
-    dump(&images, &Options::default(), 1, &[(1, space.as_fd())]).unwrap();
+    dump(&images, &Options::default(), 1, &[(1, space.as_fd())], &Default::default()).unwrap();
     // the host is a namespace of its own here
     let host = create().unwrap();
     run(&host, "ip link add br9 type bridge");
@@ -226,7 +226,7 @@ fn a_macvlan_finds_its_parent() {
         run(&host, &format!("ip link set mac0 netns /proc/{}/fd/{}", std::process::id(), space.as_raw_fd()));
         run(&space, "ip link set mac0 up");
         let (folder, images) = Folder::new("macvlan");
-        dump(&images, &Options::default(), 1, &[(1, space.as_fd())]).unwrap();
+        dump(&images, &Options::default(), 1, &[(1, space.as_fd())], &Default::default()).unwrap();
         (space, folder, images)
     };
     drop(space);
@@ -271,7 +271,7 @@ fn what_cannot_be_carried_is_refused_by_name() {
         let space = create().unwrap();
         run(&space, commands);
         let (_folder, images) = Folder::new("refused");
-        dump(&images, &Options::default(), 1, &[(1, space.as_fd())]).unwrap_err().chain()
+        dump(&images, &Options::default(), 1, &[(1, space.as_fd())], &Default::default()).unwrap_err().chain()
     };
     let error = refusal("ip link add tunnel type vxlan id 5 dstport 0");
     assert!(error.contains("the network link tunnel (vxlan, type 1) cannot be carried"), "{error}");
@@ -304,11 +304,11 @@ fn a_firewall_and_connections_come_back() {
         let _server = listener.accept().call("accept")?;
         let (folder, images) = Folder::new("tracked");
         let here = own()?;
-        dump(&images, &Options::default(), 1, &[(1, here.as_fd())])?;
+        dump(&images, &Options::default(), 1, &[(1, here.as_fd())], &Default::default())?;
         assert!(content(&folder.0).contains_key("netns-ct-1.img"));
         let networks = restore(&images, &Options::default(), &[1])?;
         let (second, again) = Folder::new("tracked-again");
-        dump(&again, &Options::default(), 1, &[(1, networks.fds[&1].as_fd())])?;
+        dump(&again, &Options::default(), 1, &[(1, networks.fds[&1].as_fd())], &Default::default())?;
         let image = &content(&second.0)["netns-ct-1.img"];
         let messages = netlink::messages(image)?;
         // 127.0.0.1, the port: the tuple of the connection is among them
@@ -338,7 +338,7 @@ fn bad_images_are_told() {
     }
     let space = create().unwrap();
     let (folder, images) = Folder::new("bad");
-    dump(&images, &Options::default(), 1, &[(1, space.as_fd())]).unwrap();
+    dump(&images, &Options::default(), 1, &[(1, space.as_fd())], &Default::default()).unwrap();
     for (name, bytes) in [
         ("ifaddr-1.img", &b"\x22\x12\x36\x47\x10\0\0\0\x14\0\0\0"[..]),
         ("route-1.img", b"junk"),

@@ -280,6 +280,12 @@ pub const ALL: &[Guest] = &[
     guest("netlink", netlink::netlink),
     guest("network_namespace", network_namespace::namespace).dump(CONNECTED).restore(CONNECTED).changes(NUMBERS),
     guest("network_namespaces", network_namespace::several).dump(CONNECTED).restore(CONNECTED).changes(NUMBERS),
+    guest("network_tun_outside", network_namespace::tun_outside)
+        .alone_in_network()
+        .criu(Criu::Cannot("CRIU 4.2 needs a network namespace of the tree's for it")),
+    guest("network_tuns", network_namespace::tuns)
+        .changes(NUMBERS)
+        .criu(Criu::Cannot("CRIU 4.2 does not keep O_NONBLOCK of tun files")),
     guest("outside", outside::outside),
     guest("outside_datagrams", outside::datagrams).dump(&["--ext-unix-sk"]).restore(&["--ext-unix-sk"]),
     guest("packed_family", packed::family).dump(&["--compress"]).criu(Criu::Cannot(PACKED)),

@@ -1,7 +1,7 @@
 //! Links of tun and tap, which are made with ioctl(2) on /dev/net/tun.
 //!
-//! Only a persistent one is carried here: another one ends with the open file that made it. Documentation:
-//! networking/tuntap.rst. Header: linux/if_tun.h.
+//! One that is not persistent ends with the open files that are attached to it, which must be the tree's ([`crate::files::tun`]): it is made
+//! persistent, and they change that when they are attached again. Documentation: networking/tuntap.rst. Header: linux/if_tun.h.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -9,11 +9,11 @@ use std::os::fd::{AsFd, BorrowedFd};
 use standstill_images::proto::{NetDeviceEntry, TunLinkEntry};
 
 use super::{number, Link};
-use crate::error::{At, Call, Error, Place, Result};
+use crate::error::{Error, Result};
+use crate::files::tun;
 use crate::sys::calls;
 
 const TUNSETPERSIST: u64 = 0x4004_54cb;
-const TUNSETIFF: u64 = 0x4004_54ca;
 const TUNSETOWNER: u64 = 0x4004_54cc;
 const TUNSETGROUP: u64 = 0x4004_54ce;
 const TUNGETSNDBUF: u64 = 0x8004_54d3;
@@ -27,7 +27,6 @@ const TAP: u32 = 2;
 const NO_PI: u32 = 0x1000;
 const VNET_HDR: u32 = 0x4000;
 const MULTI_QUEUE: u32 = 0x100;
-const PERSIST: u32 = 0x800;
 
 /// What an open description of a link says of it. With a name and flags, it is attached for that.
 fn tun_settings(fd: BorrowedFd<'_>, flags: u32) -> Result<(u32, u32)> {
@@ -47,69 +46,75 @@ fn tun_settings(fd: BorrowedFd<'_>, flags: u32) -> Result<(u32, u32)> {
 }
 
 fn open_tun(name: &str, index: Option<u32>, flags: u32) -> Result<File> {
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/net/tun")
-        .call("open")
-        .at(Place::Path("/dev/net/tun".into()))?;
+    let file = tun::device()?;
     if let Some(index) = index {
         calls::ioctl(file.as_fd(), "ioctl(TUNSETIFINDEX)", TUNSETIFINDEX, &mut index.to_ne_bytes())?;
     }
-    let mut request = [0; 40];
-    if name.len() >= 16 {
-        return Err(Error::lie("netdev", format!("a link with the name {name}")));
-    }
-    request[..name.len()].copy_from_slice(name.as_bytes());
-    request[16..18].copy_from_slice(&u16::try_from(flags & 0xffff).unwrap_or(0).to_ne_bytes());
-    calls::ioctl(file.as_fd(), "ioctl(TUNSETIFF)", TUNSETIFF, &mut request)?;
+    tun::attach(file.as_fd(), name, flags)?;
     Ok(file)
 }
 
-/// What there is to say of one: settings that the kernel lists, and those that only an open description says.
-pub(super) fn entry(link: &Link) -> Result<TunLinkEntry> {
-    const NO_FILTER: u32 = 0x1000;
-    const _: () = assert!(NO_FILTER == NO_PI);
+/// IFF_ flags of a link.
+pub(super) fn flags_of(link: &Link) -> u32 {
     let data = link.data();
-    let id = |kind| number(&data, kind).map_or(-1, i32::from_ne_bytes);
     let byte = |kind: u16| number(&data, kind).map_or(0, |[v]: [u8; 1]| u32::from(v));
     // 3: IFF_TUN or IFF_TAP, 4: has a head, 5: has a head of virtio, 6: persistent, 7: several queues
     let mut flags = byte(3);
-    for (set, flag) in [(byte(4) == 0, NO_PI), (byte(5) != 0, VNET_HDR), (byte(7) != 0, MULTI_QUEUE)] {
+    let bits =
+        [(byte(4) == 0, NO_PI), (byte(5) != 0, VNET_HDR), (byte(6) != 0, tun::PERSIST), (byte(7) != 0, MULTI_QUEUE)];
+    for (set, flag) in bits {
         flags |= if set { flag } else { 0 };
     }
-    let persistent = byte(6) != 0;
-    if !persistent {
+    flags
+}
+
+/// What there is to say of one: settings that the kernel lists, and those that only an open description says, the tree's if it
+/// has one.
+pub(super) fn entry(link: &Link, attached: Option<BorrowedFd<'_>>) -> Result<TunLinkEntry> {
+    let data = link.data();
+    let id = |kind| number(&data, kind).map_or(-1, i32::from_ne_bytes);
+    let flags = flags_of(link);
+    let persistent = flags & tun::PERSIST != 0;
+    if !persistent && attached.is_none() {
         return Err(Error::refused(
-            format!("the network link {} (tun, which ends with its open file)", link.name),
+            format!("the network link {} (tun, which ends with an open file that no task of the tree has)", link.name),
             "make it persistent (ip tuntap add) before the dump",
         ));
     }
-    let file = open_tun(&link.name, None, flags).map_err(|e| match e.errno() {
-        libc::EBUSY => Error::refused(
-            format!("the network link {} (tun, in use by an open file)", link.name),
-            "close what has /dev/net/tun open before the dump",
-        ),
-        _ => e,
-    })?;
-    let (sndbuf, vnethdr) = tun_settings(file.as_fd(), flags)?;
-    Ok(TunLinkEntry { flags: flags | PERSIST, owner: id(1), group: id(2), vnethdr, sndbuf })
+    let (sndbuf, vnethdr) = match attached {
+        Some(fd) => tun_settings(fd, flags)?,
+        None => {
+            let file = open_tun(&link.name, None, flags).map_err(|e| match e.errno() {
+                libc::EBUSY => Error::refused(
+                    format!(
+                        "the network link {} (tun, in use by an open file that no task of the tree has)",
+                        link.name
+                    ),
+                    "close what has /dev/net/tun open before the dump",
+                ),
+                _ => e,
+            })?;
+            tun_settings(file.as_fd(), flags)?
+        }
+    };
+    Ok(TunLinkEntry { flags, owner: id(1), group: id(2), vnethdr, sndbuf })
 }
 
 /// Makes one, persistent.
 pub(super) fn make(entry: &NetDeviceEntry, name: &str) -> Result<()> {
-    let tun = entry.tun.as_ref().ok_or_else(|| Error::lie("netdev", format!("the tun link {name} lacks its entry")))?;
-    let file = open_tun(name, Some(entry.ifindex), tun.flags & !PERSIST)?;
+    let settings =
+        entry.tun.as_ref().ok_or_else(|| Error::lie("netdev", format!("the tun link {name} lacks its entry")))?;
+    let file = open_tun(name, Some(entry.ifindex), settings.flags & !tun::PERSIST)?;
     let fd = file.as_fd();
     for (call, request, value) in
-        [("ioctl(TUNSETOWNER)", TUNSETOWNER, tun.owner), ("ioctl(TUNSETGROUP)", TUNSETGROUP, tun.group)]
+        [("ioctl(TUNSETOWNER)", TUNSETOWNER, settings.owner), ("ioctl(TUNSETGROUP)", TUNSETGROUP, settings.group)]
     {
         if value != -1 {
             calls::ioctl_value(fd, call, request, u64::from(value.cast_unsigned()))?;
         }
     }
-    calls::ioctl(fd, "ioctl(TUNSETSNDBUF)", TUNSETSNDBUF, &mut tun.sndbuf.to_ne_bytes())?;
-    calls::ioctl(fd, "ioctl(TUNSETVNETHDRSZ)", TUNSETVNETHDRSZ, &mut tun.vnethdr.to_ne_bytes())?;
+    calls::ioctl(fd, "ioctl(TUNSETSNDBUF)", TUNSETSNDBUF, &mut settings.sndbuf.to_ne_bytes())?;
+    calls::ioctl(fd, "ioctl(TUNSETVNETHDRSZ)", TUNSETVNETHDRSZ, &mut settings.vnethdr.to_ne_bytes())?;
     calls::ioctl_value(fd, "ioctl(TUNSETPERSIST)", TUNSETPERSIST, 1)?;
     Ok(())
 }
