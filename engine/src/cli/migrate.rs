@@ -143,6 +143,9 @@ struct ReceiveArguments {
     /// Take one tree, and end with it.
     #[arg(long)]
     once: bool,
+    /// Print what happens as JSON, an object a line.
+    #[arg(long)]
+    json: bool,
     /// Listen where others than this host can reach us, though nothing is encrypted and nobody is asked who they are.
     #[arg(long)]
     insecure: bool,
@@ -309,7 +312,16 @@ pub fn run_receive(arguments: &[OsString]) -> i32 {
     };
     crate::log::set_level(arguments.verbosity);
     crate::sys::calls::raise_limit_of_files();
-    end(receive(arguments), "Receiving FAILED.")
+    let json = arguments.json;
+    let result = receive(arguments);
+    if let (true, Err(e)) = (json, &result) {
+        outcome::say(&outcome::failed("receive", e));
+    }
+    end(result, "Receiving FAILED.")
+}
+
+fn told_as_json() -> Told {
+    Arc::new(|line: &str| outcome::say(&outcome::object("receive", "told", json!({ "text": line }))))
 }
 
 fn receive(arguments: ReceiveArguments) -> Result<()> {
@@ -329,7 +341,13 @@ fn receive(arguments: ReceiveArguments) -> Result<()> {
         ..Options::default()
     };
     let options = arguments.tls.put_into(options);
-    let told = told();
-    told(&format!("listening on {at}"));
+    let told = if arguments.json {
+        outcome::say(&outcome::object("receive", "listening", json!({ "address": at.to_string() })));
+        told_as_json()
+    } else {
+        let told = told();
+        told(&format!("listening on {at}"));
+        told
+    };
     destination::run(&listener, &Receive { folder: arguments.images_dir, options, once: arguments.once }, &told)
 }

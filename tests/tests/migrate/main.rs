@@ -232,6 +232,30 @@ fn who_may_be_reached() {
     let _ = fs::remove_dir_all(folder);
 }
 
+#[test]
+fn what_is_told_as_json() {
+    let folder = process::scratch("told_as_json");
+    let mut command = Command::new(Engine::ours().path());
+    command.args(["receive", "--json", "--listen", "127.0.0.1:0", "-D"]).arg(&folder);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut server = command.spawn().unwrap_or_else(|e| panic!("{e}"));
+    let mut lines = BufReader::new(server.stdout.take().unwrap_or_else(|| panic!("no output"))).lines();
+    let mut next = || -> serde_json::Value {
+        let line = lines.next().and_then(Result::ok).unwrap_or_default();
+        serde_json::from_str(&line).unwrap_or_else(|e| panic!("{line}: {e}"))
+    };
+    let first = next();
+    assert_eq!((&first["verb"], &first["result"]), (&"receive".into(), &"listening".into()), "{first}");
+    let address = first["address"].as_str().unwrap_or_default().to_owned();
+    let moved = migrate(&[], &["--to", &address, "-t", &std::process::id().to_string()]);
+    assert_eq!(moved.code, Some(1), "{}", moved.text);
+    let said = next();
+    assert!(said["result"] == "told" && said["text"].as_str().is_some_and(|t| t.contains("a tree to come")), "{said}");
+    let _ = server.kill();
+    let _ = server.wait();
+    let _ = fs::remove_dir_all(folder);
+}
+
 /// A destination that says no when all is there: the tree goes on where it is, and nothing of it stays there.
 #[test]
 fn a_destination_that_cannot() {
