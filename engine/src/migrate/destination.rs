@@ -405,6 +405,8 @@ impl<'a> Arrival<'a> {
                 Ok(Some(pid))
             }
             Err(e) => {
+                // the daemon may have failed before it could know the tree
+                late::end(&mut self.journal, &self.folder)?;
                 (self.shared.told)(&format!("process {pid} was ended: {}", e.chain()));
                 let _ = crate::sys::calls::wait_child(pid, libc::__WALL);
                 self.forget();

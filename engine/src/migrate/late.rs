@@ -10,6 +10,7 @@ use std::fs::File;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use crate::guard::{self, Act, Choice, Guard, List};
 use crate::memory::late::SOCKET;
 use crate::options::Options;
 use crate::sys::futex::RobustList;
-use crate::transfer::lazy::{self, remote::Remote};
+use crate::transfer::lazy::{self, remote::Remote, Keeper};
 
 /// The internal verb.
 pub const VERB: &str = "end-tree";
@@ -42,31 +43,30 @@ impl Late {
         let heard = listener.try_clone().call("dup")?;
         let ready = lazy::prepare_with(options, Some(Remote::over(pages.link(), false)))?;
         let folder = folder.to_owned();
+        let (begun, begins) = mpsc::channel();
         let run = move || {
             let robust = RobustList::new()?;
-            let guard = Guard::new(&robust);
-            let Some(program) = guard::own_program() else {
-                return Err(Error::Usage {
-                    what: "there is no standstill on PATH, which would end the tree if we die".into(),
-                });
-            };
-            let file = File::open(&program).call("open").at(Place::Path(program))?;
-            let words = ["standstill".to_owned(), VERB.to_owned(), folder.to_string_lossy().into_owned()];
-            let held = guard.hold(file.as_fd())?;
-            guard.register(List::Undo, &Act::Program(held, &words, &[]))?;
-            let keep = |uffd: BorrowedFd<'_>| guard.hold(uffd).map(drop);
-            let served = lazy::serve_and_keep(ready, heard.as_fd(), &keep);
-            // if it failed the tree is killed by who hears of it: until then the guard does that
-            if served.is_err() {
-                if let Ok(mut journal) = Journal::read(&folder) {
-                    end(&mut journal, &folder)?;
-                }
+            let watch = Watch { guard: Guard::new(&robust), folder };
+            let begin = watch.begin();
+            let watches = begin.is_ok();
+            let _ = begun.send(begin);
+            if !watches {
+                return Err(Error::Gone);
             }
-            guard.choose(Choice::Nothing);
+            let served = lazy::serve_with(ready, heard.as_fd(), &watch);
+            if served.is_err() {
+                // the guard would do the same
+                if let Ok(mut journal) = Journal::read(&watch.folder) {
+                    end(&mut journal, &watch.folder)?;
+                }
+                watch.guard.choose(Choice::Nothing);
+            }
             served
         };
         let thread = std::thread::Builder::new().name("late".into()).spawn(run).call("clone")?;
-        Ok(Late { listener, socket, thread: Some(thread) })
+        let late = Late { listener, socket, thread: Some(thread) };
+        begins.recv().unwrap_or(Err(Error::Gone))?;
+        Ok(late)
     }
 
     /// Until all memory is there; if it is an error, the tree has ended.
@@ -83,6 +83,38 @@ impl Drop for Late {
             let _ = thread.join();
         }
         let _ = std::fs::remove_file(&self.socket);
+    }
+}
+
+/// The guard, and where the journal is.
+struct Watch<'a> {
+    guard: Guard<'a>,
+    folder: PathBuf,
+}
+
+impl Watch<'_> {
+    /// From here on the tree ends if we die.
+    fn begin(&self) -> Result<()> {
+        let what = "there is no standstill on PATH, which would end the tree if this program is killed";
+        let program = guard::own_program().ok_or_else(|| Error::Usage { what: what.into() })?;
+        let file = File::open(&program).call("open").at(Place::Path(program))?;
+        let words = ["standstill".to_owned(), VERB.to_owned(), self.folder.to_string_lossy().into_owned()];
+        let held = self.guard.hold(file.as_fd())?;
+        self.guard.register(List::Undo, &Act::Program(held, &words, &[]))
+    }
+}
+
+impl Keeper for Watch<'_> {
+    fn keep(&self, uffd: BorrowedFd<'_>) -> Result<()> {
+        self.guard.hold(uffd).map(drop)
+    }
+
+    /// It needs nobody any more. That is known here before the source hears of it and ends its own.
+    fn all_there(&self) -> Result<()> {
+        let mut journal = Journal::read(&self.folder)?;
+        journal.enter(State::Done, &self.folder)?;
+        self.guard.choose(Choice::Nothing);
+        Ok(())
     }
 }
 

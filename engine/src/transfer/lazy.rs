@@ -42,8 +42,27 @@ const REMOTE_WORKERS: usize = 8;
 /// How long the daemon waits for something to happen before it looks around.
 const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
-/// Who is shown each userfaultfd.
-pub type Keep<'a> = dyn Fn(BorrowedFd<'_>) -> Result<()> + 'a;
+/// Somebody who sees to it that no task goes on with zeros when we die. Its calls come from the thread that serves.
+pub trait Keeper {
+    /// A userfaultfd, before its task can do anything with what it lacks: a copy of it lets whoever touches that wait.
+    fn keep(&self, uffd: BorrowedFd<'_>) -> Result<()>;
+
+    /// All memory is there, and whoever it came from still has it.
+    fn all_there(&self) -> Result<()>;
+}
+
+/// Nobody.
+struct Nobody;
+
+impl Keeper for Nobody {
+    fn keep(&self, _: BorrowedFd<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    fn all_there(&self) -> Result<()> {
+        Ok(())
+    }
+}
 
 /// What the daemon needs before anyone connects.
 #[derive(Debug)]
@@ -68,12 +87,11 @@ pub fn prepare_with(opts: &Options, remote: Option<Remote>) -> Result<Ready> {
 
 /// Serves the restore that connects to this socket, until all of its memory is there.
 pub fn serve(ready: Ready, listener: BorrowedFd<'_>) -> Result<()> {
-    serve_and_keep(ready, listener, &|_| Ok(()))
+    serve_with(ready, listener, &Nobody)
 }
 
-/// The same; `keep` is shown, in this thread, each userfaultfd before its task can do anything with what it lacks. A copy keeps
-/// tasks from going on with zeros when we die.
-pub fn serve_and_keep(ready: Ready, listener: BorrowedFd<'_>, keep: &Keep<'_>) -> Result<()> {
+/// The same, with somebody who looks after the tasks.
+pub fn serve_with(ready: Ready, listener: BorrowedFd<'_>, keeper: &dyn Keeper) -> Result<()> {
     let restore = loop {
         match rustix::net::accept_with(listener, rustix::net::SocketFlags::CLOEXEC) {
             Ok(socket) => break socket,
@@ -85,7 +103,7 @@ pub fn serve_and_keep(ready: Ready, listener: BorrowedFd<'_>, keep: &Keep<'_>) -
     let mut spaces = Vec::new();
     for _ in 0..processes {
         let Some((id, uffd)) = receive(restore.as_fd())? else { continue };
-        keep(uffd.as_fd())?;
+        keeper.keep(uffd.as_fd())?;
         let source = match &remote {
             Some(remote) => Source::Remote(remote.clone(), id),
             None => Source::local(&images, id)?,
@@ -104,13 +122,14 @@ pub fn serve_and_keep(ready: Ready, listener: BorrowedFd<'_>, keep: &Keep<'_>) -
         for _ in 0..workers {
             scope.spawn(|| work.worker());
         }
-        let heard = work.listen(restore, keep);
+        let heard = work.listen(restore, keeper);
         if let Err(e) = &heard {
             work.fail(e.chain());
         }
         work.stop();
         heard
     });
+    let served = served.and_then(|()| keeper.all_there());
     if let Some(remote) = &remote {
         remote.finish(served.is_ok());
     }
@@ -271,7 +290,7 @@ impl Work {
     }
 
     /// Hears of everything, until all memory is there.
-    fn listen(&self, restore: OwnedFd, keep: &Keep<'_>) -> Result<()> {
+    fn listen(&self, restore: OwnedFd, keeper: &dyn Keeper) -> Result<()> {
         let mut restore = Some(restore);
         loop {
             let spaces: Vec<Arc<Space>> = {
@@ -300,7 +319,7 @@ impl Work {
                 let _ = rustix::io::read(&self.bell, &mut [0; 8]);
             }
             for (space, _) in spaces.iter().zip(ready.iter().skip(1)).filter(|(_, ready)| **ready) {
-                self.hear(space, keep)?;
+                self.hear(space, keeper)?;
             }
             if ready.get(spaces.len() + 1) == Some(&true) {
                 if let Some(fd) = restore.take() {
@@ -321,7 +340,7 @@ impl Work {
         Ok(())
     }
 
-    fn hear(&self, space: &Arc<Space>, keep: &Keep<'_>) -> Result<()> {
+    fn hear(&self, space: &Arc<Space>, keeper: &dyn Keeper) -> Result<()> {
         for event in space.uffd.events()? {
             match event {
                 Event::Fault(address) => {
@@ -329,7 +348,7 @@ impl Work {
                     self.changed.notify_one();
                 }
                 Event::Fork(uffd) => {
-                    keep(uffd.as_fd())?;
+                    keeper.keep(uffd.as_fd())?;
                     let child = Arc::new(space.fork(uffd));
                     self.state().spaces.push(child);
                     self.changed.notify_all();

@@ -232,6 +232,53 @@ fn who_may_be_reached() {
     let _ = fs::remove_dir_all(folder);
 }
 
+/// Passes connections on to an address, and cuts the second of them, which is that for pages, after so many bytes.
+fn cutting(to: &str, after: usize) -> String {
+    use std::io::{Read as _, Write as _};
+    use std::net::{Shutdown, TcpListener, TcpStream};
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap_or_else(|e| panic!("{e}"));
+    let address = listener.local_addr().map(|a| a.to_string()).unwrap_or_default();
+    let to = to.to_owned();
+    std::thread::spawn(move || {
+        for (n, here) in listener.incoming().map_while(Result::ok).enumerate() {
+            let Ok(there) = TcpStream::connect(&to) else { return };
+            let pass = move |mut from: TcpStream, mut into: TcpStream, most: usize| {
+                let (mut buffer, mut passed) = ([0; 16384], 0);
+                while let Ok(n @ 1..) = from.read(&mut buffer) {
+                    passed += n;
+                    if passed > most || into.write_all(&buffer[..n]).is_err() {
+                        break;
+                    }
+                }
+                for side in [from, into] {
+                    let _ = side.shutdown(Shutdown::Both);
+                }
+            };
+            let both = here.try_clone().and_then(|h| there.try_clone().map(|t| (h, t)));
+            let Ok((back_to, back_from)) = both else { return };
+            let most = if n == 1 { after } else { usize::MAX };
+            std::thread::spawn(move || pass(here, there, most));
+            std::thread::spawn(move || pass(back_from, back_to, usize::MAX));
+        }
+    });
+    address
+}
+
+/// The connection over which memory comes breaks, before the destination's tree is whole, and while it runs: it is ended, and the source's goes on.
+#[test]
+fn pages_that_do_not_come() {
+    let mut run = Run::start("moving_words");
+    let host = Host::start(&run.images("host"), &[]);
+    for (strategy, after) in [("post-copy", 200), ("post-copy", 100_000), ("post-copy", 2_000_000), ("hybrid", 200)] {
+        let through = cutting(&host.address, after);
+        let moved = migrate(&[], &["-t", &run.pid.to_string(), "--to", &through, "--strategy", strategy]);
+        assert_eq!(moved.code, Some(1), "{strategy} {after}: {}\n{}", moved.text, host.said());
+        assert_eq!(running(&run), [run.pid], "{strategy} {after}: {}", moved.text);
+        run.look();
+    }
+    run.check(How::Running);
+}
+
 #[test]
 fn what_is_told_as_json() {
     let folder = process::scratch("told_as_json");
