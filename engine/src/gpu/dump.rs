@@ -93,10 +93,17 @@ pub(super) fn started(pid: i32) -> Result<u64> {
 }
 
 /// Waits until nobody else of us is at work on a task's CUDA: what a dead engine left is undone by its guard, which holds
-/// the same. It is a lock of the task's pidfd, so that it needs no name and ends with those who hold it (a kernel older than
-/// 6.9 has one inode for all pidfds: there all CUDA tasks take turns).
-fn turn(pid: i32, limit: Duration) -> Result<Arc<OwnedFd>> {
+/// the same. It is a lock of the task's pidfd, so that it needs no name and ends with those who hold it. A kernel older than
+/// 6.9 has one inode for all pidfds: there all CUDA tasks have one turn, which we may have already (`ours`).
+fn turn(pid: i32, limit: Duration, ours: &[Task]) -> Result<Arc<OwnedFd>> {
     let process = crate::sys::calls::pidfd_open(pid, 0).task(pid)?;
+    let inode = |fd: &OwnedFd| rustix::fs::fstat(fd).map(|s| (s.st_dev, s.st_ino)).call("fstat");
+    let wanted = inode(&process)?;
+    for task in ours {
+        if inode(&task.turn)? == wanted {
+            return Ok(task.turn.clone());
+        }
+    }
     let began = Instant::now();
     loop {
         match rustix::fs::flock(&process, FlockOperation::NonBlockingLockExclusive) {
@@ -147,7 +154,7 @@ impl Cuda {
         for (pid, _) in found {
             // it says so of processes that have not begun with CUDA
             let Ok(tid) = driver.restore_thread(pid) else { continue };
-            let turn = turn(pid, limit)?;
+            let turn = turn(pid, limit, &tasks)?;
             let state = driver.state(pid).map_err(Error::from).task(pid)?;
             if matches!(state, State::Failed | State::Between(_)) {
                 let what = format!("a task whose CUDA is in the driver's {state}");
