@@ -16,7 +16,7 @@ use standstill_tests::run::Run;
 use standstill_tests::skip::skip;
 
 /// Guests that compare all of /proc/PID/smaps.
-const LOOK_AT_AREAS: [&str; 2] = ["memory_private", "memory_layout"];
+const LOOK_AT_AREAS: [&str; 3] = ["memory_advice", "memory_private", "memory_layout"];
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Something that runs beside the test.
