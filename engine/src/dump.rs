@@ -203,6 +203,7 @@ fn dump(opts: &Options, stages: &Stages<'_>, root: i32, images: &Images, ahead: 
     give_ids(&mut tasks, &mut numbers)?;
     let own = numbers.own();
     refuse_users_without_pids(&tasks, &own)?;
+    refuse_several_times(&tasks)?;
     let users = if own.has(namespaces::Kind::User) { Users::of_task(root)? } else { Users::default() };
     let shared = namespaces::outside::external_key(opts, root)?.is_some();
     let pids = owners_of(&mut tasks, &own, &users, shared)?;
@@ -601,6 +602,19 @@ fn give_ids(tasks: &mut [Task], numbers: &mut ids::Ids) -> Result<()> {
         alive.ids = numbers.task(task.pid, parent)?;
     }
     Ok(())
+}
+
+/// A tree is restored in one time namespace, which images have clocks of.
+fn refuse_several_times(tasks: &[Task]) -> Result<()> {
+    let first = living(tasks).next().and_then(|(_, alive)| alive.ids.time_ns_id);
+    match living(tasks).find(|(_, alive)| alive.ids.time_ns_id != first) {
+        Some((task, _)) => Err(Error::refused(
+            "a task in another time namespace than the root's",
+            "images have clocks of one: start the whole tree in it",
+        ))
+        .task(task.pid),
+        None => Ok(()),
+    }
 }
 
 /// Who is root in a user namespace may choose ids in the PID namespaces that belong to it, and in no others (clone(2)).

@@ -228,6 +228,7 @@ guests! {
 refused! {
     refused_big_ghost
     refused_time_for_children
+    refused_time_of_child
     refused_users
     refused_fanotify
     refused_connected

@@ -444,6 +444,7 @@ pub const ALL: &[Guest] = &[
         .refused(&["user namespace", "PID namespace"]),
     guest("refused_big_ghost", refused::big_ghost).dump(&["--ghost-limit", "4096"]).refused(&["ghost-limit"]),
     guest("refused_time_for_children", refused::time_for_children).refused(&["time namespace for children"]),
+    guest("refused_time_of_child", refused::time_of_child).refused(&["time namespace"]),
     guest("refused_fanotify", fanotify::deciding).refused(&["decides about accesses"]),
     guest("refused_connected", refused::connected).refused(&["TCP socket", "--tcp-established"]),
     guest("refused_corked", refused::corked).refused(&["UDP socket", "corked"]),

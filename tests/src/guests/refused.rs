@@ -319,6 +319,21 @@ pub(super) fn tun() {
     check!(unsafe { libc::if_nametoindex(c"standstill".as_ptr()) } != 0);
 }
 
+/// A child in a time namespace of its own.
+pub(super) fn time_of_child() {
+    use std::os::fd::AsRawFd as _;
+    let own = did(File::open("/proc/self/ns/time"));
+    unsafe { sys(libc::unshare(0x80)) };
+    did(std::fs::write("/proc/self/timens_offsets", "monotonic 1000 0\n"));
+    let child = fork(|| loop {
+        unsafe { libc::pause() };
+    });
+    unsafe { sys(libc::setns(own.as_raw_fd(), 0)) };
+    ready();
+    unsafe { sys(libc::kill(child, libc::SIGKILL)) };
+    wait(child);
+}
+
 /// A time namespace that only children to come would be in.
 pub(super) fn time_for_children() {
     unsafe { sys(libc::unshare(0x80)) };
