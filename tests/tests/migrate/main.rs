@@ -140,7 +140,17 @@ fn is_killed(pid: i32, pending: &str) -> bool {
 
 /// Is it still in the executor, which holds it until the guard of a dead engine has done what was decided?
 fn is_held(pid: i32) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| maps.contains("/memfd:standstill"))
+    let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
+    let hex = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).ok();
+    let at = read("syscall").split_whitespace().last().and_then(hex);
+    let maps = read("maps");
+    // in a dump that is code without a file, which the program itself never runs
+    let is_there = |line: &str| {
+        let range = line.split_whitespace().next().and_then(|range| range.split_once('-'));
+        let range = range.and_then(|(from, to)| Some(hex(from)?..hex(to)?));
+        line.contains("/dev/zero") && range.is_some_and(|range| at.is_some_and(|at| range.contains(&at)))
+    };
+    maps.contains("/memfd:standstill") || maps.lines().any(is_there)
 }
 
 /// Processes that lead the guest, with nobody's hand on them.
