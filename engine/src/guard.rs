@@ -17,6 +17,8 @@
 //! Man pages: set_robust_list(2), unix(7), pidfd_send_signal(2).
 
 use std::cell::RefCell;
+use std::ffi::OsString;
+use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -46,7 +48,7 @@ const FIRST_HELD: i32 = 16;
 
 /// The program that a guard can become, to do more than make system calls: the very file that runs as the engine, or, in a
 /// program that embeds the library, `standstill` on PATH.
-pub fn own_program() -> Option<PathBuf> {
+fn own_program() -> Option<PathBuf> {
     if ptrace::is_alone() {
         return Some("/proc/self/exe".into());
     }
@@ -92,7 +94,7 @@ pub enum Act<'a> {
     /// The guard becomes a shell that runs this script: to be registered before all else, as nothing is done after it.
     Script(Held),
     /// The guard becomes this program, an executable file, with these words and this environment: nothing is done after it.
-    Program(Held, &'a [String], &'a [(std::ffi::OsString, std::ffi::OsString)]),
+    Program(Held, &'a [String], &'a [(OsString, OsString)]),
     /// The guard enters the network namespace of a descriptor: to be registered right behind a script that is to run there.
     EnterNetwork(Held),
     /// unlink(2).
@@ -189,6 +191,17 @@ impl<'r> Guard<'r> {
     /// Adds to a list what is to be done; when this returns, it will be.
     pub fn register(&self, list: List, act: &Act<'_>) -> Result<()> {
         self.with(|guard| guard.add(list, act))
+    }
+
+    /// What is undone by `standstill` with these words, an internal verb first, and this environment: to be registered before
+    /// all else. False if there is no such program.
+    pub fn register_own_program(&self, words: &[String], environment: &[(OsString, OsString)]) -> Result<bool> {
+        let Some(program) = own_program() else { return Ok(false) };
+        let file = File::open(&program).call("open").at(Place::Path(program))?;
+        let held = self.hold(file.as_fd())?;
+        let words: Vec<String> = std::iter::once("standstill".to_owned()).chain(words.iter().cloned()).collect();
+        self.register(List::Undo, &Act::Program(held, &words, environment))?;
+        Ok(true)
     }
 
     /// Adds a process to those that a list kills.

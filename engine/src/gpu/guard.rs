@@ -1,20 +1,19 @@
 //! What is done about CUDA tasks whose engine was killed: a program is started that asks the driver.
 //!
-//! The [guard] makes system calls and no others, so it becomes the program `standstill gpu-release`: the very
+//! The [guard](crate::guard) makes system calls and no others, so it becomes the program `standstill gpu-release`: the very
 //! file that runs as the engine, or, in a program that embeds the library, `standstill` on PATH (a warning says so if it is
 //! not there). It is told each process with the time of its start, the state to bring it back to, its restore thread and
 //! what that blocked, since the engine may have died while that thread ran with all signals blocked.
 
 use std::ffi::OsString;
-use std::fs::File;
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
 use standstill_gpu::{Driver, State};
 
 use super::dump::{self, Task};
-use crate::error::{At, Call, Error, Place, Result};
-use crate::guard::{self, Act, Guard, List};
+use crate::error::{Error, Result};
+use crate::guard::Guard;
 use crate::sys::ptrace;
 use crate::tracee::{Held, ALL_SIGNALS};
 
@@ -25,20 +24,17 @@ const SEIZE_LIMIT: Duration = Duration::from_secs(5);
 
 /// From here on these tasks are brought back if we die. To be called before anything is done with them.
 pub(super) fn register(guard: &Guard<'_>, tasks: &[Task]) -> Result<()> {
-    let Some(program) = guard::own_program() else {
-        tracing::warn!("there is no standstill on PATH, which would bring CUDA back if this program is killed");
-        return Ok(());
-    };
-    let file = File::open(&program).call("open").at(Place::Path(program))?;
-    let mut words = vec!["standstill".to_owned(), VERB.to_owned()];
+    let mut words = vec![VERB.to_owned()];
     for t in tasks {
-        // it is their turn until they end, or become the program and that ends
-        guard.hold(t.turn.as_fd())?;
         words.push(format!("{}:{}:{}:{}:{:x}", t.pid, t.started, t.found.number(), t.tid, t.mask));
     }
     let environment: Vec<(OsString, OsString)> = std::env::vars_os().collect();
-    let held = guard.hold(file.as_fd())?;
-    guard.register(List::Undo, &Act::Program(held, &words, &environment))
+    if !guard.register_own_program(&words, &environment)? {
+        tracing::warn!("there is no standstill on PATH, which would bring CUDA back if this program is killed");
+        return Ok(());
+    }
+    // it is their turn until they end, or become the program and that ends
+    tasks.iter().try_for_each(|t| guard.hold(t.turn.as_fd()).map(drop))
 }
 
 struct Job {

@@ -4,8 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use standstill_images::store::stream;
 use standstill_images::FolderStore;
@@ -52,6 +52,8 @@ struct Shared {
     held: Mutex<HashMap<String, Sender<Decision>>>,
     /// Connections over which their memory comes.
     pages: Mutex<HashMap<String, Channel>>,
+    /// There is one more of these.
+    pages_came: Condvar,
 }
 
 /// Takes trees, each connection in a thread of its own. Returns on errors of the listener, or when the only tree has ended.
@@ -63,6 +65,7 @@ pub fn run(listener: &TcpListener, receive: &Receive, told: &Told) -> Result<()>
         busy: Mutex::default(),
         held: Mutex::default(),
         pages: Mutex::default(),
+        pages_came: Condvar::new(),
     });
     let (ends, ended) = mpsc::channel();
     listener.set_nonblocking(receive.once).call("fcntl(O_NONBLOCK)")?;
@@ -122,6 +125,7 @@ impl Shared {
             Some(Message::Pages { id }) => {
                 if lock(&self.busy).contains(&id) {
                     lock(&self.pages).insert(id, channel);
+                    self.pages_came.notify_all();
                 }
                 return Ok(None);
             }
@@ -312,16 +316,13 @@ impl<'a> Arrival<'a> {
 
     /// Who brings memory behind the commit.
     fn late(&self, options: &Options) -> Result<Late> {
-        let began = Instant::now();
-        let pages = loop {
-            if let Some(channel) = lock(&self.shared.pages).remove(&self.id) {
-                break channel;
-            }
-            if began.elapsed() > PATIENCE {
-                return Err(Error::Timeout { what: "the source's connection for pages", seconds: PATIENCE.as_secs() });
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        };
+        let there = lock(&self.shared.pages);
+        let waited = self.shared.pages_came.wait_timeout_while(there, PATIENCE, |pages| !pages.contains_key(&self.id));
+        let (mut there, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let pages = there.remove(&self.id);
+        drop(there);
+        let seconds = PATIENCE.as_secs();
+        let pages = pages.ok_or(Error::Timeout { what: "the source's connection for pages", seconds })?;
         Late::start(options, &self.folder, &pages)
     }
 
@@ -353,15 +354,15 @@ impl<'a> Arrival<'a> {
         let Held { committed, answer, heart, .. } = hold.arrival.into_inner().unwrap_or_else(PoisonError::into_inner);
         drop(heart);
         let mut answer = answer;
-        let pid = match result {
-            Ok(report) if late.is_some() => return self.rest(late, report.pid, &mut answer),
-            Ok(report) => {
+        let pid = match (result, late) {
+            (Ok(report), Some(late)) => return self.rest(late, report.pid, &mut answer),
+            (Ok(report), None) => {
                 self.journal.enter(State::Done, &self.folder)?;
                 remove_images(&self.folder);
                 report.pid
             }
             // the source has ended: what failed at the last step is tried once more
-            Err(e) if committed && !is_late => {
+            (Err(e), None) if committed => {
                 (self.shared.told)(&format!("{}: once more, from the images", e.chain()));
                 let heart = Heart::start(&answer);
                 let again = self.shared.restore_again(&mut self.journal, &self.folder);
@@ -374,7 +375,7 @@ impl<'a> Arrival<'a> {
                     }
                 }
             }
-            Err(e) => {
+            (Err(e), _) => {
                 self.forget();
                 match matches!(e.cause(), Error::Stage { what, .. } if what == CALLED_OFF) {
                     true => answer.say(&Message::Ended)?,
@@ -393,11 +394,11 @@ impl<'a> Arrival<'a> {
     }
 
     /// It runs: until all of its memory is there.
-    fn rest(&mut self, late: Option<Late>, pid: i32, answer: &mut Channel) -> Result<Option<i32>> {
+    fn rest(&mut self, late: Late, pid: i32, answer: &mut Channel) -> Result<Option<i32>> {
         (self.shared.told)(&format!("process {pid} runs here now, its memory is on the way"));
         // who does not hear it does not give pages either
         let _ = answer.say(&Message::Running { pid });
-        match late.map_or(Ok(()), Late::wait) {
+        match late.wait() {
             Ok(()) => {
                 self.journal.enter(State::Done, &self.folder)?;
                 remove_images(&self.folder);

@@ -1,12 +1,11 @@
 //! At the destination of a tree whose memory comes behind the commit: who brings it, and what is done if that one dies.
 //!
 //! The [daemon](crate::transfer::lazy) runs in a thread of `receive`. When `receive` is killed the kernel would close the userfaultfds,
-//! and tasks would go on with zeros in the place of what had not come. So a [guard] has copies of them, and becomes the
+//! and tasks would go on with zeros in the place of what had not come. So a [guard](crate::guard) has copies of them, and becomes the
 //! program `standstill end-tree FOLDER`: by the journal in that folder it kills the tree, with what it forked meanwhile. Until it is
 //! done, whoever touches what is missing waits.
 
 use std::ffi::OsString;
-use std::fs::File;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -17,7 +16,7 @@ use std::time::Duration;
 use super::journal::{Journal, State};
 use super::wire::Channel;
 use crate::error::{At, Call, Error, Place, Result};
-use crate::guard::{self, Act, Choice, Guard, List};
+use crate::guard::{Choice, Guard};
 use crate::memory::late::SOCKET;
 use crate::options::Options;
 use crate::sys::futex::RobustList;
@@ -95,12 +94,13 @@ struct Watch<'a> {
 impl Watch<'_> {
     /// From here on the tree ends if we die.
     fn begin(&self) -> Result<()> {
-        let what = "there is no standstill on PATH, which would end the tree if this program is killed";
-        let program = guard::own_program().ok_or_else(|| Error::Usage { what: what.into() })?;
-        let file = File::open(&program).call("open").at(Place::Path(program))?;
-        let words = ["standstill".to_owned(), VERB.to_owned(), self.folder.to_string_lossy().into_owned()];
-        let held = self.guard.hold(file.as_fd())?;
-        self.guard.register(List::Undo, &Act::Program(held, &words, &[]))
+        let words = [VERB.to_owned(), self.folder.to_string_lossy().into_owned()];
+        match self.guard.register_own_program(&words, &[])? {
+            true => Ok(()),
+            false => Err(Error::Usage {
+                what: "there is no standstill on PATH, which would end the tree if this program is killed".into(),
+            }),
+        }
     }
 }
 

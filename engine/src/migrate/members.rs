@@ -123,6 +123,23 @@ impl Members {
         true
     }
 
+    /// Kills those that still live, and waits until none does.
+    pub fn end(&self, limit: Duration) -> Result<()> {
+        if self.boot == boot() {
+            for member in &self.all {
+                // the number is looked at after it is held: it cannot change hands any more
+                let Ok(held) = calls::pidfd_open(member.pid, 0) else { continue };
+                if member.lives() {
+                    let _ = rustix::process::pidfd_send_signal(&held, rustix::process::Signal::KILL);
+                }
+            }
+        }
+        match self.wait_gone(limit) {
+            true => Ok(()),
+            false => Err(Error::Timeout { what: "the end of what is left of the tree", seconds: limit.as_secs() }),
+        }
+    }
+
     /// The same, with their children and theirs, as far as they can be found from those.
     pub fn end_with_children(&self, limit: Duration) -> Result<()> {
         if self.boot != boot() {
@@ -139,23 +156,6 @@ impl Members {
             at += 1;
         }
         Members { boot: self.boot.clone(), all }.end(limit)
-    }
-
-    /// Kills those that still live, and waits until none does.
-    pub fn end(&self, limit: Duration) -> Result<()> {
-        if self.boot == boot() {
-            for member in &self.all {
-                // the number is looked at after it is held: it cannot change hands any more
-                let Ok(held) = calls::pidfd_open(member.pid, 0) else { continue };
-                if member.lives() {
-                    let _ = rustix::process::pidfd_send_signal(&held, rustix::process::Signal::KILL);
-                }
-            }
-        }
-        match self.wait_gone(limit) {
-            true => Ok(()),
-            false => Err(Error::Timeout { what: "the end of what is left of the tree", seconds: limit.as_secs() }),
-        }
     }
 }
 

@@ -299,9 +299,7 @@ impl Source<'_> {
     /// The tree has ended here.
     fn commit(&mut self) -> Result<i32> {
         let id = self.id();
-        let pid =
-            hand_over(Some(self.channel.clone()), self.peer(), &id).map_err(|e| in_doubt(&self.folder, &e.chain()))?;
-        Ok(pid)
+        hand_over(Some(self.channel.clone()), self.peer(), &id).map_err(|e| in_doubt(&self.folder, &e.chain()))
     }
 
     /// Nobody waits for the tree's packets here any more, and its images are elsewhere.
